@@ -15,7 +15,7 @@ from approx_attn.instantiation import target_class
 from approx_attn.training import check_run, run_folder
 
 QUIET = ["logger=csv", "progress_bar=false", "trainer.accelerator=cpu"]
-NEEDS = {"text_classification": ["data.path=somewhere"]}
+NEEDS = {"text_classification": ["data.path=somewhere"], "lra_retrieval": ["data.path=somewhere"]}
 # Recipes of pretrained models, with the configuration and the class of a tiny random one.
 PRETRAINED = {
     "sst2": ("BertConfig", "BertModel"),
@@ -118,9 +118,36 @@ def test_every_file_says_what_it_is() -> None:
 def test_data_recipe_yields_to_the_command_line_and_experiments_to_both() -> None:
     assert load_config(["data=mqar"])["model"]["_target_"].endswith("LanguageModel")
     assert load_config(["data=digits", "optimizer.lr=0.5"])["optimizer"]["lr"] == 0.5
-    experiment = load_config(["experiment=listops_full", "data.train_size=10"])
+    experiment = load_config(["experiment=lra_listops", "data.train_size=10"])
     assert experiment["data"]["max_length"] == 2000
     assert experiment["data"]["train_size"] == 10
+
+
+# Steps, warm-up and batch of the small-model reference setup; they are what makes results comparable.
+REFERENCE = {
+    "lra_listops": (5000, 1000, 32, 2000),
+    "lra_text": (20000, 8000, 32, 4000),
+    "lra_retrieval": (30000, 800, 32, 4000),
+    "lra_image": (35000, 175, 256, 1024),
+    "lra_pathfinder": (62400, 312, 256, 1024),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_experiments_are_the_small_model_setup(name: str) -> None:
+    config = load_config([f"experiment={name}", *NEEDS.get(name, [])])
+    steps, warmup, batch, length = REFERENCE[name]
+    assert (config["trainer"]["max_steps"], config["scheduler"]["warmup"]) == (steps, warmup)
+    assert config["scheduler"]["decay"] == "linear"
+    assert config["optimizer"]["lr"] == 1e-4
+    assert config["optimizer"]["weight_decay"] == 0.0
+    assert config["data"]["batch_size"] == batch
+    assert config["callbacks"]["early_stopping"] is None
+    data = config["data"]
+    assert (data["resolution"] ** 2 if "resolution" in data else data["max_length"]) == length
+    model = {key: config["model"][key] for key in ("depth", "dim", "feed_forward_dim", "num_heads")}
+    assert model == {"depth": 2, "dim": 64, "feed_forward_dim": 128, "num_heads": 2}
+    assert config["model"]["dropout"] == config["model"]["attention_dropout"] == 0.1
 
 
 def test_swapping_the_mechanism_changes_nothing_else() -> None:

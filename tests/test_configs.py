@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,20 @@ def test_every_file_says_what_it_is() -> None:
         first = lines[1] if lines[0].startswith("# @package") else lines[0]
         assert first.startswith("# "), path
         assert len(first) > 20, path
+
+
+def test_the_page_names_every_file_in_its_group_and_no_other() -> None:
+    named: dict[str, list[str]] = {}
+    group = ""
+    for line in (config_dir() / "README.md").read_text().splitlines():
+        if heading := re.match(r"#+ `([a-z.]+)/?`", line):
+            group = heading[1]
+        elif row := re.match(r"\| (`[^|]+`) \|", line):
+            named.setdefault(group, []).extend(re.findall(r"`(\w+)`", row[1]))
+    there: dict[str, list[str]] = {}
+    for path in config_dir().rglob("*.yaml"):
+        there.setdefault(str(path.parent.relative_to(config_dir())), []).append(path.stem)
+    assert {group: sorted(names) for group, names in named.items()} == {g: sorted(n) for g, n in there.items()}
 
 
 def test_data_recipe_yields_to_the_command_line_and_experiments_to_both() -> None:

@@ -36,6 +36,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from approx_attn import distributed
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.calibration import calibrate
@@ -91,7 +92,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
     """
     container = check_config(config)
     folder, finished = find_run(container)
-    if finished is not None:
+    if finished is not None and not distributed.is_started():
         return TrainResult(folder, finished["metrics"], finished, resumed=True)
     with quiet(container["verbose"]), deterministic_algorithms_restored():
         data = check_run(container, folder)
@@ -100,17 +101,31 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
         task = build_task(container, data.spec)
         check_trained(container, task)
         trainer = build_trainer(container, folder)
-        with record.run_lock(folder):
-            _, finished = find_run(container) if container["resume"] else (folder, None)
-            if finished is not None:  # by another process, while this one waited for the lock
-                return TrainResult(folder, finished["metrics"], finished, resumed=True)
-            return _run(container, folder, data, task, trainer)
+        if distributed.must_start(trainer):
+            folder, resumed = distributed.start(_train_in_process, container, trainer.world_size)
+            known = record.read_json(folder / record.RESULT_FILE) or {}
+            return TrainResult(folder, known["metrics"], known, resumed=resumed)
+        with distributed.joined(trainer):
+            folder, finished = distributed.agree(lambda: find_run(container))
+            with distributed.first_only(lambda: record.run_lock(folder)):
+                if container["resume"]:  # another process may have finished it while this one waited for the lock
+                    _, finished = distributed.agree(lambda: find_run(container))
+                if finished is not None:
+                    return TrainResult(folder, finished["metrics"], finished, resumed=True)
+                return _run(container, folder, data, task, build_trainer(container, folder))
+
+
+def _train_in_process(config: dict[str, Any]) -> tuple[Path, bool]:
+    """`train` in one of several processes: where it wrote, and whether the run had begun before."""
+    result = train(config)
+    return result.run_dir, result.resumed
 
 
 def _run(
     config: dict[str, Any], folder: Path, data: SequenceDataModule, task: SequenceTask, trainer: pl.Trainer
 ) -> TrainResult:
-    record.write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    if distributed.is_first():
+        record.write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     last = folder / "checkpoints" / "last.ckpt"
     resumed = config["resume"] and last.is_file()
     started = time.time()
@@ -120,12 +135,14 @@ def _run(
         trainer.fit(task, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
     except Exception as error:
         failure = {**describe_run(config, task, data.spec), "status": "failed", "error": sentence(error, "train")}
-        record.write_json_atomically(folder / record.RESULT_FILE, failure)
+        if distributed.is_first():
+            record.write_json_atomically(folder / record.RESULT_FILE, failure)
         raise
     best = restore_best(task, trainer)
     tested = trainer.test(task, datamodule=data, verbose=False)[0]
     metrics = {key: float(value) for key, value in {**best, **tested}.items()}
-    save_predictions(folder, task)
+    if distributed.is_first():
+        save_predictions(folder, task)
     timer = next((c for c in trainer.callbacks if isinstance(c, StepTimer)), None)  # type: ignore[attr-defined]
     result = {
         **describe_run(config, task, data.spec),
@@ -135,9 +152,13 @@ def _run(
         "epochs": trainer.current_epoch,
         "step_seconds": timer.median if timer else None,
         "seconds": time.time() - started,
-        "environment": {**record.environment(), "device": str(trainer.strategy.root_device)},
+        "environment": {
+            **record.environment(),
+            "device": str(trainer.strategy.root_device),
+            "processes": trainer.world_size,
+        },
     }
-    if trainer.is_global_zero:
+    if distributed.is_first():
         record.write_json_atomically(folder / record.RESULT_FILE, result)
     return TrainResult(folder, metrics, result, resumed=resumed, task=task, data=data, trainer=trainer)
 
@@ -245,7 +266,8 @@ def fit_bases(task: SequenceTask, data: SequenceDataModule, config: Mapping[str,
     batches = getattr(task.model, "calibration_batches", 0)
     if batches == 0 or not any(starts_from_data(mechanism) for mechanism in task.mechanisms):
         return
-    first = [task.inputs(batch) for batch in itertools.islice(data.train_dataloader(), batches)]
+    seen = itertools.islice(data.joint_train_batches(), batches * distributed.processes())
+    first = [task.inputs(batch) for batch in seen]
     calibrate(task.model, first, progress=config["progress_bar"])
 
 
@@ -259,11 +281,13 @@ def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
     shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
     callbacks = [*shown, SeedSteps(config["seed"]), *build_callbacks(config, folder)]
     checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    node = {key: value for key, value in config["trainer"].items() if key != "strategy"}
     try:
         return build(
-            config["trainer"],
+            node,
             "trainer",
             pl.Trainer,
+            strategy=distributed.strategy_of(config["trainer"]),
             callbacks=callbacks,
             logger=build_loggers(config, folder) or False,
             default_root_dir=folder,
@@ -369,7 +393,7 @@ def restore_best(task: SequenceTask, trainer: pl.Trainer) -> dict[str, float]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
             checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            task.load_state_dict(checkpoint["state_dict"])
+            distributed.load_weights(task, checkpoint["state_dict"])
             assert callback.best_model_score is not None
             return {f"best_{callback.monitor}": float(callback.best_model_score), "best_epoch": checkpoint["epoch"]}
     return {}

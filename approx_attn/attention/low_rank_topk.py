@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from approx_attn.attention.base import (
@@ -132,7 +133,11 @@ class LowRankTopKAttention(AttentionMechanism):
         directions = principal_directions(self.covariance, self.rank)[None]
         if self.training:
             scatter, count = key_scatter(key, mask.key_keep)
-            now = scatter.sum(dim=0) / count.sum(dim=0).clamp(min=1)  # (h, d, d)
+            scatter, count = scatter.sum(dim=0), count.sum(dim=0)  # (h, d, d), (1, 1, 1)
+            if dist.is_available() and dist.is_initialized():  # over the batches of all processes that train together
+                dist.all_reduce(scatter)
+                dist.all_reduce(count)
+            now = scatter / count.clamp(min=1)  # (h, d, d)
             self.covariance.lerp_(now.to(self.covariance.dtype), 1.0 - MOMENTUM)
         return directions
 

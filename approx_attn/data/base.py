@@ -4,7 +4,7 @@ A data module yields batches of token sequences as dictionaries of tensors:
 
     tokens  (b, n) int64   token ids, the padding id where padded
     keep    (b, n) bool    True for real tokens
-    labels  (b,) int64     the class, for `kind="classification"`; or
+    labels  (b,) int64     the class, for `kind="classification"` (`IGNORE` for items that are not scored); or
             (b, n) int64   what the logits at each position predict, `IGNORE` where nothing is, for
                            `kind="token_prediction"` (shifted here, so a model never shifts)
     tokens_b, keep_b       the second sequence, where `spec.two_towers`
@@ -138,11 +138,15 @@ class SequenceDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> ResumableLoader:
         return self._loader("test", self.eval_batch_size, shuffle=False)
 
-    def _loader(self, split: str, batch_size: int, shuffle: bool) -> ResumableLoader:
+    def joint_train_batches(self) -> ResumableLoader:
+        """Training batches as one process alone sees them: the same in all processes of a distributed run."""
+        return self._loader("train", self.batch_size, shuffle=True, joint=True)
+
+    def _loader(self, split: str, batch_size: int, shuffle: bool, joint: bool = False) -> ResumableLoader:
         self.setup()
         dataset = self._splits[split]
         whole_batches = shuffle and len(dataset) >= batch_size  # a ragged last batch would be a step of other size
-        sampler = EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, drop_last=whole_batches)
+        sampler = EpochSampler(len(dataset), shuffle=shuffle, seed=self.seed, drop_last=whole_batches, joint=joint)
         return ResumableLoader(
             dataset,
             batch_size=batch_size,

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from approx_attn.data.packing import IGNORE
+
 
 class EpochSampler(DistributedSampler):
     """Item order as a function of (seed, epoch) alone, split over processes if there are several.
@@ -16,17 +18,19 @@ class EpochSampler(DistributedSampler):
     A `DistributedSampler`, so Lightning keeps it as it is and tells it the epoch; with one process it is an
     ordinary shuffled or sequential sampler. Together the processes see at step t the items that one process
     with the joint batch size sees. Where the number of items is not divisible by the number of processes,
-    training drops the rest (`drop_last`) and evaluation repeats a few, so that no process waits for another.
+    training drops the rest (`drop_last`) and evaluation repeats a few, so that no process waits for another; the
+    labels of what is repeated become `IGNORE`, so nothing is counted twice.
 
     Args:
         num_items: size of the data set.
         shuffle: a new order every epoch, else the order of the data.
         seed: seed of the order.
         drop_last: drop what does not divide evenly among processes instead of repeating items.
+        joint: every process sees all items.
     """
 
-    def __init__(self, num_items: int, *, shuffle: bool, seed: int, drop_last: bool) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
+    def __init__(self, num_items: int, *, shuffle: bool, seed: int, drop_last: bool, joint: bool = False) -> None:
+        distributed = dist.is_available() and dist.is_initialized() and not joint
         super().__init__(
             range(num_items),  # type: ignore[arg-type]
             num_replicas=dist.get_world_size() if distributed else 1,
@@ -35,8 +39,14 @@ class EpochSampler(DistributedSampler):
             seed=seed,
             drop_last=drop_last,
         )
+        self.num_items = num_items
         self.skip = 0
         """Items to leave out at the start of the next iteration, because they were seen before a restart."""
+
+    @property
+    def ends_with_a_repeated_item(self) -> bool:
+        """Whether another process has the last item too, because there are not enough for all."""
+        return self.rank + self.num_replicas * (self.num_samples - 1) >= self.num_items
 
     def __iter__(self) -> Iterator[int]:
         skip, self.skip = self.skip, 0
@@ -67,8 +77,11 @@ class ResumableLoader(DataLoader):
         if hasattr(self.dataset, "epoch"):  # data that is drawn anew in every epoch
             self.dataset.epoch = epoch
         self._epoch, self._batches_seen = epoch, seen
+        repeats = isinstance(self.sampler, EpochSampler) and self.sampler.ends_with_a_repeated_item
         for batch in super().__iter__():
             self._batches_seen += 1
+            if repeats and self._batches_seen == len(self):
+                batch["labels"][-1] = IGNORE
             yield batch
 
     def state_dict(self) -> dict[str, int]:

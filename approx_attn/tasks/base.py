@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
+from approx_attn import distributed
 from approx_attn.attention import AttentionMechanism
+from approx_attn.data import IGNORE
 from approx_attn.instantiation import ConfigError, build, check_arguments, target_class
 from approx_attn.models.transformer import Positions, attention_mechanisms, auxiliary_loss, require_probability
+
+EVALUATED = tuple((stage, figure) for stage in ("val", "test") for figure in ("loss", "accuracy"))
 
 
 class SequenceTask(pl.LightningModule):
@@ -61,15 +67,22 @@ class SequenceTask(pl.LightningModule):
         # A model whose weights came from elsewhere adds how to build it without that place.
         rebuild = getattr(self.model, "rebuild_options", {})
         self.hparams["config"] = {**config, "model": {**config["model"], **rebuild}}
+        self.means = nn.ModuleDict({f"{stage}_{figure}": MeanOverItems() for stage, figure in EVALUATED})
+        """Means over the scored items of an evaluation, of all processes."""
         self.predictions: dict[str, Tensor] | None = None
-        """After a test: `prediction` and `label`, one entry per scored item, in the order of the data."""
-        self._collected: list[tuple[Tensor, Tensor]] = []
+        """After a test: `prediction` and `label` of every scored item of all processes, in the order of the data."""
+        self._collected: list[tuple[Tensor, Tensor, Tensor]] = []
 
     # -- for tasks to implement --------------------------------------------------------------------
 
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(items, classes) logits and (items,) labels of everything that is scored in a batch."""
         raise NotImplementedError
+
+    def joint_count(self, count: int) -> float:
+        """Scored items of a training batch, averaged over processes, so that gradients averaged over processes are
+        those of the mean over all items. Batches of most tasks have equally many everywhere."""
+        return count
 
     # -- the same for all --------------------------------------------------------------------------
 
@@ -95,10 +108,11 @@ class SequenceTask(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         loss, predicted, labels = self._score(batch, self.label_smoothing)
         accuracy = (predicted == labels).float().mean()
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, prog_bar=True, batch_size=len(labels))
+        figures = {"train/loss": loss.detach(), "train/accuracy": accuracy}
+        self.log_dict(figures, prog_bar=True, batch_size=len(labels), sync_dist=True)
         auxiliary = auxiliary_loss(self.mechanisms)
         if auxiliary is not None:
-            self.log("train/auxiliary_loss", auxiliary.detach(), batch_size=len(labels))
+            self.log("train/auxiliary_loss", auxiliary.detach(), batch_size=len(labels), sync_dist=True)
             loss = loss + self.auxiliary_weight * auxiliary
         return loss
 
@@ -106,14 +120,23 @@ class SequenceTask(pl.LightningModule):
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        self._collected.append(self._evaluate(batch, "test"))
+        predicted, labels = self._evaluate(batch, "test")
+        scored = (
+            (batch["labels"] != IGNORE).flatten(1).sum(1) if batch["labels"].dim() > 1 else batch["labels"] != IGNORE
+        )
+        self._collected.append((predicted.cpu(), labels.cpu(), scored.long().cpu()))
 
     def on_test_epoch_start(self) -> None:
         self._collected = []
 
     def on_test_epoch_end(self) -> None:
-        predicted, labels = (torch.cat(parts).cpu() for parts in zip(*self._collected, strict=True))
-        self.predictions = {"prediction": predicted, "label": labels}
+        predicted, labels, scored = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
+        parts = distributed.gathered((predicted, labels, scored))
+        order = data_order([scored for _, _, scored in parts])
+        self.predictions = {
+            "prediction": torch.cat([predicted for predicted, _, _ in parts])[order],
+            "label": torch.cat([labels for _, labels, _ in parts])[order],
+        }
         self._collected = []
 
     def _score(self, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,18 +144,27 @@ class SequenceTask(pl.LightningModule):
         logits, labels = self.flat(self(batch), batch["labels"])
         # In float32 also under autocast; a batch without any label gives zero, not NaN.
         total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / max(len(labels), 1), logits.argmax(dim=-1), labels
+        count = self.joint_count(len(labels)) if self.training else len(labels)
+        return total / max(count, 1), logits.argmax(dim=-1), labels
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
         loss, predicted, labels = self._score(batch)
-        if len(labels):
-            self._log_mean(f"{stage}/loss", loss, len(labels))
-            self._log_mean(f"{stage}/accuracy", (predicted == labels).float().mean(), len(labels), prog_bar=True)
+        if len(labels) or distributed.is_joined():  # what one process logs, all must
+            for figure, total in (("loss", loss * len(labels)), ("accuracy", (predicted == labels).sum())):
+                mean = cast(MeanOverItems, self.means[f"{stage}_{figure}"])
+                mean.update(total, len(labels))
+                self.log(f"{stage}/{figure}", mean, on_step=False, on_epoch=True, prog_bar=figure == "accuracy")
         return predicted, labels
 
-    def _log_mean(self, name: str, value: Tensor, count: int, prog_bar: bool = False) -> None:
-        """Log the mean over all scored items of an evaluation, of which this batch had `count`."""
-        self.log(name, value, on_step=False, on_epoch=True, prog_bar=prog_bar, batch_size=count, sync_dist=True)
+    def configure_model(self) -> None:
+        """Split the model over processes, where the strategy does: layer by layer, so one is whole at a time."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layers in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     # -- optimisation ------------------------------------------------------------------------------
 
@@ -154,6 +186,42 @@ class SequenceTask(pl.LightningModule):
         if node is None:
             return None
         return build(node, "scheduler", LRScheduler, optimizer=optimizer, total_steps=total_steps)
+
+
+class MeanOverItems(Metric):
+    """A mean of which batches, and processes, bring sums and counts; what is no number stays so."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: int) -> None:
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+def data_order(scored: Sequence[Tensor]) -> Tensor:
+    """Where the entries of all processes, one process after the other, stand in the order of the data.
+
+    Args:
+        scored: for every process, (items,) entries per item; item i of process p is item p + i·processes of the data.
+
+    Returns:
+        Indices that put the entries in order.
+    """
+    positions = [
+        torch.repeat_interleave(torch.arange(len(counts)) * len(scored) + process, counts)
+        for process, counts in enumerate(scored)
+    ]
+    return torch.cat(positions).argsort(stable=True)
 
 
 def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> nn.Module:

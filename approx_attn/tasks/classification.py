@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from approx_attn.data import IGNORE
 from approx_attn.tasks.base import SequenceTask
 
 
@@ -13,5 +14,8 @@ class ClassificationTask(SequenceTask):
     kind = "classification"
 
     def flat(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, classes) and (b,), as they are."""
-        return logits, labels
+        """(b, classes) and (b,); in evaluation without what another process scores."""
+        if self.training:
+            return logits, labels
+        labelled = labels != IGNORE  # (b,)
+        return logits[labelled], labels[labelled]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from approx_attn import distributed
 from approx_attn.data import IGNORE
 from approx_attn.tasks.base import SequenceTask
 
@@ -17,3 +19,10 @@ class TokenPredictionTask(SequenceTask):
         """(b, n, classes) and (b, n) to the labelled positions: (items, classes) and (items,)."""
         labelled = labels != IGNORE  # (b, n)
         return logits[labelled], labels[labelled]
+
+    def joint_count(self, count: int) -> float:
+        if not distributed.is_joined():
+            return count
+        total = torch.tensor(float(count), device=self.device)
+        torch.distributed.all_reduce(total)
+        return float(total) / torch.distributed.get_world_size()

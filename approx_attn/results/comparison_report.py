@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: table.csv, table.md, plot.png and report.html, all from the same rows."""
+"""What a comparison leaves behind: table.csv, table.md, plot.png, report.html and summary.json, from the same rows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from approx_attn.results import record
 from approx_attn.results.plots import COLOURS, comparison_figure, save_figure
 from approx_attn.results.report import Report
 from approx_attn.results.statistics import detectable_gap, holm_adjust, mcnemar
+from approx_attn.results.summary import SUMMARY_FILE, summarise_comparison
 from approx_attn.results.table import ComparisonRow, Metric, comparison_columns, to_csv, to_markdown
 
 Records = Mapping[str, Mapping[int, dict[str, Any] | None]]
@@ -56,6 +57,8 @@ def write_comparison(
     _add_learning_curves(report, records, metric)
     _add_runs(report, records)
     report.save(folder / "report.html")
+    summary = summarise_comparison(records, metric=metric.name, name=name, command=command, reference=reference)
+    record.write_json_atomically(folder / SUMMARY_FILE, summary)
     return caption
 
 

@@ -1,0 +1,288 @@
+"""RESULTS.md: the tables of finished comparisons, as `compare` made them, between hand-written text.
+
+    approx-attn results results/listops results/mqar output=RESULTS.md
+
+A comparison stands between `<!-- comparison: <name> -->` and `<!-- end -->`. What is between is written anew from the
+comparison's folder; everything else in the document is left as it is: headings, readings, and comparisons whose folders
+were not given. A comparison that the document does not have yet is added at its end.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from approx_attn.command import exit_code
+from approx_attn.instantiation import ConfigError, suggestion
+from approx_attn.results import record
+from approx_attn.results.schedule import describe_schedule
+from approx_attn.results.statistics import paired_difference, summarise
+from approx_attn.results.summary import SUMMARY_FILE
+
+BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
+FAMILY = "eigen_"
+END = "<!-- end -->"
+OVERVIEW = "<!-- overview -->"
+NO_READING = "*Reading: to be written.*"
+# Keys that say where things are kept; a command without them computes the same.
+PLACES = ("results", "paths.runs", "paths.run_dir", "data.cache_dir", "name")
+ABSOLUTE_PATH = re.compile(r"(?<![\w.)\]>])(?:~|file:/)?/[\w.~-][^\s,\]}'\"]*")
+
+NEW_DOCUMENT = f"""# Results
+
+Every table below was made by `approx-attn compare` from the runs of one command; `approx-attn results` put it here. The
+text between the tables is written by hand.
+
+{OVERVIEW}
+{END}
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison as its folder tells it.
+
+    Attributes:
+        summary: what summary.json holds.
+        table: Markdown of the table, and the caption below it.
+        rows: the lines of table.csv by mechanism.
+        measured: environment in which step times were measured; None if they were not.
+    """
+
+    summary: dict[str, Any]
+    table: str
+    caption: str
+    rows: dict[str, dict[str, str]]
+    measured: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        return str(self.summary["name"])
+
+    @property
+    def percent(self) -> bool:
+        return self.summary["metric"] == "accuracy"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The verb `results`; returns the exit code."""
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print("usage: approx-attn results <folder of a comparison> ... [output=RESULTS.md]")
+        return 0
+    return exit_code(lambda: _write_and_report(arguments))
+
+
+def _write_and_report(arguments: Sequence[str]) -> None:
+    folders = [argument for argument in arguments if "=" not in argument]
+    output = "RESULTS.md"
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if argument not in folders:
+            if key != "output":
+                raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
+            output = value
+    text = write_document(Path(output), [Path(folder) for folder in folders])
+    print(f"Written: {output}")
+    unread = text.count(NO_READING)
+    if unread:
+        print(f"{unread} of its comparisons have no reading yet: replace {NO_READING!r}.")
+
+
+def write_document(path: Path, folders: Sequence[Path]) -> str:
+    """Bring a document up to date with the comparisons in these folders; returns its text.
+
+    Raises:
+        ConfigError: a folder without a finished comparison; nothing has been written.
+    """
+    comparisons = [read_comparison(folder) for folder in folders]
+    if len({comparison.name for comparison in comparisons}) < len(comparisons):
+        raise ConfigError("results: two of the folders hold comparisons of one name; run one again with name=<other>.")
+    text = path.read_text(encoding="utf-8") if path.is_file() else NEW_DOCUMENT
+    for comparison in comparisons:
+        text = put_block(text, f"<!-- comparison: {comparison.name} -->", section(comparison), comparison.name)
+    if OVERVIEW in text:
+        text = put_block(text, OVERVIEW, overview(comparisons, known_lines(text)), "")
+    record.write_text_atomically(path, text)
+    return text
+
+
+def put_block(text: str, start: str, content: str, title: str) -> str:
+    """Replace what is between `start` and the next end mark, or add a section with it at the end of the text."""
+    block = f"{start}\n{content.strip()}\n{END}"
+    if start not in text:
+        return f"{text.rstrip()}\n\n## {title}\n\n{block}\n\n{NO_READING}\n"
+    before, _, rest = text.partition(start)
+    inside, found, after = rest.partition(END)
+    if not found or "<!-- comparison:" in inside:
+        raise ConfigError(f"results: the document has {start!r} without a {END!r} behind it.")
+    return before + block + after
+
+
+def read_comparison(folder: Path) -> Comparison:
+    """What `compare` left in a folder.
+
+    Raises:
+        ConfigError: not the folder of a comparison with at least one finished run.
+    """
+    summary = record.read_json(folder / SUMMARY_FILE)
+    if summary is None or not summary.get("environments"):
+        raise ConfigError(
+            f"results: {folder} has no {SUMMARY_FILE} of finished runs; it must be a folder that compare wrote "
+            "(the same command again writes it without training again)."
+        )
+    table, caption, *_ = (folder / "table.md").read_text(encoding="utf-8").split("\n\n")
+    with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["attention"]: row for row in csv.DictReader(file)}
+    measured = record.read_json(folder / "measurements.json")
+    return Comparison(summary, table, caption, rows, measured and measured.get("environment"))
+
+
+# -- one comparison ------------------------------------------------------------------------------------
+
+
+def section(comparison: Comparison) -> str:
+    """The generated part of a comparison's section."""
+    summary = comparison.summary
+    steps = [count for by_seed in summary["steps"].values() for count in by_seed.values()]
+    seeds = ", ".join(map(str, summary["seeds"]))
+    facts = [
+        f"Trained: {describe_schedule(summary['config'], summary['spec'], steps)}",
+        f"Seeds {seeds}; runs ended {_dates(summary)}; {_machines(comparison)}.",
+    ]
+    return "\n\n".join(
+        [
+            f"```\n{portable_command(summary['command'], summary['config']['name'])}\n```",
+            "\n".join(f"- {fact}" for fact in facts),
+            comparison.table,
+            without_paths(comparison.caption),
+        ]
+    )
+
+
+def portable_command(command: str, recipe: str) -> str:
+    """A command line without the places of one machine: where results go is left out, other paths are named."""
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.partition("=")
+        if equals and key in PLACES:
+            continue
+        if equals and key.endswith("path") and _is_place(value):
+            value = f"<{recipe} folder>" if key == "data.path" else f"<{key}>"
+        words.append(without_paths(f"{key}{equals}{value}"))
+    return shlex.join(words)
+
+
+def _is_place(value: str) -> bool:
+    """Whether a path is one of this machine, and neither a hub id nor the name of a folder nearby."""
+    return value.startswith(("/", "~", ".")) or value.count("/") > 1
+
+
+def without_paths(text: str) -> str:
+    """Text with `<path>` for every absolute path."""
+    return ABSOLUTE_PATH.sub("<path>", text)
+
+
+def _dates(summary: Mapping[str, Any]) -> str:
+    if not summary["last_run"]:
+        return "at a time not kept"
+    first, last = summary["first_run"][:10], summary["last_run"][:10]
+    return last if first == last else f"{first} to {last}"
+
+
+def _machines(comparison: Comparison) -> str:
+    trained = list(dict.fromkeys(_machine(environment) for environment in comparison.summary["environments"]))
+    text = "on " + " and ".join(trained)
+    if comparison.measured and (measured := _machine(comparison.measured)) not in trained:
+        text += f"; step times on {measured}"
+    return text
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    threads = environment["torch_threads"]
+    processor = f"{environment['processor']}, {threads} {'thread' if threads == 1 else 'threads'}"
+    uses_accelerator = environment.get("accelerator") and environment.get("device", "cuda") != "cpu"
+    return f"{environment['accelerator'] if uses_accelerator else processor}, torch {environment['packages']['torch']}"
+
+
+# -- all of them ---------------------------------------------------------------------------------------
+
+
+OVERVIEW_HEAD = f"""\
+Best `{FAMILY}*` against the best of {", ".join(f"`{name}`" for name in BASELINES)}, by mean test figure:
+
+| comparison | eigen | test | baseline | test | difference (95%) | in words |
+|---|---|---:|---|---:|---:|---|"""
+OVERVIEW_FOOT = (
+    "Paired by seed. The best of several by their test figures looks a little better than it is, on both sides."
+)
+
+
+def overview(comparisons: Sequence[Comparison], known: Mapping[str, str]) -> str:
+    """The best eigen mechanism of each comparison against the best of the baselines.
+
+    Args:
+        known: lines of comparisons that the document has already, by name.
+    """
+    lines = {**known, **{comparison.name: overview_line(comparison) for comparison in comparisons}}
+    return "\n".join([OVERVIEW_HEAD, *lines.values(), "", OVERVIEW_FOOT])
+
+
+def known_lines(text: str) -> dict[str, str]:
+    """The lines of the overview of a document, by the name of their comparison."""
+    inside = text.partition(OVERVIEW)[2].partition(END)[0]
+    lines = [line for line in inside.splitlines() if line.startswith("| ")][1:]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
+
+
+def overview_line(comparison: Comparison) -> str:
+    """One comparison as a line of the overview."""
+    eigen = best(comparison, lambda name: name.startswith(FAMILY))
+    baseline = best(comparison, lambda name: name in BASELINES)
+    if eigen is None or baseline is None:
+        difference, words = "–", "no eigen mechanism" if eigen is None else "none of the baselines"
+    else:
+        difference, words = _compare(comparison, eigen, baseline)
+    sides = [cell for label in (eigen, baseline) for cell in (label or "–", _figure(comparison, label))]
+    return f"| {comparison.name} | {' | '.join(sides)} | {difference} | {words} |"
+
+
+def best(comparison: Comparison, belongs: Callable[[str], bool]) -> str | None:
+    """Label of the mechanism with the best mean figure among those whose name belongs; None if there is none."""
+    means = {
+        label: summarise(list(figures.values())).mean
+        for label, figures in comparison.summary["figures"].items()
+        if figures and belongs(label.split()[0])
+    }
+    sign = 1.0 if comparison.percent else -1.0
+    return max(means, key=lambda label: sign * means[label]) if means else None
+
+
+def _compare(comparison: Comparison, label: str, other: str) -> tuple[str, str]:
+    """The paired difference of two mechanisms and its verdict."""
+    ours, theirs = (comparison.summary["figures"][name] for name in (label, other))
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        return "–", "no seed in common"
+    found = paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
+    factor, digits = (100.0, 2) if comparison.percent else (1.0, 4)
+    text = f"{factor * found.mean:+.{digits}f}"
+    better = (found.mean >= 0.0) == comparison.percent or found.mean == 0.0
+    words = "at least as good" if better else "worse"
+    if found.count < 2:
+        return text, f"{words}, one seed"
+    text += f" [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
+    return text, f"{words}, {'distinguishable' if found.distinguishable else 'not distinguishable'}"
+
+
+def _figure(comparison: Comparison, label: str | None) -> str:
+    if label is None:
+        return "–"
+    figure = summarise(list(comparison.summary["figures"][label].values()))
+    factor, digits = (100.0, 2) if comparison.percent else (1.0, 4)
+    spread = f" ± {factor * figure.std:.{digits}f}" if figure.count > 1 else ""
+    return f"{factor * figure.mean:.{digits}f}{spread}"

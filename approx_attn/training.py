@@ -10,7 +10,7 @@ model on it. A run's folder holds
     config.yaml             the resolved configuration
     metrics.csv             what was logged while training
     events.out.tfevents.*   the same for TensorBoard
-    checkpoints/            best.ckpt (tested) and last.ckpt (resumed from)
+    checkpoints/            best.ckpt (tested), last.ckpt (resumed from) and the one before it
     test_predictions.npz    predicted and true class of every scored test item
     result.json             the record, written last: a run with it has ended well
 """
@@ -20,13 +20,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytorch_lightning as pl
@@ -34,19 +34,21 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from approx_attn import distributed
+from approx_attn import checkpoints, distributed
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
-from approx_attn.callbacks import ProgressBar, SeedSteps, StepTimer
+from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps, StepTimer
 from approx_attn.command import run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import DataSpec, SequenceDataModule
 from approx_attn.instantiation import ConfigError, build, check_arguments, sentence, suggestion, target_class
+from approx_attn.loggers import RunCSVLogger
 from approx_attn.results import record
+from approx_attn.stopping import Stopped, requeue, was_requeued
 from approx_attn.tasks.base import SequenceTask
 
 REQUIRED_KEYS = frozenset(
@@ -83,14 +85,17 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
     """Train, test with the best weights, and write the record.
 
     Args:
-        config: as `compose_config` gives it. With `resume`, a run of the same configuration and seed is
-            continued from its last checkpoint, or reported if it had ended.
+        config: as `compose_config` gives it. With `resume`, or in a job that Slurm started again, a run of the
+            same configuration and seed is continued from its last checkpoint, or reported if it had ended.
 
     Raises:
         ConfigError: a configuration that cannot be run; nothing has been written.
         DivergedError: the loss became NaN or infinite; the record says `failed` and why.
+        DiskFullError: no space is left; the run can be continued.
+        Stopped: a signal ended the run, which can be continued.
     """
     container = check_config(config)
+    container["resume"] = container["resume"] or was_requeued()
     folder, finished = find_run(container)
     if finished is not None and not distributed.is_started():
         return TrainResult(folder, finished["metrics"], finished, resumed=True)
@@ -125,17 +130,20 @@ def _run(
     config: dict[str, Any], folder: Path, data: SequenceDataModule, task: SequenceTask, trainer: pl.Trainer
 ) -> TrainResult:
     if distributed.is_first():
+        record.remove_unfinished(folder)
         record.write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-    last = folder / "checkpoints" / "last.ckpt"
-    resumed = config["resume"] and last.is_file()
+    start = checkpoints.ResumePoint()
+    if config["resume"]:
+        start = distributed.agree(lambda: checkpoints.find_resume_point(folder))
+    resumed = start.path is not None
     started = time.time()
     if not resumed:
         fit_bases(task, data, config)
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=last if resumed else None, weights_only=True)
+        fit_from(start, task, data, trainer)
     except Exception as error:
         failure = {**describe_run(config, task, data.spec), "status": "failed", "error": sentence(error, "train")}
-        if distributed.is_first():
+        if distributed.is_first() and not record.is_disk_full(error):
             record.write_json_atomically(folder / record.RESULT_FILE, failure)
         raise
     best = restore_best(task, trainer)
@@ -276,6 +284,56 @@ def starts_from_data(mechanism: AttentionMechanism) -> bool:
     return has_basis(mechanism) or hasattr(mechanism, "observe")
 
 
+def fit_from(start: checkpoints.ResumePoint, task: SequenceTask, data: SequenceDataModule, trainer: pl.Trainer) -> None:
+    """Train from a checkpoint, or from the beginning, to the end or until a signal asks to stop.
+
+    Raises:
+        Stopped: asked to; the last checkpoint is of the last step, unless the trainer was broken off.
+        DiskFullError: no space for a checkpoint or a log.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, RunCSVLogger):
+            logger.resume_step = start.step
+    if isinstance(trainer.strategy.checkpoint_io, checkpoints.AtomicCheckpointIO):
+        trainer.strategy.checkpoint_io.damaged |= start.damaged
+    resumable = next((c for c in trainer.callbacks if isinstance(c, Resumable)), None)  # type: ignore[attr-defined]
+    interruption: BaseException | None = None
+    try:
+        with record.disk_full_named(trainer.default_root_dir):
+            trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
+    except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of SIGTERM and of Ctrl-C
+        interruption = error
+    except Exception as error:
+        # Workers that load data get the signal too, and that they ended is no failure of the run.
+        if resumable is None or resumable.stopped_by is None or record.is_disk_full(error):
+            raise
+        interruption = error
+    finally:
+        if resumable is not None:
+            resumable.restore_signals()
+    signum = resumable.stopped_by if resumable is not None else None
+    if interruption is not None or signum is not None:
+        unnoted = signal.SIGTERM if isinstance(interruption, SIGTERMException) else signal.SIGINT
+        raise_stopped(trainer, signum or unnoted, resumable, interruption)
+
+
+def raise_stopped(
+    trainer: pl.Trainer, signum: int, resumable: Resumable | None, cause: BaseException | None
+) -> NoReturn:
+    """End a run that a signal stopped as whoever sent the signal expects it."""
+    previous = resumable.previous_handlers.get(signum) if resumable is not None else None
+    if callable(previous) and previous is not signal.default_int_handler:
+        previous(signum, None)  # such as that of submitit, which starts the job again
+    elif signum in (signal.SIGUSR1, signal.SIGUSR2) and trainer.is_global_zero:
+        requeue()
+    raise Stopped(
+        signum,
+        f"stopped by {signal.Signals(signum).name} after step {trainer.global_step}; "
+        f"the same command with resume=true continues from {trainer.default_root_dir}.",
+        main_process=trainer.is_global_zero,
+    ) from cause
+
+
 def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
     """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`."""
     shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
@@ -289,6 +347,7 @@ def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
             pl.Trainer,
             strategy=distributed.strategy_of(config["trainer"]),
             callbacks=callbacks,
+            plugins=[checkpoints.AtomicCheckpointIO()],
             logger=build_loggers(config, folder) or False,
             default_root_dir=folder,
             enable_progress_bar=config["progress_bar"],
@@ -404,9 +463,8 @@ def save_predictions(folder: Path, task: SequenceTask) -> None:
     if task.predictions is None:
         return
     arrays: dict[str, Any] = {key: value.numpy().astype(np.int32) for key, value in task.predictions.items()}
-    temporary = folder / ".test_predictions.npz"
-    np.savez_compressed(temporary, **arrays)
-    os.replace(temporary, folder / "test_predictions.npz")
+    with record.open_atomically(folder / "test_predictions.npz") as file:
+        np.savez_compressed(file, **arrays)
 
 
 # -- surroundings --------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from approx_attn.callbacks.finite_loss import FiniteLoss
 from approx_attn.callbacks.progress_bar import ProgressBar
+from approx_attn.callbacks.resumable import Resumable
 from approx_attn.callbacks.seed_steps import SeedSteps
 from approx_attn.callbacks.step_timer import StepTimer
 
-__all__ = ["FiniteLoss", "ProgressBar", "SeedSteps", "StepTimer"]
+__all__ = ["FiniteLoss", "ProgressBar", "Resumable", "SeedSteps", "StepTimer"]

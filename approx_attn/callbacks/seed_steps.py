@@ -12,7 +12,8 @@ class SeedSteps(pl.Callback):
     """Seeds torch before every training step and every evaluation.
 
     A run that is killed and resumed then drops the same units and samples the same pairs as one that was
-    not, at whatever step the checkpoint was made and however often anything else drew in between.
+    not, at whatever step the checkpoint was made and however often anything else drew in between. And it sees
+    the same data: a loader that was in the middle of an epoch goes on there.
 
     Args:
         seed: of the run. Processes of a distributed run draw apart from one another.
@@ -20,6 +21,11 @@ class SeedSteps(pl.Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning tells loaders where to go on when it makes them, but a schedule that asks for the number of steps
+        # has them made before the checkpoint is read.
+        trainer.fit_loop._load_combined_loader_states()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

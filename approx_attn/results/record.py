@@ -7,6 +7,7 @@ configuration and seed are the same run, wherever they were started; anything el
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,6 +25,8 @@ RESULT_FILE = "result.json"
 
 # Parts of a configuration that say where and how a run is watched, not what it computes.
 OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
+
+OBSERVING_CALLBACKS = frozenset({"resumable"})
 
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
 
@@ -35,6 +38,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
         config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
     """
     deciding = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
+    callbacks = deciding.get("callbacks") or {}
+    if OBSERVING_CALLBACKS & callbacks.keys():
+        deciding["callbacks"] = {key: value for key, value in callbacks.items() if key not in OBSERVING_CALLBACKS}
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
@@ -44,21 +50,89 @@ def run_folder(root: str | Path, config: Mapping[str, Any], *, data: str, attent
     return Path(root) / data / attention / f"{config_hash(config)}-seed{config['seed']}"
 
 
-def write_text_atomically(path: str | Path, text: str) -> None:
-    """Write a file so that a reader, or a run killed in between, sees the old one or the new one, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+class DiskFullError(OSError):
+    """No space is left where something is to be written; what was written before is whole.
+
+    Args:
+        path: the file that could not be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(
+            f"No space left on the disk of {path}; nothing that was written before is lost: free some space and "
+            "run again (a training run with resume=true goes on from its last checkpoint)."
+        )
+        self.errno = errno.ENOSPC
+
+
+@contextlib.contextmanager
+def disk_full_named(path: str | Path) -> Iterator[None]:
+    """Raise `DiskFullError` with the path where the system only says that there is no space, or no quota."""
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
+    except Exception as error:
+        if is_disk_full(error) and not isinstance(error, DiskFullError):
+            raise DiskFullError(path) from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error; libraries wrap what the system says."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+UNFINISHED = ".part"  # ending of files that are being written
+
+
+@contextlib.contextmanager
+def open_atomically(path: str | Path, previous: str | Path | None = None) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its place when the block ends well.
+
+    A reader, or a run killed in between, sees the old file or the new one, never half.
+
+    Args:
+        path: where the file goes; folders are made.
+        previous: where the file that stood there before is kept.
+
+    Raises:
+        DiskFullError: no space is left; the old file stands.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        with disk_full_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        if previous is not None and path.is_file():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what a killed process was writing below a folder; only for who holds its lock."""
+    for path in Path(folder).rglob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Write a file so that a reader, or a run killed in between, sees the old one or the new one, never half."""
+    with open_atomically(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json_atomically(path: str | Path, data: Any) -> None:

@@ -1,0 +1,55 @@
+"""What happens to a run that a signal stops: it ends with the code that schedulers expect, and can be continued."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+
+
+class Stopped(SystemExit):
+    """A signal stopped the run, which is not a failure; uncaught it ends the process with code 128 + signal.
+
+    Args:
+        signum: the signal.
+        message: one sentence: where the run stands, and what continues it.
+        main_process: whether this process speaks for the run; others end with code 0, lest who started them
+            takes the first that ends for a crash.
+    """
+
+    def __init__(self, signum: int, message: str, main_process: bool = True) -> None:
+        super().__init__(128 + signum if main_process else 0)
+        self.signum = signum
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def signals_to_watch(environment: Mapping[str, str] = os.environ) -> list[signal.Signals]:
+    """Signals after which a run stops at the end of its step.
+
+    SIGTERM and SIGINT always; SIGUSR1 and SIGUSR2 in a job of Slurm, which sends them as a warning some time
+    before the end if the job asks for it (`#SBATCH --signal=SIGUSR1@90`).
+    """
+    warnings = [signal.SIGUSR1, signal.SIGUSR2] if "SLURM_JOB_ID" in environment else []
+    return [signal.SIGTERM, signal.SIGINT, *warnings]
+
+
+def was_requeued(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether Slurm started this very job before: then its run is to be continued, not begun again."""
+    return environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def requeue(environment: Mapping[str, str] = os.environ) -> None:
+    """Ask Slurm to start this job again; says so if that cannot be done."""
+    job = environment["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        print(f"job {job} could not be requeued: {' '.join(str(detail).split())}", file=sys.stderr)

@@ -18,14 +18,15 @@ class PerformerAttention(AttentionMechanism):
     """FAVOR+: exp(s·q·k) = E_ω[φ_ω(√s·q)·φ_ω(√s·k)] with φ_ω(x) = exp(ω·x − ‖x‖²/2), ω normal.
 
     Source: Choromanski et al., *Rethinking Attention with Performers*, arXiv 2009.14794. The m directions ω
-    are drawn once per layer and shared by its heads; `redraw()` replaces them. The error against exact
-    attention falls as 1/√m. Dropout drops a key for all queries of a head at once, since single weights do
-    not exist.
+    are drawn per layer and shared by its heads; `redraw()` replaces them, which training does at intervals so
+    that a model cannot fit one draw and its error. The error against exact attention falls as 1/√m. Dropout
+    drops a key for all queries of a head at once, since single weights do not exist.
 
     Args:
         num_features: m, the number of random features; head_dim·ln(head_dim), rounded up, if None.
         orthogonal: draw the directions orthogonal in groups of head_dim, which lowers the variance.
         seed: of the directions; each layer draws its own.
+        redraw_interval: training steps between redraws; None for never.
     """
 
     capabilities = Capabilities(arbitrary_mask=False)
@@ -46,6 +47,7 @@ class PerformerAttention(AttentionMechanism):
         num_features: int | None = None,
         orthogonal: bool = True,
         seed: int = 0,
+        redraw_interval: int | None = 1000,
     ) -> None:
         super().__init__(
             num_heads,
@@ -62,6 +64,9 @@ class PerformerAttention(AttentionMechanism):
         )
         self.orthogonal = orthogonal
         self.seed = require_at_least("attention.seed", seed, 0)
+        self.redraw_interval = (
+            None if redraw_interval is None else require_positive("attention.redraw_interval", redraw_interval)
+        )
         # Buffers: a checkpoint goes on with its directions and, after a redraw, with the draws that follow.
         self.register_buffer("projection", torch.empty(self.num_features, head_dim))
         self.register_buffer("num_draws", torch.zeros((), dtype=torch.long))
@@ -69,12 +74,21 @@ class PerformerAttention(AttentionMechanism):
 
     @torch.no_grad()
     def redraw(self) -> None:
-        """Replace the random directions by the next draw of the seed, which training may do at intervals."""
+        """Replace the random directions by the next draw of the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         seeds = torch.randint(2**62, (self.layer_index + 1,), generator=generator)  # one stream per layer
         generator.manual_seed((int(seeds[-1]) + int(self.num_draws)) % 2**62)
         self.projection.copy_(random_directions(self.num_features, self.head_dim, self.orthogonal, generator))
         self.num_draws += 1
+
+    def begin_step(self, step: int) -> None:
+        """Redraw if it is time; called before every training step with the number of steps done.
+
+        The draw is a function of (seed, step): a run that is resumed, or a step of several batches, draws once.
+        """
+        if self.redraw_interval is not None and step > 0 and step % self.redraw_interval == 0:
+            self.num_draws.fill_(step // self.redraw_interval)
+            self.redraw()
 
     def attend(
         self,

@@ -92,6 +92,39 @@ def test_a_redraw_changes_nothing_but_the_directions():
     assert not torch.allclose(mechanism(query, key, value)[0], before)
 
 
+def directions_by_step(mechanism, steps):
+    found = []
+    for step in steps:
+        mechanism.begin_step(step)
+        found.append(mechanism.projection.clone())
+    return found
+
+
+def test_training_redraws_at_its_interval_as_a_function_of_the_step():
+    found = directions_by_step(build(redraw_interval=3), range(8))
+    changed = [step for step in range(1, 8) if not torch.equal(found[step], found[step - 1])]
+    assert changed == [3, 6]
+    assert torch.equal(found[0], build().projection)
+    # Resumed before step 3, or started anew there, or told of a step twice: the same directions.
+    assert torch.equal(directions_by_step(build(redraw_interval=3), [3, 3])[-1], found[3])
+    assert torch.equal(directions_by_step(build(redraw_interval=3), [6])[-1], found[6])
+    assert torch.equal(directions_by_step(build(redraw_interval=None), range(8))[-1], found[0])
+
+
+def test_a_training_run_redraws(tmp_path):
+    from approx_attn.configuration import compose_config
+    from approx_attn.training import train
+
+    tiny = ["model.dim=16", "model.depth=1", "trainer.max_epochs=1", "trainer.limit_train_batches=5"]
+    quiet = ["progress_bar=false", "logger=csv", "trainer.accelerator=cpu", f"paths.runs={tmp_path}"]
+    words = ["data=digits", "attention=performer", "attention.redraw_interval=2", "callbacks.best_checkpoint=null"]
+    (mechanism,) = train(compose_config([*words, *tiny, *quiet])).task.mechanisms
+    again = build(num_heads=4, head_dim=4)
+    assert int(mechanism.num_draws) == 3
+    again.begin_step(2000)
+    assert torch.equal(mechanism.projection, again.projection)
+
+
 def test_large_inputs_give_finite_outputs_and_gradients():
     """Norms at which every feature underflows or overflows in float32."""
     mechanism = build()
@@ -147,6 +180,7 @@ def test_equals_performer_pytorch():
         ({"num_features": 0}, "attention.num_features"),
         ({"num_features": 2.5}, "attention.num_features"),
         ({"seed": -1}, "attention.seed"),
+        ({"redraw_interval": 0}, "attention.redraw_interval"),
     ],
 )
 def test_impossible_options_are_refused(options, word):

@@ -30,7 +30,7 @@ END = "<!-- end -->"
 OVERVIEW = "<!-- overview -->"
 NO_READING = "*Reading: to be written.*"
 # Keys that say where things are kept; a command without them computes the same.
-PLACES = ("results", "paths.runs", "paths.run_dir", "data.cache_dir", "name")
+PLACES = ("results", "paths.runs", "paths.run_dir", "data.cache_dir")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.)\]>])(?:~|file:/)?/[\w.~-][^\s,\]}'\"]*")
 
 NEW_DOCUMENT = f"""# Results

@@ -11,7 +11,12 @@ from approx_attn.configuration import config_dir, load_config
 
 REFERENCES = "lra_*.yaml"
 # Parts of a configuration that a reader would want to know of where they differ from the reference.
-COMPARED_PARTS = ("model", "optimizer", "scheduler", "task")
+COMPARED_PARTS = ("data", "model", "optimizer", "scheduler", "task")
+# What decides nothing, what is said in another place, and what belongs to the mechanism.
+NOT_COMPARED = frozenset(
+    {"_target_", "attention", "path", "cache_dir", "num_proc", "num_workers", "seed", "eval_batch_size"}
+    | {"batch_size", "min_length", "max_length", "resolution"}
+)
 UNSET = "folder"  # stands for what a reference leaves to the user, such as data.path
 
 
@@ -34,7 +39,7 @@ def describe_schedule(config: Mapping[str, Any], spec: Mapping[str, Any], steps:
     """
     batch, lengths = sequences_per_step(config), sequence_lengths(config, spec)
     experiment = reference_experiment(config["name"])
-    items = f"{spec['num_items'][0]:,} training sequences of {lengths}" if spec.get("num_items") else lengths
+    items = f"{spec['num_items'][0]:,} training sequences of {lengths} tokens"
     if experiment is None:
         return f"{_range(steps)} steps of {batch} sequences; {items}. There is no reference schedule for this task."
     reference = load_reference(experiment)
@@ -46,11 +51,13 @@ def describe_schedule(config: Mapping[str, Any], spec: Mapping[str, Any], steps:
     full_length = longest(reference["data"])
     sequences = max(steps) * batch / (full_steps * full_batch)
     tokens = sequences * spec["max_length"] / full_length
+    batches = f"{batch}" if batch == full_batch else f"{batch} instead of {full_batch}"
+    full_lengths = sequence_lengths(reference)
     return (
-        f"{_range(steps)} of {full_steps:,} steps, of {batch} instead of {full_batch} sequences, "
-        f"{lengths} instead of {sequence_lengths(reference)}: {_percent(sequences)} of the sequences and "
-        f"{_percent(tokens)} of the token positions of the reference schedule (`experiment={experiment}`)."
-        f"{_differences(config, reference)}"
+        f"{_range(steps)} of {full_steps:,} steps of {batches} sequences of "
+        f"{lengths if lengths == full_lengths else f'{lengths} instead of {full_lengths}'} tokens: "
+        f"{_percent(sequences)} of the sequences and {_percent(tokens)} of the token positions of the reference "
+        f"schedule (`experiment={experiment}`).{_differences(config, reference)}"
     )
 
 
@@ -79,10 +86,10 @@ def sequence_lengths(config: Mapping[str, Any], spec: Mapping[str, Any] | None =
     data = config["data"]
     most = spec["max_length"] if spec else longest(data)
     if "min_length" in data:
-        return f"{data['min_length']:,}–{most:,} tokens"
+        return f"{data['min_length']:,}–{most:,}"
     if "resolution" in data or "num_pairs" in data:
-        return f"{most:,} tokens"
-    return f"up to {most:,} tokens"
+        return f"{most:,}"
+    return f"up to {most:,}"
 
 
 def _differences(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
@@ -90,7 +97,7 @@ def _differences(config: Mapping[str, Any], reference: Mapping[str, Any]) -> str
     lines = []
     for part in COMPARED_PARTS:
         ours, theirs = config.get(part) or {}, reference.get(part) or {}
-        for key in sorted(set(ours) & set(theirs) - {"attention", "_target_"}):
+        for key in sorted(set(ours) & set(theirs) - NOT_COMPARED):
             if ours[key] != theirs[key]:
                 lines.append(f"{part}.{key} {ours[key]} instead of {theirs[key]}")
     return f" Other settings: {', '.join(lines)}." if lines else ""

@@ -44,8 +44,9 @@ def test_the_table_is_the_one_of_the_comparison_with_everything_that_made_it(fin
     assert f"torch {environment['packages']['torch']}" in text
     assert environment["processor"] in text
     # 4 steps of 32, of the 5,000 of 32 that the reference has; positions 20 of 2,000 each.
-    assert "4 of 5,000 steps, of 32 instead of 32 sequences, 5–20 tokens instead of 500–2,000 tokens" in text
+    assert "4 of 5,000 steps of 32 sequences of 5–20 instead of 500–2,000 tokens" in text
     assert "0.08% of the sequences and 0.0008% of the token positions" in text
+    assert "data.train_size 64 instead of 96000" in text
     assert "optimizer.lr 0.001 instead of 0.0001" in text
 
 

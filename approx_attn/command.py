@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from approx_attn.configuration import compose_config, config_dir, why_unreadable
 from approx_attn.instantiation import ConfigError
+from approx_attn.stopping import Stopped
 
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
@@ -51,7 +52,9 @@ def run_command(
         except Exception as error:
             codes.append(_report(error, verbose))
             if os.getpid() != this_process:
-                raise  # a launcher took the job elsewhere: there is nobody here to read the code
+                # A launcher took the job elsewhere: there is nobody here to read the code.
+                error.__dict__["shown_on"] = _error_stream()
+                raise
 
     this_process = os.getpid()
     try:
@@ -66,6 +69,8 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Stopped as stop:
+        return _report_stop(stop)
     except Exception as error:
         return _report(error, verbose)
     return max(codes)
@@ -78,6 +83,8 @@ def exit_code(run: Callable[[], object], verbose: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Stopped as stop:
+        return _report_stop(stop)
     except Exception as error:
         return _report(error, verbose)
     return 0
@@ -118,14 +125,29 @@ def _hydra_started_as(arguments: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
+def _report_stop(stop: Stopped) -> int:
+    """Print where a stopped run stands and return the exit code that says which signal it was."""
+    print(stop.message, file=sys.stderr)
+    return int(stop.code or 0)
+
+
 def _report(error: Exception, verbose: bool) -> int:
     """Print an error as one line (after its traceback if `verbose`) and return the exit code that it means."""
+    code = WRONG_INPUT if isinstance(error, ConfigError) else FAILED
+    if getattr(error, "shown_on", None) == _error_stream():
+        return code  # the process that it comes from has said so, in the same place
     if verbose:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ConfigError):
         print(f"error: {text}", file=sys.stderr)
-        return WRONG_INPUT
+        return code
     hint = "" if verbose else " (verbose=true shows where)"
     print(f"error: {type(error).__name__}: {text}{hint}", file=sys.stderr)
-    return FAILED
+    return code
+
+
+def _error_stream() -> tuple[int, int]:
+    """What the standard error stream of this process is connected to."""
+    status = os.fstat(2)
+    return status.st_dev, status.st_ino

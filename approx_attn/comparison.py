@@ -132,6 +132,8 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
 
     Raises:
         ConfigError: anything wrong with any of the runs; nothing has been trained.
+        DiskFullError: no space is left; the same arguments continue.
+        Stopped: a signal ended it; the same arguments continue.
     """
     console = _default_console() if console is None else console
     comparison = plan(arguments)
@@ -320,7 +322,10 @@ def _build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequenc
 
 
 def _train_missing(comparison: Comparison, console: Console) -> None:
-    """Train the runs without a finished record; a failing run is recorded and the others go on."""
+    """Train the runs without a finished record; a failing run is recorded and the others go on.
+
+    A signal or a full disk ends the comparison; the same command continues it.
+    """
     jobs = [(label, seed, run) for label, by_seed in comparison.runs.items() for seed, run in by_seed.items()]
     for number, (label, seed, run) in enumerate(jobs, start=1):
         head = f"[{number}/{len(jobs)}] {label} seed {seed}"
@@ -335,6 +340,8 @@ def _train_missing(comparison: Comparison, console: Console) -> None:
             except ConfigError:
                 raise
             except Exception as error:
+                if record.is_disk_full(error):
+                    raise  # as it would be for every run to come
                 result = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         outcome = _figure(result, comparison.metric) if result["status"] == "finished" else f"FAILED: {result['error']}"
         seconds = time.perf_counter() - started

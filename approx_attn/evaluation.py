@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from approx_attn import checkpoints
 from approx_attn.callbacks import ProgressBar, SeedSteps
 from approx_attn.command import run_command
 from approx_attn.configuration import plain
@@ -40,6 +41,9 @@ def load_task(checkpoint: str | Path) -> SequenceTask:
     path = Path(checkpoint)
     if not path.is_file():
         raise ConfigError(f"checkpoint={str(path)!r} is not a file.")
+    damage = checkpoints.damage(path)
+    if damage is not None:
+        raise ConfigError(f"checkpoint={str(path)!r} cannot be read: it {damage}.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         parameters = saved["hyper_parameters"]

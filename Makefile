@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and by its exact version, so that no second build of it is fetched.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,dev,peers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[hf,launch,dev,peers]'
 	@touch $@
 
 compare: install ## Train five mechanisms on embedded data, three seeds each, and print the table (about 10 minutes)

@@ -104,6 +104,10 @@ def _explain(error: Exception, overrides: Sequence[str], config_name: str) -> st
     choice = re.search(r"Could not find '([\w/]+)/([^'/]+)'", text)
     if choice and choice[1] in config_groups():
         return f"{choice[1]}={choice[2]!s} is unknown{suggestion(choice[2], available_choices(choice[1]))}"
+    plugin = re.search(r"Could not find 'hydra/launcher/(joblib|submitit_\w+)'", text)
+    if plugin:
+        package = f"hydra-{plugin[1].partition('_')[0]}-launcher"
+        return f"launcher: {plugin[1]} needs the package {package}; pip install approx-attn[launch]."
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         return _explain_unknown_key(unknown[1], overrides, config_name)

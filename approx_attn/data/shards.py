@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,7 +54,7 @@ def generate_shards(
 
 def write_in_parallel(tasks: list[ShardTask], workers: int, advance: Callable[[], None]) -> None:
     """Write the shards from several processes, calling `advance` after each."""
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         futures = [pool.submit(write_shard, *task) for task in tasks]
         try:
             for future in as_completed(futures):
@@ -61,6 +63,19 @@ def write_in_parallel(tasks: list[ShardTask], workers: int, advance: Callable[[]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def end_with_parent() -> None:
+    """Called in a new worker: let it end when its parent is killed, where it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def write_shard(make: MakeShard, seed: int, index: int, path: Path) -> None:

@@ -1,7 +1,12 @@
 """ListOps against its definition, by a parser and a generator that share nothing with the fast ones."""
 
+import os
 import random
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
@@ -180,6 +185,47 @@ def test_interrupted_generation_goes_on(tmp_path, small_shards, monkeypatch):
     )
     assert all_items(small(tmp_path / "broken")) == expected
     assert len(made) == 4, "the two shards that were finished were not made again"
+
+
+GENERATE_SLOWLY = """
+import sys, time
+from approx_attn.data import listops, shards
+
+def slowly(rng, options, make=listops.make_shard):
+    time.sleep(0.05)
+    return make(rng, options)
+
+if __name__ == "__main__":
+    listops.SHARD_SIZE, listops.make_shard, shards.SECONDS_BEFORE_PARALLEL = 25, slowly, 0.0
+    listops.ListOpsData(cache_dir=sys.argv[1], train_size=960, val_size=20, test_size=20, num_proc=2).prepare_data()
+"""
+
+
+def test_killed_generation_leaves_no_process_and_goes_on(tmp_path, small_shards, monkeypatch):
+    sizes = {"train_size": 960, "num_proc": 1}
+    expected = all_items(small(tmp_path / "whole", **sizes))
+    (tmp_path / "generate.py").write_text(GENERATE_SLOWLY)
+    command = [sys.executable, str(tmp_path / "generate.py"), str(tmp_path / "killed")]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE)
+    wait_until(lambda: len(list(tmp_path.glob("killed/listops/*.work/shard-?????"))) >= 4)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate(timeout=60)  # ends when all that write to its output have ended, workers too
+    kept = len(list(tmp_path.glob("killed/listops/*.work/shard-?????")))
+    made = []
+    make = listops.make_shard
+    monkeypatch.setattr(listops, "make_shard", lambda rng, options: (made.append(1), make(rng, options))[1])
+    monkeypatch.setattr("approx_attn.data.shards.SECONDS_BEFORE_PARALLEL", 1e9)
+    assert all_items(small(tmp_path / "killed", **sizes)) == expected
+    assert 4 <= kept < 40
+    assert len(made) == 40 - kept
+    assert not list(tmp_path.glob("killed/listops/*.work"))
+
+
+def wait_until(holds, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.01)
 
 
 def test_too_few_different_expressions(tmp_path, small_shards):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from approx_attn.results.statistics import PairedDifference, paired_difference, summarise
+import numpy as np
+from numpy.typing import NDArray
+
+from approx_attn.results.statistics import PairedDifference, item_spread, paired_difference, summarise
 from approx_attn.results.table import ComparisonRow
 
 
@@ -54,7 +58,7 @@ def comparison_rows(
             ComparisonRow(
                 name=name,
                 figure=summarise(list(figures.values())) if figures else None,
-                difference=None if name == reference else _difference(figures, base_figures),
+                difference=None if name == reference else _difference(figures, base_figures, metric, finished, base),
                 exact_share=cost["exact_pairs"] / cost["total_pairs"] if cost else None,
                 multiply_adds=_multiply_adds(cost) / _multiply_adds(base_cost) if cost and base_cost else None,
                 step_time=measured.relative_time if measured else None,
@@ -73,11 +77,43 @@ def _finished(by_seed: Mapping[int, dict[str, Any] | None]) -> dict[int, dict[st
     return {seed: record for seed, record in by_seed.items() if record and record["status"] == "finished"}
 
 
-def _difference(figures: Mapping[int, float], base: Mapping[int, float]) -> PairedDifference | None:
-    shared: Sequence[int] = [seed for seed in figures if seed in base]
+def _difference(
+    figures: Mapping[int, float],
+    base_figures: Mapping[int, float],
+    metric: str,
+    finished: Mapping[int, dict[str, Any]],
+    base: Mapping[int, dict[str, Any]],
+) -> PairedDifference | None:
+    shared: Sequence[int] = [seed for seed in figures if seed in base_figures]
     if not shared:
         return None
-    return paired_difference([figures[seed] for seed in shared], [base[seed] for seed in shared])
+    pairs = correct_pairs(finished, base).values() if metric == "accuracy" else ()
+    spread = float(np.sqrt(np.mean([item_spread(*pair) ** 2 for pair in pairs]))) if pairs else 0.0
+    return paired_difference([figures[seed] for seed in shared], [base_figures[seed] for seed in shared], spread)
+
+
+def correct_pairs(
+    by_seed: Mapping[int, dict[str, Any] | None], base: Mapping[int, dict[str, Any] | None]
+) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Seed -> which test items a mechanism and the reference got right, where both kept predictions of the same items.
+
+    Args:
+        by_seed, base: seed -> record with its `run_dir`.
+    """
+    pairs = {}
+    for seed, result in by_seed.items():
+        mine, theirs = _correct(result), _correct(base.get(seed))
+        if mine is not None and theirs is not None and mine.shape == theirs.shape and mine.size:
+            pairs[seed] = (mine, theirs)
+    return pairs
+
+
+def _correct(result: dict[str, Any] | None) -> NDArray[np.bool_] | None:
+    path = Path(result["run_dir"]) / "test_predictions.npz" if result and "run_dir" in result else None
+    if path is None or not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["prediction"] == arrays["label"]
 
 
 def _cost(finished: Mapping[int, dict[str, Any]]) -> dict[str, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from approx_attn.results import record
+from approx_attn.results.aggregate import correct_pairs
 from approx_attn.results.plots import COLOURS, comparison_figure, save_figure
 from approx_attn.results.report import Report
-from approx_attn.results.statistics import detectable_gap, holm_adjust, mcnemar
+from approx_attn.results.statistics import PairedDifference, detectable_gap, holm_adjust, mcnemar
 from approx_attn.results.summary import SUMMARY_FILE, summarise_comparison
-from approx_attn.results.table import ComparisonRow, Metric, comparison_columns, to_csv, to_markdown
+from approx_attn.results.table import MISSING, ComparisonRow, Metric, comparison_columns, to_csv, to_markdown
 
 Records = Mapping[str, Mapping[int, dict[str, Any] | None]]
 
@@ -38,7 +40,7 @@ def write_comparison(
         rows: the table.
         records: mechanism -> seed -> record of the run with its `run_dir` and `command`, or None.
     """
-    caption = table_caption(rows, reference)
+    caption = table_caption(rows, reference, metric)
     figure = comparison_figure(rows, metric, name)
     record.write_text_atomically(folder / "table.csv", to_csv(rows, metric))
     record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n")
@@ -62,7 +64,7 @@ def write_comparison(
     return caption
 
 
-def table_caption(rows: Sequence[ComparisonRow], reference: str) -> str:
+def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric) -> str:
     """How the figures were made, and how far to trust the verdicts."""
     compared = [row for row in rows if row.difference is not None]
     parts = [
@@ -77,7 +79,19 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str) -> str:
             f"{len(compared)} mechanisms are compared at once: after Holm's correction different at 5%: "
             f"{', '.join(kept) or 'none'}."
         )
+    gaps = [_found_gap(row.difference) for row in compared if row.difference]
+    gaps = [gap for gap in gaps if math.isfinite(gap)]
+    if gaps:
+        span = " to ".join(dict.fromkeys(metric.show(gap) for gap in (min(gaps), max(gaps))))
+        parts.append(
+            f"With 80% power these seeds find true differences of at least {span}, depending on the mechanism."
+        )
     return " ".join(parts)
+
+
+def _found_gap(difference: PairedDifference) -> float:
+    """Smallest true difference that as many seeds find four times out of five; infinite where that is not known."""
+    return detectable_gap(difference.spread, difference.count) if difference.has_interval else math.inf
 
 
 def _add_statistics(
@@ -92,59 +106,42 @@ def _add_statistics(
     for row, p_holm in zip(compared, adjusted, strict=True):
         difference = row.difference
         assert difference is not None
-        spread = _std_of_differences(records[row.name], records[reference], metric)
-        gap = detectable_gap(spread, difference.count) if difference.count > 1 else float("inf")
+        gap = _found_gap(difference)
+        of_items = " (of items)" if difference.spread_of_items else ""
         lines.append(
             [
                 row.name,
                 metric.show_difference(difference.mean),
+                f"{metric.show(difference.spread)}{of_items}" if difference.has_interval else MISSING,
                 _number(difference.p_value),
                 _number(p_holm),
-                metric.show(gap) if np.isfinite(gap) else "–",
+                metric.show(gap) if math.isfinite(gap) else MISSING,
                 ", ".join(
                     f"{seed}: {_number(p)}" for seed, p in _item_tests(records[row.name], records[reference]).items()
                 ),
             ]
         )
     section.table(
-        ["attention", "difference", "p (paired t)", "p (Holm)", "gap found with 80% power", "McNemar p by seed"],
+        [
+            "attention",
+            "difference",
+            "its spread",
+            "p (paired t)",
+            "p (Holm)",
+            "gap found with 80% power",
+            "McNemar p by seed",
+        ],
         lines,
-        "The t-test asks whether training with other seeds would show the same difference. McNemar's exact test asks, "
-        "for one seed, whether the two trained models err equally often on the same test items. The gap is the "
-        "smallest true difference that this many seeds find four times out of five.",
+        "The t-test asks whether training with other seeds would show the same difference; the spread is the standard "
+        "deviation of the difference over seeds, or that of the test items where all seeds show the same difference. "
+        "McNemar's exact test asks, for one seed, whether the two trained models err equally often on the same test "
+        "items. The gap is the smallest true difference that this many seeds find four times out of five.",
     )
 
 
-def _std_of_differences(by_seed: Mapping[int, Any], base: Mapping[int, Any], metric: Metric) -> float:
-    key = f"test/{metric.name}"
-    pairs = [
-        by_seed[seed]["metrics"][key] - base[seed]["metrics"][key]
-        for seed in by_seed
-        if _is_finished(by_seed[seed]) and _is_finished(base.get(seed))
-    ]
-    return float(np.std(pairs, ddof=1)) if len(pairs) > 1 else float("nan")
-
-
-def _is_finished(result: dict[str, Any] | None) -> bool:
-    return result is not None and result["status"] == "finished"
-
-
 def _item_tests(by_seed: Mapping[int, Any], base: Mapping[int, Any]) -> dict[int, float]:
-    """Seed -> McNemar's p-value, where both runs kept their predictions of the same items."""
-    tests = {}
-    for seed, result in by_seed.items():
-        mine, theirs = _correct(result), _correct(base.get(seed))
-        if mine is not None and theirs is not None and mine.shape == theirs.shape:
-            tests[seed] = mcnemar(mine, theirs)
-    return tests
-
-
-def _correct(result: dict[str, Any] | None) -> np.ndarray | None:
-    path = Path(result["run_dir"]) / "test_predictions.npz" if result and "run_dir" in result else None
-    if path is None or not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays["prediction"] == arrays["label"]
+    """Seed -> McNemar's p-value."""
+    return {seed: mcnemar(*pair) for seed, pair in correct_pairs(by_seed, base).items()}
 
 
 def _add_learning_curves(report: Report, records: Records, metric: Metric) -> None:
@@ -203,5 +200,5 @@ def _machine(environment: Mapping[str, Any]) -> str:
 
 def _number(value: float) -> str:
     if np.isnan(value):
-        return "–"
+        return MISSING
     return "<0.001" if value < 0.001 else f"{value:.3f}"

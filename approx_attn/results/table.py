@@ -81,6 +81,8 @@ class ComparisonRow:
             return "reference" if self.is_reference else "nothing to compare with"
         if self.difference.count < 2:
             return "one seed: no verdict"
+        if not self.difference.has_interval:
+            return "equal for every seed" if self.difference.mean == 0.0 else "no spread: no verdict"
         if not self.difference.distinguishable:
             return "not distinguishable"
         return "better" if (self.difference.mean > 0) == metric.higher_is_better else "worse"

@@ -9,6 +9,7 @@ from scipy import stats
 from approx_attn.results.statistics import (
     detectable_gap,
     holm_adjust,
+    item_spread,
     mcnemar,
     paired_difference,
     pareto_frontier,
@@ -50,6 +51,58 @@ def test_a_real_gap_is_found_as_often_as_the_stated_power(seeds):
     better = rng.normal(0.90 + gap, std / math.sqrt(2), size=(2000, seeds))
     found = [paired_difference(list(a), list(b)).distinguishable for a, b in zip(better, reference, strict=True)]
     assert np.mean(found) == pytest.approx(power(gap, std, seeds), abs=0.03)
+
+
+def differ_in_items(rng, chance, other_chance, seeds):
+    """A comparison of two mechanisms, each of which gets an item right with a chance of its own for that item."""
+    ours, theirs = (rng.random((seeds, len(chance))) < c for c in (chance, other_chance))
+    spread = math.sqrt(np.mean([item_spread(a, b) ** 2 for a, b in zip(ours, theirs, strict=True)]))
+    return paired_difference(list(ours.mean(axis=1)), list(theirs.mean(axis=1)), spread)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("open_items", [6, 60])
+def test_equal_mechanisms_are_indistinguishable_where_accuracies_are_steps(seeds, open_items):
+    rng = np.random.default_rng(seeds)
+    chance = np.where(np.arange(360) < open_items, 0.5, 1.0)  # all other items are easy
+    found = [differ_in_items(rng, chance, chance, seeds) for _ in range(2000)]
+    if seeds == 2:  # where the t-test alone would call more than one in twenty different
+        assert np.mean([d.spread_of_items and d.mean != 0.0 for d in found]) > (0.05 if open_items == 6 else 0.0)
+    assert 1 - np.mean([difference.distinguishable for difference in found]) >= 0.93
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_gap_of_two_points_in_items_is_found_with_the_stated_power(seeds):
+    rng = np.random.default_rng(seeds)
+    chance = rng.beta(3.0, 0.3, size=1000)
+    weaker = chance * (1 - 0.02 / chance.mean())
+    found = [differ_in_items(rng, weaker, chance, seeds) for _ in range(1500)]
+    spread = np.std([difference.mean for difference in found]) * math.sqrt(seeds)
+    expected = power(0.02, spread, seeds)
+    assert 0.3 < expected < 0.99
+    assert np.mean([difference.distinguishable for difference in found]) == pytest.approx(expected, abs=0.03)
+
+
+def test_the_same_difference_for_every_seed_is_no_proof():
+    steps = paired_difference([0.52, 0.62, 0.72], [0.50, 0.60, 0.70], item_spread=0.02)
+    assert steps.spread_of_items
+    assert not steps.distinguishable
+    half = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    assert (steps.low, steps.high) == pytest.approx((0.02 - half, 0.02 + half))
+    unknown = paired_difference([0.52, 0.62, 0.72], [0.50, 0.60, 0.70])
+    assert not unknown.has_interval
+    assert math.isnan(unknown.p_value)
+    assert not unknown.distinguishable
+    assert paired_difference([0.5, 0.6], [0.5, 0.6]).p_value == 1.0
+
+
+def test_the_spread_of_items_is_that_of_other_test_sets():
+    rng = np.random.default_rng(0)
+    chances = rng.random((2, 4000))
+    pools = rng.random((2, 4000)) < chances
+    drawn = [rng.integers(4000, size=300) for _ in range(4000)]
+    differences = [pools[0, items].mean() - pools[1, items].mean() for items in drawn]
+    assert item_spread(pools[0, drawn[0]], pools[1, drawn[0]]) == pytest.approx(np.std(differences), rel=0.1)
 
 
 def test_detectable_gap_inverts_power():

@@ -161,7 +161,8 @@ class EigenBlockAttention(AttentionMechanism):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        # Exponentials of sums over blocks: float32 throughout, also under autocast.
+        # Exponentials of sums over blocks: float32 throughout, also under autocast, but for products on a GPU.
+        product_type = query.dtype
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = at_least_float32(query) * scale, at_least_float32(key), at_least_float32(value)
             if mask.query_keep is not None:
@@ -175,7 +176,7 @@ class EigenBlockAttention(AttentionMechanism):
                 output = _from_blocks(layout, self._weighted_values(weights, inputs.value), query)
                 weights = weights.unflatten(0, query.shape[:2])[:, :, : query.shape[-2], : key.shape[-2]]
             else:
-                output = _from_blocks(layout, block_attention(inputs, causality, dropout_p), query)
+                output = _from_blocks(layout, block_attention(inputs, causality, dropout_p, product_type), query)
             has_key = _has_key(mask, query.shape[-2], key.shape[-2], query.device)
             if has_key is not None:
                 output = output.masked_fill(~has_key, 0.0)

@@ -31,6 +31,8 @@ CASES = {
     "padded": {"n_q": 40, "n_k": 40, "padded": True},
     "padded_causal": {"n_q": 40, "n_k": 40, "padded": True, "causal": True, "order": 2},
     "grouped": {"n_q": 32, "n_k": 32, "kv_heads": 1},
+    "large_blocks": {"n_q": 90, "n_k": 133, "order": 2, "block_size": 35, "query_block_size": 20, "kv_heads": 1},
+    "large_causal": {"n_q": 140, "n_k": 140, "order": 2, "block_size": 35, "query_block_size": 20, "causal": True},
 }
 
 
@@ -43,6 +45,7 @@ def prepared(
     offset: int = 0,
     padded: bool = False,
     kv_heads: int = 2,
+    block_size: int = 8,
     query_block_size: int | None = None,
 ) -> tuple[BlockInputs, Tensor, Causality]:
     """What the mechanism hands to its kernels for some case, and the deviations that the definition needs."""
@@ -52,7 +55,7 @@ def prepared(
         head_dim=16,
         value_dim=12,
         num_key_value_heads=kv_heads,
-        block_size=8,
+        block_size=block_size,
         query_block_size=query_block_size,
         rank=3,
         order=order,
@@ -156,45 +159,109 @@ def test_straddling_blocks_bounds_what_lies_on_a_diagonal(b_q, b_k, offset):
 
 # -- the fused kernel ---------------------------------------------------------------------------------------
 
-FUSED_CASES = ("ragged", "order_2", "causal_order_2_wide", "offset", "padded_causal", "grouped")
-
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed, so the fused kernel was not tested; pip install triton runs it interpreted.",
+    reason="Triton is not installed, so the fused kernels were not tested; pip install triton runs them interpreted.",
 )
 
 
-def check_fused(case: str, device: str) -> None:
-    """The fused kernel against the definition in float64. Runs in a process of its own (see below)."""
+def run_fused(inputs: BlockInputs, causality: Causality, direction: Tensor, device: str, dropout_p: float = 0.0):
+    """Output of the fused kernels and gradients of `direction` · output, on the CPU, in float64."""
     from approx_attn.attention.eigen.kernels import block_triton
 
-    inputs, deviations, causality = prepared(torch.float64, **CASES[case])
-    expected = defined(inputs, deviations, causality)
-    single = BlockInputs(*(None if x is None else x.float() if x.is_floating_point() else x for x in inputs))
-    single = BlockInputs(*(None if x is None else x.to(device) for x in single))
-    assert block_triton.can_run(single)
-    output = block_triton.forward(single, causality).cpu()
+    inputs = BlockInputs(*(None if x is None else x.detach().to(device) for x in inputs))
+    leaves = [x.requires_grad_() for x in inputs[:7]]
+    assert block_triton.can_run(inputs)
+    output = block_triton.block_attention(inputs, causality, dropout_p)
+    grads = torch.autograd.grad((output * direction.to(output)).sum(), leaves)
+    return output.detach().cpu().double(), [grad.cpu().double() for grad in grads]
+
+
+def check_fused(case: str, device: str, dtype: torch.dtype) -> None:
+    """Output and gradients against the definition in float64."""
+    inputs, _, causality = prepared(torch.float64, **CASES[case])
     n_q = CASES[case]["n_q"]
-    torch.testing.assert_close(
-        output.flatten(1, 2)[:, :n_q].double(), expected.flatten(1, 2)[:, :n_q], rtol=1e-4, atol=1e-5
+    # The types that the mechanism hands over: products in `dtype`, moments in float32.
+    kinds = [dtype] * 3 + [torch.float32] * 5
+    single = inputs._replace(
+        **{name: x.to(kind) for name, x, kind in zip(BlockInputs._fields[:8], inputs[:8], kinds, strict=True)}
     )
+    inputs = BlockInputs(*(x.double() if x is not None and x.is_floating_point() else x for x in single))
+    leaves = [x.requires_grad_() for x in inputs[:7]]
+    direction = torch.randn(*inputs.query.shape[:3], inputs.value.shape[-1], dtype=torch.float64)
+    direction.flatten(1, 2)[:, n_q:] = 0.0
+    expected = from_moments(inputs, causality)
+    expected_grads = torch.autograd.grad((expected * direction).sum(), leaves, allow_unused=True)
+    output, grads = run_fused(single, causality, direction, device)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert error(output.flatten(1, 2)[:, :n_q], expected.detach().flatten(1, 2)[:, :n_q]) < tolerance, (case, "output")
+    for name, mine, other in zip(BlockInputs._fields, grads, expected_grads, strict=False):
+        other = torch.zeros_like(mine) if other is None else other
+        assert error(mine, other) < tolerance, (case, dtype, name, error(mine, other))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-12)) if got.numel() else 0.0
+
+
+def check_dropout(device: str) -> None:
+    """The same pairs are dropped in all kernels, about as many as asked for, and on average nothing changes."""
+    inputs, _, causality = prepared(torch.float32, n_q=24, n_k=24, order=2, causal=True, kv_heads=1)
+    direction = torch.randn(*inputs.query.shape[:3], inputs.value.shape[-1])
+
+    def drop(inputs: BlockInputs) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(0)
+        return run_fused(inputs, causality, direction, device, 0.25)
+
+    output, grads = drop(inputs)
+    # The output is linear in values and moments together, so their gradients tell the sum of the output.
+    told = (grads[2] * inputs.value).sum() + (grads[5] * inputs.moments).sum()
+    torch.testing.assert_close(told, (output * direction).sum(), rtol=1e-4, atol=1e-4)
+    # The derivative along a step of all inputs, by differences under the same seed.
+    steps = [0.01 * torch.randn(x.shape) for x in inputs[:7]]
+    ends = [
+        drop(BlockInputs(*(x + sign * s for x, s in zip(inputs, steps, strict=False)), *inputs[7:])) for sign in (1, -1)
+    ]
+    expected = ((ends[0][0] - ends[1][0]) * direction).sum() / 2
+    found = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    # With values of one, the output is the sum of the weights that are left.
+    moments = torch.zeros_like(inputs.moments)
+    moments[:, 0] = 1.0
+    left = drop(inputs._replace(value=torch.ones_like(inputs.value), moments=moments))[0]
+    assert float(left.mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(left.std()) > 0.1
+
+
+FUSED_CASES = ("ragged", "order_0", "causal_order_2_wide", "offset", "padded_causal", "grouped", "large_causal")
+FUSED_CHECKS = {
+    "single": "for case in tests.FUSED_CASES: tests.check_fused(case, device, torch.float32)",
+    # The interpreter multiplies bfloat16 as if they were integers, so it gets the other half type.
+    "half": "half = torch.bfloat16 if device == 'cuda' else torch.float16\n"
+    "for case in ('order_2', 'padded_causal', 'large_blocks'): tests.check_fused(case, device, half)",
+    "dropout": "tests.check_dropout(device)",
+}
 
 
 @needs_triton
+@pytest.mark.parametrize("check", FUSED_CHECKS)
 @pytest.mark.parametrize("where", ["cuda", "interpreter"])
-def test_fused_kernel_is_the_definition(where):
+def test_fused_kernels_are_the_definition(where, check):
     """Whether Triton interprets or compiles is settled when a kernel is defined, hence a fresh process for each."""
     if where == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device, so the fused kernel was not compiled; the interpreter runs it in the other test.")
+        pytest.skip("no CUDA device, so the fused kernels did not run compiled; the other test interprets them.")
     if where == "interpreter" and torch.cuda.is_available():
-        pytest.skip("a CUDA device is here: the compiled kernel is tested instead.")
-    device = "cuda" if where == "cuda" else "cpu"
+        pytest.skip("a CUDA device is here: the compiled kernels are tested instead.")
+    in_fresh_process(FUSED_CHECKS[check], "cuda" if where == "cuda" else "cpu", interpret=where == "interpreter")
+
+
+def in_fresh_process(statement: str, device: str, interpret: bool) -> None:
     path = Path(__file__)
     code = (
-        f"import sys; sys.path.insert(0, {str(path.parent)!r})\n"
+        f"import sys, torch; sys.path.insert(0, {str(path.parent)!r})\n"
         f"import {path.stem} as tests\n"
-        f"for case in tests.FUSED_CASES: tests.check_fused(case, {device!r})\n"
+        f"device = {device!r}; torch.manual_seed(0)\n{statement}\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if where == "interpreter" else "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,8 @@ SPREAD_LIMIT = 2.0
 """Largest logarithm of the factor that the variance of a block may add to its weight (order 2): a Gaussian tail
 grows without bound, the mean of b keys is at most b times their average."""
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 CHUNK_NUMBERS = 1 << 20
 """Numbers in the largest intermediate array of a chunk, per thread.
 
@@ -66,7 +68,9 @@ class Causality(NamedTuple):
     offset: int
 
 
-def block_attention(inputs: BlockInputs, causality: Causality, dropout_p: float = 0.0) -> Tensor:
+def block_attention(
+    inputs: BlockInputs, causality: Causality, dropout_p: float = 0.0, product_type: torch.dtype | None = None
+) -> Tensor:
     """Output (R, Q, b_q, d_v); the row of a query without any open key holds finite numbers of no meaning.
 
     For a query q of block I, with the exact blocks E_I and the far blocks F_I:
@@ -82,7 +86,16 @@ def block_attention(inputs: BlockInputs, causality: Causality, dropout_p: float 
         inputs: see `BlockInputs`.
         causality: whether and how queries stand among the keys.
         dropout_p: probability of dropping an exact pair or a whole far block.
+        product_type: type of the operands of products in the fused kernels of a GPU, which accumulate in float32;
+            None for that of the inputs. Elsewhere the type of the inputs is used throughout.
     """
+    if HAS_TRITON and inputs.query.is_cuda:
+        from approx_attn.attention.eigen.kernels import block_triton
+
+        query, key, value = (x.to(product_type or x.dtype) for x in inputs[:3])
+        fused = inputs._replace(query=query, key=key, value=value)
+        if block_triton.can_run(fused):
+            return block_triton.block_attention(fused, causality, dropout_p)
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
     return _forward_op(*inputs, causality.active, causality.offset, dropout_p, seed)
 
@@ -316,11 +329,6 @@ def _backward_chunk(
 
 
 def _run_forward(inputs: BlockInputs, causality: Causality, dropout_p: float, seed: int) -> Tensor:
-    if inputs.query.is_cuda and dropout_p == 0.0 and importlib.util.find_spec("triton") is not None:
-        from approx_attn.attention.eigen.kernels import block_triton
-
-        if block_triton.can_run(inputs):
-            return block_triton.forward(inputs, causality)
     output = inputs.value.new_empty(*inputs.query.shape[:3], inputs.value.shape[-1])
     scratch = _Scratch(output)
     for part in _chunks(inputs, causality):

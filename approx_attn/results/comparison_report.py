@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: table.csv, table.md, plot.png, report.html and summary.json, from the same rows."""
+"""What a comparison leaves behind: table.csv, table.md, figures, report.html and summary.json, from the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from approx_attn.results import record
 from approx_attn.results.aggregate import correct_pairs
-from approx_attn.results.plots import COLOURS, comparison_figure, save_figure
+from approx_attn.results.plots import COLOURS, budget_figure, comparison_figure, save_figure
 from approx_attn.results.report import Report
 from approx_attn.results.statistics import PairedDifference, detectable_gap, holm_adjust, mcnemar
 from approx_attn.results.summary import SUMMARY_FILE, summarise_comparison
@@ -45,6 +45,9 @@ def write_comparison(
     record.write_text_atomically(folder / "table.csv", to_csv(rows, metric))
     record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n")
     save_figure(figure, folder / "plot.png")
+    budgets = budget_figure(rows, metric, name)
+    if budgets is not None:
+        save_figure(budgets, folder / "budgets.png")
     report = Report(f"Comparison: {name}", command)
     section = report.section("Table")
     columns = comparison_columns(metric)
@@ -55,6 +58,12 @@ def write_comparison(
     report.section("Accuracy against cost" if metric.percent else "Figure against cost").figure(
         figure, "Each point is a mechanism. The dashed line joins those that no other beats in both directions."
     )
+    if budgets is not None:
+        report.section(f"{metric.name.capitalize()} by budget").figure(
+            budgets,
+            f"One curve per mechanism that was run at several budgets. {reference} is the line across, "
+            "in a band of one standard deviation.",
+        )
     _add_statistics(report, rows, records, metric, reference)
     _add_learning_curves(report, records, metric)
     _add_runs(report, records)
@@ -154,7 +163,7 @@ def _add_learning_curves(report: Report, records: Records, metric: Metric) -> No
         if not steps:
             continue
         values = metric.factor * np.array([[curve[step] for step in steps] for curve in curves])
-        style = ("-", "--", "-.", ":")[index % 4]
+        style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
         axis.plot(steps, values.mean(axis=0), style, color=colour, label=name)
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)

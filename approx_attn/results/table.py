@@ -73,6 +73,17 @@ class ComparisonRow:
     finished: tuple[int, ...] = ()
     missing: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def mechanism(self) -> str:
+        """The name without options."""
+        return self.name.partition(" ")[0]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The options in the name, with their values as they were written."""
+        words = (word.partition("=") for word in self.name.split(" ")[1:])
+        return {option: value for option, _, value in words}
+
     def verdict(self, metric: Metric) -> str:
         """The difference in words."""
         if self.figure is None:

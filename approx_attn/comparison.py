@@ -32,7 +32,7 @@ from approx_attn.attention.registry import attention_options, available_attentio
 from approx_attn.command import exit_code
 from approx_attn.configuration import ConfigError, compose_config, config_dir, plain
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.instantiation import suggestion
+from approx_attn.instantiation import require_plain_name, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
 from approx_attn.results import record
 from approx_attn.results.aggregate import StepMeasurement, comparison_rows
@@ -180,14 +180,12 @@ def plan(arguments: Sequence[str]) -> Comparison:
     }
     first = next(iter(next(iter(runs.values())).values()))
     name = settings["name"] or f"{first.config.name}-{_fingerprint(runs)}"
-    if Path(name).name != name:
-        raise ConfigError(f"name must be a plain folder name, got {name!r}.")
     return Comparison(
-        name=name,
+        name=require_plain_name("name", name),
         runs=runs,
         reference=reference,
         metric=METRICS[metric],
-        folder=Path(settings["results"]) / name,
+        folder=Path(settings["results"]) / str(name),
         command=shlex.join(["python", "scripts/compare.py", *arguments]),
         repeats=_checked_count("measure.repeats", settings["measure"]["repeats"]),
         warm_up=_checked_count("measure.warm_up", settings["measure"]["warm_up"]),

@@ -87,7 +87,9 @@ def evaluate(
     with quiet(verbose), tempfile.TemporaryDirectory() as nowhere:
         task = load_task(checkpoint)
         config = dict(task.config)
-        module = build({**config["data"], **(data or {})}, "data", SequenceDataModule)
+        # Where a stranger's checkpoint would have data written is not for it to say.
+        stored = {key: value for key, value in config["data"].items() if key != "cache_dir"}
+        module = build({**stored, **(data or {})}, "data", SequenceDataModule)
         make_splits(module)
         kept = {key: config["trainer"][key] for key in ("_target_", "accelerator", "devices", "precision")}
         runner = build(

@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from approx_attn.attention import AttentionMechanism
@@ -84,6 +85,32 @@ def check_arguments(node: Mapping[str, Any], key: str, kind: type, given: Iterab
             continue
         if name in given or not takes_any:
             raise ConfigError(f"{key}.{name} is not an option of {display_name(cls)}{suggestion(name, accepted)}")
+
+
+def require_plain_name(key: str, value: Any) -> str:
+    """A value that becomes the name of a file or folder.
+
+    Raises:
+        ConfigError: it would lead to another folder.
+    """
+    name = str(value)
+    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or not name.isprintable():
+        raise ConfigError(f"{key} must be a plain name, not a path, got {name!r}.")
+    return name
+
+
+def refuse_paths_outside(node: Mapping[str, Any], key: str) -> None:
+    """Refuse options by which a callback or a logger would write outside the folder of its run.
+
+    Raises:
+        ConfigError: an absolute path, a local address, or a path that goes up.
+    """
+    for name, value in node.items():
+        if not isinstance(value, str) or _is_directive(name):
+            continue
+        path = PurePath(value.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or value.startswith(("~", "file:")):
+            raise ConfigError(f"{key}.{name} must stay inside the folder of the run, got {value!r}.")
 
 
 def display_name(cls: type) -> str:

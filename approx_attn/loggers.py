@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
@@ -21,12 +20,16 @@ class RunCSVLogger(CSVLogger):
     Lightning's own deletes the file of the run that it continues. Here the rows up to the checkpoint stay, and
     those after it, which the resumed run logs again, go: every step is in the file once.
 
+    Args:
+        save_dir, name, version: the file is `<save_dir>/<name>/<version>/metrics.csv`.
+        prefix: put in front of the name of every figure.
+
     Attributes:
         resume_step: optimizer steps made before; set it before the trainer starts. 0: a new file.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, save_dir: str | Path, name: str = "", version: str = "", prefix: str = "") -> None:
+        super().__init__(save_dir, name=name, version=version, prefix=prefix)
         self.resume_step = 0
 
     @property

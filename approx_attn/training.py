@@ -18,8 +18,10 @@ model on it. A run's folder holds
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
+import re
 import signal
 import time
 import warnings
@@ -45,7 +47,16 @@ from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps, StepTimer
 from approx_attn.command import run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import DataSpec, SequenceDataModule
-from approx_attn.instantiation import ConfigError, build, check_arguments, sentence, suggestion, target_class
+from approx_attn.instantiation import (
+    ConfigError,
+    build,
+    check_arguments,
+    refuse_paths_outside,
+    require_plain_name,
+    sentence,
+    suggestion,
+    target_class,
+)
 from approx_attn.loggers import RunCSVLogger
 from approx_attn.results import record
 from approx_attn.stopping import Stopped, requeue, was_requeued
@@ -187,6 +198,7 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     for key in sorted(REQUIRED_KEYS):
         if container.get(key) is None:
             raise ConfigError(f"{key} must be set.")
+    require_plain_name("name", container["name"])
     seed = container["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be a whole number from 0 to 4294967295, got {seed!r}.")
@@ -371,8 +383,14 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             raise ConfigError(
                 f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
             )
-        if issubclass(target_class(node, key, pl.Callback), ModelCheckpoint):
-            given = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
+        cls = target_class(node, key, pl.Callback)
+        refuse_paths_outside(node, key)
+        if node.get("filename") is not None:  # {figure:format} becomes a number
+            require_plain_name(f"{key}.filename", re.sub(r"\{.*?\}", "_", str(node["filename"])))
+        if "dirpath" in inspect.signature(cls).parameters:
+            given["dirpath"] = folder / checkpoints.FOLDER
+        if issubclass(cls, ModelCheckpoint):
+            given["enable_version_counter"] = False
         callbacks.append(build(node, key, pl.Callback, **given))
     return callbacks
 
@@ -385,8 +403,13 @@ def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:
             continue
         key = f"logger.{name}"
         given: dict[str, Any] = {}
-        if issubclass(target_class(node, key, Logger), CSVLogger | TensorBoardLogger):
+        cls = target_class(node, key, Logger)
+        refuse_paths_outside(node, key)
+        accepted = inspect.signature(cls).parameters
+        if issubclass(cls, CSVLogger | TensorBoardLogger):
             given = {"save_dir": folder, "name": "", "version": ""}
+        else:
+            given = {name: folder for name in ("save_dir", "dir") if name in accepted}
         loggers.append(build(node, key, Logger, **given))
     return loggers
 

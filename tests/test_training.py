@@ -171,6 +171,20 @@ def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> No
         (["+attention.kep=0.1"], r"attention\.kep is not an option of exact"),
         (["+data.foo=1"], r"data\.foo is not an option"),
         (["attention._target_=os.system"], "_target_ must lie in one of the packages"),
+        (["name=../../x"], r"name must be a plain name, not a path, got '\.\./\.\./x'"),
+        (["name=.."], "name must be a plain name"),
+        (["name=/x/y"], "name must be a plain name"),
+        (["callbacks.best_checkpoint.filename=../../x"], r"callbacks\.best_checkpoint\.filename must stay inside"),
+        (["callbacks.best_checkpoint.filename=a/b"], r"callbacks\.best_checkpoint\.filename must be a plain name"),
+        (["+callbacks.best_checkpoint.dirpath=elsewhere"], r"callbacks\.best_checkpoint\.dirpath is not an option"),
+        (["+callbacks.x={_target_: pytorch_lightning.callbacks.OnExceptionCheckpoint,dirpath: e}"], "dirpath is not"),
+        (["+logger.csv.save_dir=elsewhere"], r"logger\.csv\.save_dir is not an option"),
+        (["+logger.csv.name=../x"], r"logger\.csv\.name must stay inside the folder of the run"),
+        (["+logger.csv.version=/x/y"], r"logger\.csv\.version must stay inside"),
+        (["logger=default", "+logger.tensorboard.sub_dir=../../x"], r"logger\.tensorboard\.sub_dir must stay inside"),
+        (["logger=default", "+logger.tensorboard.filename_suffix=/../../x"], r"filename_suffix must stay inside"),
+        (["+trainer.default_root_dir=elsewhere"], r"trainer\.default_root_dir is not an option"),
+        (["callbacks.resumable.minutes=-1"], r"callbacks\.resumable\.minutes"),
     ],
 )
 def test_wrong_configuration_is_refused_before_anything_is_written(
@@ -190,6 +204,17 @@ def test_hostile_checkpoint_cannot_name_another_class(target: str, run: Any, tmp
     torch.save(saved, tmp_path / "hostile.ckpt")
     with pytest.raises(ConfigError, match="_target_"):
         load_task(tmp_path / "hostile.ckpt")
+
+
+def test_a_checkpoint_does_not_say_where_data_is_written(tmp_path: Path) -> None:
+    small = ["data=mqar", "data.train_size=100", "data.val_size=100", "data.test_size=100", "data.eval_batch_size=100"]
+    result = train(config(tmp_path / "runs", *small, f"data.cache_dir={tmp_path / 'cache'}"))
+    assert (tmp_path / "cache").exists()
+    saved = torch.load(result.run_dir / "checkpoints" / "best.ckpt", weights_only=True)
+    saved["hyper_parameters"]["config"]["data"]["cache_dir"] = str(tmp_path / "elsewhere")
+    torch.save(saved, tmp_path / "hostile.ckpt")
+    assert evaluate(tmp_path / "hostile.ckpt")["test/loss"] == pytest.approx(result.metrics["test/loss"])
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_damaged_or_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:

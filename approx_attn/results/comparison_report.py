@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from approx_attn.results import record
 from approx_attn.results.aggregate import correct_pairs
-from approx_attn.results.plots import COLOURS, budget_figure, comparison_figure, save_figure
+from approx_attn.results.plots import COLOURS, budget_figure, comparison_figure, plain_text, save_figure
 from approx_attn.results.report import Report
 from approx_attn.results.statistics import PairedDifference, detectable_gap, holm_adjust, mcnemar
 from approx_attn.results.summary import SUMMARY_FILE, summarise_comparison
@@ -165,7 +165,7 @@ def _add_learning_curves(report: Report, records: Records, metric: Metric) -> No
         values = metric.factor * np.array([[curve[step] for step in steps] for curve in curves])
         style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
-        axis.plot(steps, values.mean(axis=0), style, color=colour, label=name)
+        axis.plot(steps, values.mean(axis=0), style, color=colour, label=plain_text(name))
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     if not axis.lines:
         return

@@ -119,8 +119,13 @@ def _panels(panels: Sequence[tuple[str, Cost]], metric: Metric, title: str) -> t
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"test {metric.header}")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain_text(title), fontsize=11)
     return figure, axes
+
+
+def plain_text(text: str) -> str:
+    """Text that matplotlib shows as it is, instead of reading mathematics between dollars."""
+    return text.replace("$", r"\$")
 
 
 def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
@@ -146,13 +151,13 @@ def _draw(axis: Axes, curve: Curve, cost: Cost, metric: Metric, index: int, line
         markersize=6 if line else 8,
         capsize=3,
         linewidth=1.2,
-        label=curve.label,
+        label=plain_text(curve.label),
     )
 
 
 def _draw_level(axis: Axes, row: ComparisonRow, metric: Metric) -> None:
     level, spread = _level(row, metric)
-    axis.axhline(level, color="0.35", linewidth=1.0, linestyle=(0, (6, 3)), label=row.name, zorder=1)
+    axis.axhline(level, color="0.35", linewidth=1.0, linestyle=(0, (6, 3)), label=plain_text(row.name), zorder=1)
     axis.axhspan(level - spread, level + spread, color="0.92", linewidth=0, zorder=0)
 
 

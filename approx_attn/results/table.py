@@ -180,8 +180,15 @@ def to_markdown(rows: Sequence[ComparisonRow], metric: Metric) -> str:
         "| " + " | ".join(column.header for column in columns) + " |",
         "|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|",
     ]
-    lines += ["| " + " | ".join(column.show(row) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_escape(column.show(row)) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _escape(cell: str) -> str:
+    """Text that Markdown shows as it is, and HTML in Markdown too."""
+    for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " ")):
+        cell = cell.replace(character, shown)
+    return cell
 
 
 def to_csv(rows: Sequence[ComparisonRow], metric: Metric) -> str:

@@ -1,8 +1,13 @@
 """Reports hold what was put in, in one file, and let nothing through as markup."""
 
+import re
+
 from matplotlib.figure import Figure
 
+from approx_attn.results.aggregate import comparison_rows
+from approx_attn.results.comparison_report import write_comparison
 from approx_attn.results.report import Report
+from approx_attn.results.table import Metric, comparison_columns
 
 
 def page() -> str:
@@ -36,3 +41,33 @@ def test_missing_cells_are_empty_and_number_columns_align_right(tmp_path):
     assert '<td class="number"></td>' in html
     assert '<th scope="col">name</th>' in html
     assert Report("t").save(tmp_path / "deep" / "report.html").read_text().startswith("<!doctype html>")
+
+
+HOSTILE = "<img src=x onerror=alert(1)>|`a`${$"
+
+
+def test_a_comparison_shows_hostile_names_and_errors_as_text(tmp_path):
+    metric = Metric("accuracy", percent=True, higher_is_better=True)
+    run = {
+        "status": "finished",
+        "metrics": {"test/accuracy": 0.5},
+        "cost": dict.fromkeys(["exact_pairs", "total_pairs", "score_multiply_adds", "value_multiply_adds"], 1),
+        "parameters": 1,
+        "steps": 1,
+        "spec": {},
+        "environment": {"processor": HOSTILE, "torch_threads": 1, "packages": {}},
+        "config": {"name": HOSTILE, HOSTILE: HOSTILE},
+        "run_dir": str(tmp_path / HOSTILE.replace("/", "")),
+        "command": HOSTILE,
+    }
+    failed = {**run, "status": "failed", "error": HOSTILE}
+    records = {"exact": {1: run, 2: run}, f"topk a={HOSTILE}": {1: run, 2: failed}, f"topk a={HOSTILE}2": {1: run}}
+    rows = comparison_rows(records, "exact", "accuracy", {})
+    write_comparison(tmp_path, rows, records, metric, HOSTILE, HOSTILE, "exact")
+    html = (tmp_path / "report.html").read_text()
+    assert "<img src=x" not in html
+    assert html.count("&lt;img src=x onerror=alert(1)&gt;") > 10
+    line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "topk" in line)
+    assert "<img" not in line
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(comparison_columns(metric)) + 1
+    assert (tmp_path / "budgets.png").exists()

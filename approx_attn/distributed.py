@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -24,15 +25,18 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from approx_attn.instantiation import ConfigError
+from approx_attn.stopping import Stopped
 
 T = TypeVar("T")
 
 JOIN_SECONDS = 900  # how long started processes wait for one another
+STOP_SECONDS = 60  # how long they have for a checkpoint after a signal
 
 
 class FullySharded(ModelParallelStrategy):
@@ -122,6 +126,7 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
 
     Raises:
         ProcessError: one of them failed; the others have been ended.
+        Stopped: a signal ended the run.
     """
     settings = LaunchConfig(
         min_nodes=1,
@@ -134,12 +139,16 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
         run_id=uuid.uuid4().hex,
         max_restarts=0,  # a run that is started again continues from its checkpoint
         start_method="spawn",
+        shutdown_timeout=STOP_SECONDS,
     )
     with _hushed("torch.distributed.elastic"):
         try:
             results: dict[int, T] = elastic_launch(settings, _quietly)(run, config)
         except ChildFailedError as error:
             raise ProcessError(_first_message(error)) from error
+        except SignalException as error:  # which the processes got too, and had time to write a checkpoint
+            name = signal.Signals(error.sigval).name
+            raise Stopped(error.sigval, f"stopped by {name}; the same command with resume=true continues.") from error
     return results[0]
 
 

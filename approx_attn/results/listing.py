@@ -1,0 +1,318 @@
+"""The verb `approx-attn runs`: which runs there are, by what they are; and the removal of those of no use.
+
+Reads each run's `result.json`, or `config.yaml` where there is none yet; nothing else, so thousands take seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from approx_attn.attention.registry import attention_options, available_attention
+from approx_attn.command import exit_code
+from approx_attn.configuration import ConfigError, config_dir, plain
+from approx_attn.instantiation import suggestion
+from approx_attn.results import record
+from approx_attn.results.table import FULL_WIDTH
+
+STATUSES = ("finished", "failed", "running", "unfinished")
+ORDERS = ("data", "attention", "seed", "status", "accuracy", "seconds", "date")
+FIELDS = ("status", "data", "attention", "seed")  # filters that are not paths into the configuration
+DAY = 24 * 3600.0
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where it is built
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """One run as its folder tells.
+
+    Attributes:
+        folder: where it lies.
+        status: one of `STATUSES`.
+        config: the resolved configuration; empty if it cannot be read.
+        result: the record; empty for a run without.
+        written: seconds since 1970 when anything of the record was written last.
+    """
+
+    folder: Path
+    status: str
+    config: dict[str, Any]
+    result: dict[str, Any]
+    written: float
+
+    @property
+    def data(self) -> str:
+        return str(self.config.get("name", "?"))
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed")
+
+    @property
+    def attention(self) -> str:
+        """The name of the mechanism; that of the folder where no record says it."""
+        return str(self.result.get("attention") or self.folder.parent.name)
+
+    @property
+    def options(self) -> str:
+        """The options of the mechanism that are not at their defaults."""
+        if self.attention not in available_attention():
+            return ""
+        known = attention_options(self.attention)
+        chosen = self.config.get("attention") or {}
+        return " ".join(
+            f"{key}={value}" for key, value in chosen.items() if key in known and value != known[key].default
+        )
+
+    @property
+    def accuracy(self) -> float | None:
+        value = (self.result.get("metrics") or {}).get("test/accuracy")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def seconds(self) -> float | None:
+        value = self.result.get("seconds")
+        return float(value) if isinstance(value, int | float) else None
+
+    @property
+    def date(self) -> float:
+        return self.written
+
+
+def find_runs(root: str | Path) -> Iterator[RunEntry]:
+    """All runs below a folder, sorted by where they lie. Links are not followed."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if record.RESULT_FILE in files or "config.yaml" in files:
+            subfolders.clear()
+            yield read_run(Path(folder))
+
+
+def read_run(folder: Path) -> RunEntry:
+    """One run; what cannot be read counts as missing."""
+    result = record.read_result(folder) or {}
+    config = result.get("config") or {}
+    if not config:
+        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
+            config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    status = result.get("status")
+    if status not in ("finished", "failed"):
+        status = "running" if is_running(folder) else "unfinished"
+    newest = max((folder / name for name in (record.RESULT_FILE, "config.yaml")), key=_modified)
+    return RunEntry(folder, status, config if isinstance(config, dict) else {}, result, _modified(newest))
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process holds the run's lock."""
+    try:
+        with open(folder / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+# -- choosing ------------------------------------------------------------------------------------------
+
+
+def matches(run: RunEntry, wanted: Mapping[str, Any]) -> bool:
+    """Whether a run has every value asked for; a list asks for any of its values."""
+    for key, value in wanted.items():
+        has = getattr(run, key) if key in FIELDS else select(run.config, key)
+        accepted = value if isinstance(value, list) and not isinstance(has, list) else [value]
+        if not any(has == one and isinstance(has, bool) == isinstance(one, bool) for one in accepted):
+            return False
+    return True
+
+
+MISSING = object()
+
+
+def select(config: Any, key: str) -> Any:
+    """The value at a dotted key, or `MISSING`."""
+    for part in key.split("."):
+        if not isinstance(config, Mapping) or part not in config:
+            return MISSING
+        config = config[part]
+    return config
+
+
+def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all values in a configuration."""
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from dotted_keys(value, f"{prefix}{key}.")
+
+
+def prune(runs: Sequence[RunEntry], root: str | Path) -> int:
+    """Delete runs, and the folders that this leaves empty; returns how many. A run that is running stays."""
+    root = Path(root)
+    deleted = 0
+    for run in runs:
+        if is_running(run.folder) or run.folder.is_symlink():
+            continue
+        shutil.rmtree(run.folder)
+        deleted += 1
+        for parent in run.folder.parents:
+            if parent == root or not parent.is_relative_to(root) or any(parent.iterdir()):
+                break
+            parent.rmdir()
+    return deleted
+
+
+# -- the verb ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`approx-attn runs`; returns the exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print((config_dir() / "runs.yaml").read_text(encoding="utf-8"), end="")
+        return 0
+    return exit_code(lambda: _list_or_prune(arguments), verbose="verbose=true" in arguments)
+
+
+def settings(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of `configs/runs.yaml`, and the filters by keys of the configuration.
+
+    Raises:
+        ConfigError: an argument that cannot be read, or a value that is not accepted.
+    """
+    own = plain(OmegaConf.load(config_dir() / "runs.yaml"))  # type: ignore[arg-type]
+    filters: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"argument {argument!r} cannot be read; write key=value.")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+        except Exception as error:
+            raise ConfigError(f"argument {argument!r} cannot be read; write key=value.") from error
+        (own if key in own else filters)[key] = value
+    statuses = own["status"] if isinstance(own["status"], list) else [own["status"]]
+    for status in statuses:
+        if status is not None and status not in STATUSES:
+            raise ConfigError(f"status={status!r} is unknown{suggestion(str(status), STATUSES)}")
+    days = own["older_than"]
+    if days is not None and (isinstance(days, bool) or not isinstance(days, int | float) or days < 0):
+        raise ConfigError(f"older_than must be a number of days of at least 0, got {days!r}.")
+    if own["sort"] not in ORDERS:
+        raise ConfigError(f"sort={own['sort']!r} is unknown{suggestion(str(own['sort']), ORDERS)}")
+    if not isinstance(own["prune"], bool):
+        raise ConfigError(f"prune must be true or false, got {own['prune']!r}.")
+    if own["prune"] and own["status"] is None and days is None:
+        raise ConfigError("prune=true needs status=failed, status=unfinished or older_than=<days>, else all would go.")
+    if not Path(str(own["folder"])).is_dir():
+        raise ConfigError(f"folder={str(own['folder'])!r} is not a folder; runs are below paths.runs of training.")
+    return own, filters
+
+
+def chosen_runs(own: Mapping[str, Any], filters: Mapping[str, Any]) -> list[RunEntry]:
+    """The runs that the words ask for, in the order that they ask for.
+
+    Raises:
+        ConfigError: a filter by a key that no run's configuration has.
+    """
+    runs = list(find_runs(own["folder"]))
+    for key in filters:
+        if runs and all(select(run.config, key) is MISSING for run in runs):
+            known = {name for run in runs[:100] for name in dotted_keys(run.config)} | set(own)
+            raise ConfigError(f"{key} is not a key of any run here{_closest(key, known)}")
+    wanted = {key: own[key] for key in FIELDS if own[key] is not None}
+    found = [run for run in runs if matches(run, {**wanted, **filters})]
+    if own["older_than"] is not None:
+        found = [run for run in found if run.written < time.time() - own["older_than"] * DAY]
+    return sorted(found, key=lambda run: _order(run, own["sort"]))
+
+
+def _closest(key: str, known: set[str]) -> str:
+    """The end of a sentence: of hundreds of keys only the one that was probably meant is named."""
+    meant, _, _ = suggestion(key, known).partition(" Accepted:")
+    return meant
+
+
+def _order(run: RunEntry, sort: str) -> tuple[Any, ...]:
+    value = getattr(run, sort)
+    first = (value is None, str(value) if isinstance(value, str) else value or 0)
+    return (*first, run.data, run.attention, run.options, str(run.seed))
+
+
+def _list_or_prune(arguments: Sequence[str]) -> None:
+    own, filters = settings(arguments)
+    runs = chosen_runs(own, filters)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FULL_WIDTH)  # a file has no edge
+    if own["prune"]:
+        deleted = prune([run for run in runs if run.status != "running"], own["folder"])
+        console.print(f"{deleted} of {len(runs)} runs deleted.", highlight=False)
+        return
+    console.print(as_table(runs, str(own["folder"])))
+    failed = [run for run in runs if run.status == "failed"]
+    for run in failed[:20]:
+        console.print(f"{run.folder}: {run.result.get('error', '')}", highlight=False, markup=False)
+    if own["status"] is not None or own["older_than"] is not None:
+        console.print("prune=true deletes these.", highlight=False)
+
+
+def as_table(runs: Sequence[RunEntry], folder: str) -> Table:
+    """One row per run."""
+    numbers = ", ".join(f"{sum(run.status == status for run in runs)} {status}" for status in STATUSES)
+    table = Table(title=f"{len(runs)} runs in {folder}", title_justify="left", caption=numbers, caption_justify="left")
+    for header, numeric in COLUMNS:
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=header == "date")
+    for run in runs:
+        table.add_row(*_cells(run, folder))
+    return table
+
+
+COLUMNS = (
+    ("data", False),
+    ("attention", False),
+    ("options", False),
+    ("seed", True),
+    ("status", False),
+    ("test accuracy %", True),
+    ("seconds", True),
+    ("date", False),
+    ("folder", False),
+)
+
+
+def _cells(run: RunEntry, folder: str) -> list[str]:
+    accuracy = "–" if run.accuracy is None else f"{100 * run.accuracy:.2f}"
+    seconds = "–" if run.seconds is None else f"{run.seconds:.0f}"
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written))
+    return [
+        run.data,
+        run.attention,
+        run.options,
+        "–" if run.seed is None else str(run.seed),
+        run.status,
+        accuracy,
+        seconds,
+        date,
+        os.path.relpath(run.folder, folder),
+    ]

@@ -1,0 +1,141 @@
+"""`approx-attn runs`: what is listed, by which words, and what is deleted."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from approx_attn import cli
+from approx_attn.results import listing
+from approx_attn.results.record import run_lock
+
+
+def add_run(root: Path, attention: str, seed: int, status: str | None = "finished", **options: object) -> Path:
+    folder = root / "digits" / attention / f"{len(list(root.rglob('config.yaml'))):010d}-seed{seed}"
+    folder.mkdir(parents=True)
+    config = {
+        "name": "digits",
+        "seed": seed,
+        "attention": {"_target_": "approx_attn.attention.topk.TopKAttention", "keep": 0.25, **options},
+        "optimizer": {"lr": 0.004, "nesterov": True},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if status is not None:
+        result = {"status": status, "attention": attention, "config": config, "seconds": 3.0}
+        result |= {"metrics": {"test/accuracy": 0.9 + seed / 100}} if status == "finished" else {"error": "lost"}
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    add_run(tmp_path, "topk", 1)
+    add_run(tmp_path, "topk", 2, keep=0.5)
+    add_run(tmp_path, "exact", 1, "failed")
+    add_run(tmp_path, "exact", 2, None)
+    return tmp_path
+
+
+def listed(root: Path, *words: str) -> list[str]:
+    own, filters = listing.settings([f"folder={root}", *words])
+    return [f"{run.attention} {run.seed} {run.status}" for run in listing.chosen_runs(own, filters)]
+
+
+def test_every_run_is_listed_with_what_became_of_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(root) == ["exact 1 failed", "exact 2 unfinished", "topk 1 finished", "topk 2 finished"]
+    assert cli.main(["runs", f"folder={root}"]) == 0
+    text = capsys.readouterr().out
+    assert "4 runs in" in text
+    assert "keep=0.5" in text
+    assert "keep=0.25" not in text, "a default says nothing"
+    assert "92.00" in text
+    assert "lost" in text
+    assert "2 finished, 1 failed, 0 running, 1 unfinished" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["attention=topk"], ["topk 1 finished", "topk 2 finished"]),
+        (["attention=topk", "seed=2"], ["topk 2 finished"]),
+        (["seed=[2,3]"], ["exact 2 unfinished", "topk 2 finished"]),
+        (["status=[failed,unfinished]"], ["exact 1 failed", "exact 2 unfinished"]),
+        (["attention.keep=0.5"], ["topk 2 finished"]),
+        (["optimizer.lr=0.004", "data=digits", "attention=exact", "seed=1"], ["exact 1 failed"]),
+        (["optimizer.nesterov=1"], []),
+        (["data=imdb"], []),
+        (["sort=accuracy", "attention=topk"], ["topk 1 finished", "topk 2 finished"]),
+        (["older_than=1"], []),
+    ],
+)
+def test_words_choose(root: Path, words: list[str], expected: list[str]) -> None:
+    assert listed(root, *words) == expected
+
+
+def test_prune_deletes_what_was_listed_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = root.parent / f"{root.name}-other"
+    kept = add_run(outside, "topk", 9, "failed")
+    (root / "digits" / "exact" / "link").symlink_to(kept)
+    assert cli.main(["runs", f"folder={root}", "status=failed"]) == 0
+    assert "prune=true deletes these" in capsys.readouterr().out
+    assert len(listed(root)) == 4, "listing deletes nothing"
+    assert cli.main(["runs", f"folder={root}", "status=[failed,unfinished]", "prune=true"]) == 0
+    assert "2 of 2 runs deleted" in capsys.readouterr().out
+    assert listed(root) == ["topk 1 finished", "topk 2 finished"]
+    assert kept.is_dir()
+
+
+def test_a_run_that_is_running_is_never_deleted(root: Path) -> None:
+    (folder,) = (run.folder for run in listing.find_runs(root) if run.status == "unfinished")
+    with run_lock(folder):
+        assert "exact 2 running" in listed(root)
+        cli.main(["runs", f"folder={root}", "status=[running,unfinished]", "prune=true"])
+        cli.main(["runs", f"folder={root}", "older_than=0", "attention=exact", "prune=true"])
+        assert listed(root, "attention=exact") == ["exact 2 running"]
+
+
+def test_old_runs_are_found_by_when_they_were_written(root: Path) -> None:
+    (folder,) = (run.folder for run in listing.find_runs(root) if run.status == "failed")
+    for path in folder.iterdir():
+        os.utime(path, (time.time() - 10 * listing.DAY,) * 2)
+    assert listed(root, "older_than=9.5") == ["exact 1 failed"]
+
+
+def test_damaged_runs_are_listed_too(root: Path) -> None:
+    first, second, *_ = (run.folder for run in listing.find_runs(root))
+    (first / "result.json").write_text("{half")
+    (second / "config.yaml").write_text("a: [")
+    assert len(listed(root)) == 4
+    assert cli.main(["runs", f"folder={root}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["status=finnished"], "did you mean 'finished'"),
+        (["prune=true"], "prune=true needs status=failed"),
+        (["prune=yes please", "status=failed"], "prune must be true or false"),
+        (["older_than=-1"], "older_than must be a number of days"),
+        (["sort=size"], "sort='size' is unknown"),
+        (["optimizer.lrr=1"], "optimizer.lrr is not a key of any run here; did you mean 'optimizer.lr'?"),
+        (["failed"], "write key=value"),
+        (["folder=nowhere"], "is not a folder"),
+    ],
+)
+def test_bad_words_are_one_sentence(
+    root: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["runs", f"folder={root}", *words]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_help_shows_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", "--help"]) == 0
+    assert "older_than" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 
 from approx_attn.data import listops
 from approx_attn.data.listops import ListOpsData
@@ -106,6 +107,28 @@ def test_distribution_equals_the_definition():
     for ours, theirs in zip(histograms(fast), histograms(naive), strict=True):
         for key in set(ours) | set(theirs):
             assert ours.get(key, 0.0) == pytest.approx(theirs.get(key, 0.0), abs=0.03)
+
+
+def test_full_setting_equals_the_definition():
+    """Lengths, depths and values at the size of the Long Range Arena against 400 naive draws."""
+    fast = words_of(random_expressions(np.random.default_rng(0), 2_000, **FULL))
+    rng, naive = random.Random(0), []
+    while len(naive) < 400:
+        words = draw_by_definition(rng, 1, 10, 10)
+        if 500 < len(words) < 2000:
+            naive.append(words)
+
+    def figures(expressions: list[list[str]]) -> np.ndarray:
+        parsed = [parse(words) for words in expressions]
+        return np.array(
+            [
+                (len(words), depth, value, sum(operators.values()) / len(words))
+                for words, (value, depth, operators) in zip(expressions, parsed, strict=True)
+            ]
+        )
+
+    for ours, theirs in zip(figures(fast).T, figures(naive).T, strict=True):
+        assert ks_2samp(ours, theirs).pvalue > 0.01
 
 
 def test_operators_and_arguments_are_uniform_and_the_share_of_operators_is_a_quarter():

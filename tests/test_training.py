@@ -145,13 +145,47 @@ def test_token_prediction_scores_labelled_positions_only(tmp_path: Path) -> None
     assert predictions["label"].min() >= 0
 
 
+def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
+    """Replace the loss of every training step by `spoil(loss, step)`, steps counted from 1."""
+    original = SequenceTask.training_step
+
+    def training_step(self: SequenceTask, batch: Any, batch_index: int) -> Any:
+        return spoil(original(self, batch, batch_index), self.trainer.global_step + 1)
+
+    monkeypatch.setattr(SequenceTask, "training_step", training_step)
+
+
 def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> None:
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
-    settings["callbacks"]["finite_loss"]["every_n_steps"] = 1
-    with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*optimizer\.lr"):
+    with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
         train(settings)
     (record,) = tmp_path.glob("digits/exact/*/result.json")
-    assert json.loads(record.read_text())["status"] == "failed"
+    failure = json.loads(record.read_text())
+    assert failure["status"] == "failed"
+    assert "step" in failure["error"]
+
+
+@pytest.mark.parametrize(
+    ("bad_step", "cause"), [(1, "no step had been made yet"), (3, "learning rate too high"), (7, "learning rate")]
+)
+def test_the_first_step_without_a_finite_loss_is_named(
+    bad_step: int, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil_loss(monkeypatch, lambda loss, step: loss * float("nan") if step == bad_step else loss)
+    with pytest.raises(DivergedError, match=rf"at step {bad_step} with attention=topk .*{cause}"):
+        train(config(tmp_path, "attention=topk", "callbacks.finite_loss.every_n_steps=5"))
+
+
+def test_a_loss_that_explodes_stops_the_run_and_a_spike_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = ["callbacks.finite_loss.every_n_steps=1", "+callbacks.finite_loss.patience=3"]
+    with monkeypatch.context() as patch:
+        spoil_loss(patch, lambda loss, step: loss * 100 if step in (2, 3, 5) else loss)
+        train(config(tmp_path / "spikes", *often))
+    spoil_loss(monkeypatch, lambda loss, step: loss * 2.0**step)
+    with pytest.raises(DivergedError, match=r"the loss is \S+ at step \d, up from \S+ at first, with attention=exact"):
+        train(config(tmp_path / "grows", *often))
 
 
 @pytest.mark.parametrize(

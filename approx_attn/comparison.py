@@ -140,15 +140,23 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     with training.quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)
-    measurements = _measure(comparison, tasks, data, console)
+    with record.run_lock(comparison.folder):  # the same comparison may have been started twice
+        record.remove_unfinished(comparison.folder)
+        measurements = _measure(comparison, tasks, data, console)
+        rows, caption = _write(comparison, measurements)
+    console.print(to_rich(rows, comparison.metric, comparison.name, caption, console.width))
+    console.print(f"Written: {comparison.folder}/table.csv, table.md, plot.png, report.html", highlight=False)
+    return rows
+
+
+def _write(comparison: Comparison, measurements: Mapping[str, StepMeasurement]) -> tuple[list[ComparisonRow], str]:
+    """Make the table of what has been run, with all that belongs to it; returns its rows and caption."""
     records = {label: {seed: run.read() for seed, run in by_seed.items()} for label, by_seed in comparison.runs.items()}
     rows = comparison_rows(records, comparison.reference, comparison.metric.name, measurements)
     caption = write_comparison(
         comparison.folder, rows, records, comparison.metric, comparison.name, comparison.command, comparison.reference
     )
-    console.print(to_rich(rows, comparison.metric, comparison.name, caption, console.width))
-    console.print(f"Written: {comparison.folder}/table.csv, table.md, plot.png, report.html", highlight=False)
-    return rows
+    return rows, caption
 
 
 def _default_console() -> Console:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ MEASURED_HEADERS = ("step time", "peak memory")
 
 # Importing takes longer than training here. So one process imports, and every attempt is a copy of it.
 NURSERY = """
-import json, os, signal, sys, time
+import glob, json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from approx_attn import comparison, training
@@ -52,15 +53,30 @@ for line in sys.stdin:
     if order["kill_after"] is not None:
         time.sleep(order["kill_after"])
         os.kill(pid, signal.SIGKILL)  # nothing happens to one that has ended and is not waited for yet
+    if order["terminate_at"] is not None:
+        while not glob.glob(order["folder"] + "/" + order["terminate_at"], recursive=True):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGTERM)
     print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 
-def attempt(nursery: subprocess.Popen[str], folder: Path, arguments: list[str], kill_after: float | None = None) -> int:
-    """Start a comparison, kill it after some seconds if asked to; the exit status as `os.waitpid` gives it."""
+def attempt(
+    nursery: subprocess.Popen[str],
+    folder: Path,
+    arguments: list[str],
+    kill_after: float | None = None,
+    terminate_at: str | None = None,
+) -> int:
+    """Start a comparison; the exit status as `os.waitpid` gives it.
+
+    Args:
+        kill_after: seconds until SIGKILL.
+        terminate_at: pattern of a file; SIGTERM is sent when there is one.
+    """
     assert nursery.stdin is not None
     assert nursery.stdout is not None
-    order = {"folder": str(folder), "arguments": arguments, "kill_after": kill_after}
+    order = {"folder": str(folder), "arguments": arguments, "kill_after": kill_after, "terminate_at": terminate_at}
     nursery.stdin.write(json.dumps(order) + "\n")
     nursery.stdin.flush()
     return int(nursery.stdout.readline())
@@ -152,3 +168,19 @@ def test_killed_three_times(nursery: subprocess.Popen[str], tmp_path: Path) -> N
 def test_killed_twenty_times(nursery: subprocess.Popen[str], tmp_path: Path) -> None:
     words = ["attention=[exact,topk,eigen_row]", "seeds=[1,2]", "trainer.max_epochs=12"]
     kill_comparison(nursery, tmp_path, words, kills=20)
+
+
+def test_sigterm_ends_a_comparison_with_its_code_and_the_same_command_continues(
+    nursery: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    arguments = [*ARGUMENTS, "attention=[exact,topk]", "seeds=[1]", "trainer.max_epochs=12"]
+    status = attempt(nursery, tmp_path, arguments, terminate_at="runs/**/last.ckpt")
+    assert os.WIFEXITED(status)
+    assert os.WEXITSTATUS(status) == 128 + 15
+    log = (tmp_path / "log.txt").read_text()
+    assert "SIGTERM: stopping after this step" in log
+    step = int(re.search(r"stopped by SIGTERM after step (\d+); the same command", log)[1])  # type: ignore[index]
+    (checkpoint,) = tmp_path.rglob("last.ckpt")  # the second run has not begun
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == step
+    assert attempt(nursery, tmp_path, arguments) == 0
+    assert len(finished(tmp_path)) == 2

@@ -19,20 +19,14 @@ from approx_attn.attention.base import (
     require_share_or_count,
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
-from approx_attn.attention.eigen.kernels.block import (
-    BlockInputs,
-    Causality,
-    block_attention,
-    straddling_blocks,
-)
+from approx_attn.attention.eigen.kernels.block import block_attention, probe_mass
+from approx_attn.attention.eigen.kernels.block_inputs import BlockInputs, Causality, straddling_blocks
 from approx_attn.attention.eigen.kernels.block_reference import block_weights
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
 
 ORDERS = (0, 1, 2)
 EVERY_BLOCK = 1 << 30
-PROBE_NUMBERS = 1 << 21
-"""Numbers in the largest array of a selection chunk, over all samples and heads."""
 
 
 @register_attention("eigen_block")
@@ -338,28 +332,9 @@ class EigenBlockAttention(AttentionMechanism):
     ) -> Tensor:
         """Share of weight that the mean queries of each query block put on each block in `far`: (b, h, Q, K)."""
         probes, counts = self._mean_queries(query, query_open, layout)  # (b, h, Q, g, d), (b | 1, Q, g)
-        b, h, rows, g, _ = probes.shape
-        heads, columns, b_k = key.shape[1:4]
-        flat_key = key.flatten(2, 3).unsqueeze(2)  # (b, h_kv, 1, n_k, d)
-        open_keys = None
-        if layout.causal or key_open is not None:
-            key_open = key.new_ones(1, columns, b_k, dtype=torch.bool) if key_open is None else key_open
-            open_keys = far[..., None] & key_open[:, None, None]  # (b | 1, 1, Q | 1, K, b_k)
-        step = max(1, PROBE_NUMBERS // (b * h * g * columns * b_k))
-        parts = []
-        for begin in range(0, rows, step):
-            part = probes[:, :, begin : begin + step].unflatten(1, (heads, h // heads))  # (b, h_kv, m, c, g, d)
-            c = part.shape[3]
-            scores = part.flatten(2, 4) @ flat_key.squeeze(2).mT  # (b, h_kv, m·c·g, n_k)
-            scores = scores.unflatten(2, (-1, c, g)).flatten(1, 2)  # (b, h, c, g, n_k)
-            if open_keys is not None:
-                rows_open = open_keys if open_keys.shape[2] == 1 else open_keys[:, :, begin : begin + step]
-                scores = scores.masked_fill(~rows_open.flatten(-2).unsqueeze(3), torch.finfo(scores.dtype).min)
-            # As a product with ones: a sum over a short last axis is several times slower on a CPU.
-            share = scores.softmax(-1).unflatten(-1, (columns, b_k)) @ scores.new_ones(b_k)  # (b, h, c, g, K)
-            voters = (counts[:, begin : begin + step] > 0)[:, None, :, :, None].to(share.dtype)
-            parts.append((share * voters).sum(-2) / voters.sum(-2).clamp_min(1.0))
-        return torch.cat(parts, dim=2)
+        share = probe_mass(probes, key, key_open, far[:, 0])  # (b, h, Q, g, K)
+        voters = (counts > 0)[:, None, :, :, None].to(share.dtype)
+        return (share * voters).sum(-2) / voters.sum(-2).clamp_min(1.0)
 
     def _mean_queries(self, query: Tensor, query_open: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
         """Mean queries (b, h, Q, g, d) that choose for each query block, and of how many (b | 1, Q, g)."""

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from approx_attn.attention import AttentionMask, build_attention
-from approx_attn.attention.eigen.kernels import block as kernel
-from approx_attn.attention.eigen.kernels.block import BlockInputs, Causality, block_attention, straddling_blocks
+from approx_attn.attention.eigen.kernels import block_chunked, native
+from approx_attn.attention.eigen.kernels.block import block_attention, probe_mass
+from approx_attn.attention.eigen.kernels.block_inputs import SPREAD_LIMIT, BlockInputs, Causality, straddling_blocks
 from approx_attn.attention.eigen.kernels.block_reference import block_weights
 
 CASES = {
@@ -89,7 +90,9 @@ def defined(inputs: BlockInputs, deviations: Tensor, causality: Causality) -> Te
 @pytest.mark.parametrize("chunk_numbers", [1, 1 << 12, 1 << 20])
 @pytest.mark.parametrize("case", CASES)
 def test_torch_kernel_is_the_definition(case, chunk_numbers, monkeypatch):
-    monkeypatch.setattr(kernel, "CHUNK_NUMBERS", chunk_numbers)
+    monkeypatch.setattr(native, "load", lambda: None)
+    monkeypatch.setattr(block_chunked, "CHUNK_NUMBERS", chunk_numbers)
+    monkeypatch.setattr(block_chunked, "PROBE_NUMBERS", chunk_numbers)
     inputs, deviations, causality = prepared(torch.float64, **CASES[case])
     output, expected = block_attention(inputs, causality), defined(inputs, deviations, causality)
     n_q = CASES[case]["n_q"]
@@ -112,6 +115,98 @@ def test_gradients_are_those_of_the_definition(case):
     for name, mine, other in zip(names, got, expected, strict=True):
         other = torch.zeros_like(mine) if other is None else other
         torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+MANY_SPANS = {
+    "long": {"n_q": 1024, "n_k": 1000, "order": 2},
+    "long_causal": {"n_q": 1003, "n_k": 1003, "causal": True, "order": 2},
+    "long_grouped": {"n_q": 900, "n_k": 900, "kv_heads": 1},
+    "long_padded": {"n_q": 900, "n_k": 900, "padded": True, "causal": True},
+}
+"""The compiled kernel cuts these into several pieces."""
+
+needs_compiler = pytest.mark.skipif(
+    native.load() is None,
+    reason="no C++ compiler was found (or the kernel is switched off), so the compiled kernel was not tested.",
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", [*CASES, *MANY_SPANS])
+def test_compiled_kernel_is_the_definition(case):
+    """In float32, with what was prepared and chosen in float64; with the gradients of the chunked form in float64."""
+    settings = {**CASES, **MANY_SPANS}[case]
+    inputs, deviations, causality = prepared(torch.float64, **settings)
+    torch.manual_seed(0)
+    direction = torch.randn(*inputs.query.shape[:3], inputs.value.shape[-1], dtype=torch.float64)
+    direction.flatten(1, 2)[:, settings["n_q"] :] = 0.0
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        names = BlockInputs._fields[:7]
+        leaves = [getattr(inputs, name).to(dtype, copy=True).requires_grad_() for name in names]
+        given = inputs._replace(**dict(zip(names, leaves, strict=True)), log_count=inputs.log_count.to(dtype))
+        output = block_attention(given, causality)
+        grads = torch.autograd.grad((output * direction.to(dtype)).sum(), leaves)
+        results.append(dict(zip(("output", *names), (output.detach(), *grads), strict=True)))
+    fast, slow = results
+    expected = defined(inputs, deviations, causality).flatten(1, 2)[:, : settings["n_q"]]
+    torch.testing.assert_close(
+        fast["output"].flatten(1, 2)[:, : settings["n_q"]].double(), expected, atol=2e-5, rtol=2e-5
+    )
+    for name in names:
+        size = slow[name].abs().max().clamp_min(1e-3) if slow[name].numel() else 1.0
+        error = (fast[name].double() - slow[name]).abs().max() if slow[name].numel() else 0.0
+        assert error <= 1e-5 * size, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_probes_weigh_as_the_others_do(masked):
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(2, 4, 50, 2, 16, generator=generator)
+    key = torch.randn(2, 2, 40, 8, 16, generator=generator)
+    far = torch.ones(1, 1, 40, dtype=torch.bool)
+    key_open = None
+    if masked:
+        far = torch.rand(2, 50, 40, generator=generator) < 0.7
+        key_open = torch.rand(2, 40, 8, generator=generator) < 0.7
+    expected = block_chunked.probe_mass(probes, key, key_open, far)
+    torch.testing.assert_close(probe_mass(probes, key, key_open, far), expected, atol=1e-6, rtol=1e-5)
+
+
+@needs_compiler
+def test_compiled_kernel_is_exact_where_scores_are_far_apart():
+    """Weights far below the largest are zero, not numbers so small that processors slow down."""
+    inputs, deviations, causality = prepared(torch.float64, **CASES["order_2"])
+    inputs = inputs._replace(query=inputs.query * 300)
+    small = BlockInputs._make(x.float() if isinstance(x, Tensor) and x.dtype == torch.float64 else x for x in inputs)
+    expected = defined(inputs, deviations, causality)
+    torch.testing.assert_close(block_attention(small, causality).double(), expected, atol=1e-3, rtol=1e-3)
+
+
+@needs_compiler
+def test_compiled_kernel_does_not_hide_a_key_that_is_not_a_number():
+    inputs, _, causality = prepared(torch.float32, **CASES["plain"])
+    key = inputs.key.clone()
+    key[0, 0, 0, 0] = float("nan")
+    output = block_attention(inputs._replace(key=key), causality)
+    assert output[0][(inputs.chosen[0] == 0).any(-1)].isnan().all()
+
+
+def test_without_the_compiled_kernel_the_other_path_works(monkeypatch):
+    """`APPROX_ATTN_CPU_KERNEL=0` and machines without a compiler."""
+    monkeypatch.setenv(native.SWITCH, "0")
+    assert native.load.__wrapped__() is None
+    monkeypatch.delenv(native.SWITCH)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native.load.__wrapped__() is None
+
+
+def test_a_failing_compiler_is_reported(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("CXX", "false")  # a program that does nothing but fail
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert native.load.__wrapped__() is None
+    assert "was not built" in caplog.text
 
 
 def from_moments(inputs: BlockInputs, causality: Causality) -> Tensor:
@@ -138,7 +233,7 @@ def from_moments(inputs: BlockInputs, causality: Causality) -> Tensor:
             far = q @ inputs.centre[key_row].T + inputs.log_count[row]
             if inputs.spread.shape[-1]:
                 products = (a[:, 1:, None] * a[:, None, 1:]).flatten(1)
-                far = far + (products @ inputs.spread[row].T).clamp(max=kernel.SPREAD_LIMIT)
+                far = far + (products @ inputs.spread[row].T).clamp(max=SPREAD_LIMIT)
             far = far.masked_fill(~inputs.far_open[row, block], torch.finfo(q.dtype).min)
             weights = torch.cat([near, far], -1).softmax(-1)
             mean_values = torch.einsum("qs,skv->qkv", a, inputs.moments[row])

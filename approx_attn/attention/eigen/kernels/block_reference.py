@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from approx_attn.attention.eigen.kernels.block import SPREAD_LIMIT, BlockInputs, Causality
+from approx_attn.attention.eigen.kernels.block_inputs import SPREAD_LIMIT, BlockInputs, Causality
 
 
 def block_weights(inputs: BlockInputs, deviations: Tensor, causality: Causality) -> Tensor:

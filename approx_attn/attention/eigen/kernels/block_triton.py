@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from approx_attn.attention.eigen.kernels.block import SPREAD_LIMIT, BlockInputs, Causality
+from approx_attn.attention.eigen.kernels.block_inputs import SPREAD_LIMIT, BlockInputs, Causality
 from approx_attn.attention.eigen.kernels.block_triton_backward import key_kernel, moment_kernel, query_kernel
 from approx_attn.attention.eigen.kernels.block_triton_forward import forward_kernel
 

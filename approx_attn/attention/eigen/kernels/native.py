@@ -1,0 +1,77 @@
+"""The compiled kernels of the CPU: built once per machine where a compiler is, as torch.compile's are."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.utils import cpp_extension
+
+SOURCE = Path(__file__).with_name("block_cpu.cpp")
+SWITCH = "APPROX_ATTN_CPU_KERNEL"
+"""Environment variable; 0 keeps to PyTorch's operators."""
+
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+}
+"""By what PyTorch finds; not -march=native, since machines of a cluster may share the folder of built kernels."""
+
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load() -> ModuleType | None:
+    """The operators of block_cpu.cpp (`forward`, `backward`, `probe_mass`), or None where they cannot be built.
+
+    The first call on a machine compiles for about ten seconds and says so. Where nothing can be compiled a warning says
+    why, once per process, and PyTorch's operators do the work, which takes about twice as long.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or compiler is None:
+        return None
+    library = _place(compiler)
+    try:
+        if not library.is_file():
+            log.warning("Building the CPU kernel of eigen_block, once for this machine (about 10 s) ...")
+            _build(compiler, library)
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else error
+        log.warning("The CPU kernel of eigen_block was not built (%s); the slower path is used.", reason)
+        return None
+    return torch.ops.approx_attn_cpu
+
+
+def _place(compiler: str) -> Path:
+    """Where the library for this source, compiler, PyTorch and kind of processor is kept."""
+    what = (SOURCE.read_text(), compiler, *_flags(), torch.__version__, sys.version)
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(folder) / "approx_attn" / f"block_cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+
+
+def _flags() -> list[str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [*FLAGS, "-DAT_PARALLEL_OPENMP=1", *INSTRUCTIONS.get(capability, ())]
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile to a name of its own, then rename: processes that build at the same time do not disturb each other."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    search = [f"-L{path}" for path in cpp_extension.library_paths()]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        command = [compiler, *_flags(), *includes, str(SOURCE), "-o", str(built), *search, "-ltorch_cpu", "-lc10"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(built, library)

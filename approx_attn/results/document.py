@@ -195,18 +195,29 @@ def _dates(summary: Mapping[str, Any]) -> str:
 
 
 def _machines(comparison: Comparison) -> str:
-    trained = list(dict.fromkeys(_machine(environment) for environment in comparison.summary["environments"]))
-    text = "on " + " and ".join(trained)
-    if comparison.measured and (measured := _machine(comparison.measured)) not in trained:
-        text += f"; step times on {measured}"
+    text = f"on {_machine(comparison.summary['environments'])}"
+    if comparison.measured is not None:
+        measured = _machine([comparison.measured])
+        text += "" if text == f"on {measured}" else f"; step times on {measured}"
     return text
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
-    threads = environment["torch_threads"]
-    processor = f"{environment['processor']}, {threads} {'thread' if threads == 1 else 'threads'}"
-    uses_accelerator = environment.get("accelerator") and environment.get("device", "cuda") != "cpu"
-    return f"{environment['accelerator'] if uses_accelerator else processor}, torch {environment['packages']['torch']}"
+def _machine(environments: Sequence[Mapping[str, Any]]) -> str:
+    """The devices, threads and versions of torch that runs had."""
+    devices: dict[str, set[int]] = {}
+    for environment in environments:
+        uses_accelerator = environment.get("accelerator") and environment.get("device", "cuda") != "cpu"
+        device = environment["accelerator" if uses_accelerator else "processor"]
+        threads = devices.setdefault(f"{device}, torch {environment['packages']['torch']}", set())
+        if not uses_accelerator:
+            threads.add(environment["torch_threads"])
+    return " and ".join(f"{device}{_threads(sorted(counts))}" for device, counts in devices.items())
+
+
+def _threads(counts: Sequence[int]) -> str:
+    if not counts:
+        return ""
+    return f", {' or '.join(map(str, counts))} {'thread' if counts[-1] == 1 else 'threads'}"
 
 
 # -- all of them ---------------------------------------------------------------------------------------
@@ -273,8 +284,8 @@ def _compare(comparison: Comparison, label: str, other: str) -> tuple[str, str]:
     text = f"{factor * found.mean:+.{digits}f}"
     better = (found.mean >= 0.0) == comparison.percent or found.mean == 0.0
     words = "at least as good" if better else "worse"
-    if found.count < 2:
-        return text, f"{words}, one seed"
+    if not found.has_interval:
+        return text, f"{words}, one seed" if found.count < 2 else words
     text += f" [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
     return text, f"{words}, {'distinguishable' if found.distinguishable else 'not distinguishable'}"
 

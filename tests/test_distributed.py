@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +103,15 @@ def test_token_prediction_counts_every_token_once(trainer: str, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
 def test_a_resumed_distributed_run_equals_an_uninterrupted_one(trainer: str, tmp_path: Path) -> None:
-    options = [*DIGITS, f"trainer={trainer}", "trainer.devices=2", "scheduler=constant", "optimizer=adamw"]
-    whole = train(config(tmp_path / "whole", *options, "trainer.max_epochs=2"))
-    train(config(tmp_path / "halves", *options))
-    (tmp_path / "halves" / "result.json").unlink()
-    resumed = train(config(tmp_path / "halves", *options, "trainer.max_epochs=2", "resume=true"))
+    options = [*DIGITS, f"trainer={trainer}", "trainer.devices=2", "optimizer=adamw", "trainer.max_epochs=2"]
+    whole = train(config(tmp_path / "whole", *options))
+    # As if it had been killed after the first epoch.
+    folder = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (folder / "result.json").unlink()
+    (folder / "checkpoints" / "last.previous.ckpt").rename(folder / "checkpoints" / "last.ckpt")
+    start = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < start < 10
+    resumed = train(config(folder, *options, "resume=true"))
     assert resumed.resumed
     ours, theirs = (
         torch.load(result.run_dir / "checkpoints" / "last.ckpt", weights_only=True) for result in (resumed, whole)

@@ -485,5 +485,6 @@ def _has_key(mask: AttentionMask, n_q: int, n_k: int, device: torch.device) -> T
     keep = torch.ones(1, n_k, dtype=torch.bool, device=device) if mask.key_keep is None else mask.key_keep
     if not mask.causal:
         return keep.any(-1)[:, None, None, None]
-    first = torch.where(keep.any(-1), keep.int().argmax(-1), n_k)  # (b | 1,) position of the first usable key
-    return (mask.query_positions(n_q, device) >= first[:, None])[:, None, :, None]
+    first = keep.int().argmax(-1)  # (b | 1,) position of the first usable key, if there is one
+    reached = mask.query_positions(n_q, device) >= first[:, None]  # (b | 1, n_q)
+    return (reached & keep.any(-1, keepdim=True))[:, None, :, None]

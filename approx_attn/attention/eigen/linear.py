@@ -129,7 +129,9 @@ class EigenLinearAttention(AttentionMechanism):
             log_weights = F.interpolate(log_weights, size=period, mode="linear", align_corners=True).transpose(1, 2)
         index = torch.tensor(observed, device=log_weights.device)
         unit = torch.eye(len(observed), dtype=dtype, device=log_weights.device).expand(log_weights.shape[0], -1, -1)
-        return log_weights.exp().index_copy(1, index, unit), observed
+        weights = log_weights.exp()
+        in_place = not (torch.is_grad_enabled() and weights.requires_grad)
+        return (weights.index_copy_ if in_place else weights.index_copy)(1, index, unit), observed
 
     # -- attention ---------------------------------------------------------------------------------
 
@@ -192,10 +194,13 @@ class EigenLinearAttention(AttentionMechanism):
     def _pool(weights: Tensor, row_scale: Tensor | None, value: Tensor) -> Tensor:
         """RᵀV by period: (g, L, m) and (b, h, n, d_v) -> (b, h, t, m, d_v)."""
         period = weights.shape[1]
-        value = F.pad(value, (0, 0, 0, -value.shape[-2] % period)).unflatten(2, (-1, period))  # (b, h, t, L, d_v)
+        missing = -value.shape[-2] % period
+        value = F.pad(value, (0, 0, 0, missing)) if missing else value  # a pad of nothing is a copy, too
+        value = value.unflatten(2, (-1, period))  # (b, h, t, L, d_v)
         if row_scale is not None:
             value = value * row_scale[..., None]
-        return torch.einsum("gjk,bgtjd->bgtkd", weights, value)
+        # Not einsum, which copies values and weights into another order first.
+        return torch.matmul(weights.mT[None, :, None], value)
 
     # -- cost --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,13 @@ from approx_attn.attention.eigen.chunk_scores import (
     scores_at,
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
+from approx_attn.attention.eigen.tiles import (
+    TileLayout,
+    choose_tiles,
+    count_exact_pairs,
+    selected_pairs,
+    with_exact_tiles,
+)
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.topk import crop_keys, keys_per_query, query_chunks
@@ -58,6 +66,11 @@ class EigenTopKAttention(AttentionMechanism):
 
     Args:
         rank: r, clamped to head_dim.
+        block_size: None chooses pair by pair. A number chooses tiles of as many queries and keys, by the expected
+            error summed over the tile, and scores nothing else: `keep` then means a share of the tiles that a block of
+            queries may use, or a number of keys rounded up to blocks, tiles with window or global tokens or on the
+            diagonal of a causal mask are exact as a whole, and `scoring` plays no part. A causal choice uses no later
+            input: see `TileLayout`.
         keep: exact pairs of each query: a share of the keys that it may use (under a causal mask: of those up to
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
             alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
@@ -96,6 +109,7 @@ class EigenTopKAttention(AttentionMechanism):
         layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
+        block_size: int | None = None,
         window: int = 0,
         global_tokens: int = 0,
         rest: str = "keep",
@@ -120,6 +134,7 @@ class EigenTopKAttention(AttentionMechanism):
             layer_index=layer_index,
         )
         self.keep = require_share_or_count("attention.keep", keep)
+        self.block_size = None if block_size is None else require_positive("attention.block_size", block_size)
         self.window = require_at_least("attention.window", window, 0)
         self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
         self.rest = require_choice("attention.rest", rest, RESTS)
@@ -182,11 +197,41 @@ class EigenTopKAttention(AttentionMechanism):
         hidden = self._hidden_part(key, key_low) if self.select == "error" else None
         self.auxiliary_loss = self._auxiliary_loss(query, key, mask, scale)
 
-        chunks = query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
+        if self.block_size is None or resolve_count(self.keep, n_k) == n_k:
+            chunks = self._pair_chunks(query, query_low, offset, key, key_low, hidden, value, mask)
+            attend: Callable[..., tuple[Tensor, Tensor]] = self._attend_pairs
+        else:
+            chunks = self._tile_chunks(query, query_low, offset, key, key_low, hidden, value, mask)
+            attend = self._attend_tiles
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
         outputs, weights = [], []
-        for start, stop, seen in chunks:
-            arguments = (
+        for chunk in chunks:
+            arguments = (*chunk, scale, dropout_p, n_k)
+            if recompute:
+                output, weight = checkpoint(attend, *arguments, use_reentrant=False)
+            else:
+                output, weight = attend(*arguments)
+            outputs.append(output)
+            if need_weights:
+                weights.append(nn.functional.pad(weight, (0, n_k - weight.shape[-1])))  # or cuts padding off
+        output = torch.cat(outputs, dim=-2)[:, :, :n_q]
+        return output, torch.cat(weights, dim=-2)[:, :, :n_q] if need_weights else None
+
+    def _pair_chunks(
+        self,
+        query: Tensor,
+        query_low: Tensor,
+        offset: Tensor | None,
+        key: Tensor,
+        key_low: Tensor,
+        hidden: Tensor | None,
+        value: Tensor,
+        mask: AttentionMask,
+    ) -> list[tuple[Any, ...]]:
+        """Arguments of `_attend_pairs` for every chunk of queries."""
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        return [
+            (
                 query[:, :, start:stop],
                 query_low[:, :, start:stop],
                 offset if offset is None or offset.shape[-2] == 1 else offset[:, :, start:stop],
@@ -195,20 +240,51 @@ class EigenTopKAttention(AttentionMechanism):
                 None if hidden is None else hidden[..., :seen],
                 value[:, :, :seen],
                 crop_keys(mask.queries(start, stop), seen),
-                scale,
-                dropout_p,
-                n_k,
             )
-            if recompute:
-                output, weight = checkpoint(self._attend_chunk, *arguments, use_reentrant=False)
-            else:
-                output, weight = self._attend_chunk(*arguments)
-            outputs.append(output)
-            if need_weights:
-                weights.append(nn.functional.pad(weight, (0, n_k - seen)))
-        return torch.cat(outputs, dim=-2), torch.cat(weights, dim=-2) if need_weights else None
+            for start, stop, seen in query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
+        ]
 
-    def _attend_chunk(
+    def _tile_chunks(
+        self,
+        query: Tensor,
+        query_low: Tensor,
+        offset: Tensor | None,
+        key: Tensor,
+        key_low: Tensor,
+        hidden: Tensor | None,
+        value: Tensor,
+        mask: AttentionMask,
+    ) -> list[tuple[Any, ...]]:
+        """Arguments of `_attend_tiles` for every chunk of query blocks, padded to whole blocks."""
+        assert self.block_size is not None
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
+        query, query_low = layout.pad_queries(query), layout.pad_queries(query_low)
+        offset = None if offset is None else layout.pad_queries(offset)
+        key, key_low, value = layout.pad_keys(key), layout.pad_keys(key_low), layout.pad_keys(value)
+        hidden = None if hidden is None else layout.pad_keys(hidden.mT).mT
+        mask = layout.pad_mask(mask, query.device)
+        chunks = []
+        for begin, stop in layout.chunks(self.chunk_size):
+            rows = slice(begin * layout.b_q, stop * layout.b_q + layout.lead)
+            seen = layout.columns_for(stop) * layout.b_k
+            chunks.append(
+                (
+                    query[:, :, rows],
+                    query_low[:, :, rows],
+                    offset if offset is None or offset.shape[-2] == 1 else offset[:, :, rows],
+                    key[:, :, :seen],
+                    key_low[:, :, :seen],
+                    None if hidden is None else hidden[..., :seen],
+                    value[:, :, :seen],
+                    crop_keys(mask.queries(rows.start, rows.stop), seen),
+                    layout,
+                    (begin, stop),
+                )
+            )
+        return chunks
+
+    def _attend_pairs(
         self,
         query: Tensor,
         query_low: Tensor,
@@ -226,15 +302,7 @@ class EigenTopKAttention(AttentionMechanism):
         c, seen = query.shape[-2], key.shape[-2]
         keep = mask.dense_keep(c, seen, query.device)
         bias = mask.finite_bias()
-        estimate = at_least_float32(query_low @ key_low.mT)  # (b, h, c, seen)
-        if offset is None:
-            offset = mean_residual(query, key, query_low, key_low, keep)
-        estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
-        if self.prior is not None:
-            estimate = estimate + self._prior_scores(mask, c, seen)
-        if bias is not None:
-            estimate = estimate + bias
-
+        estimate = self._estimate(query, query_low, offset, key, key_low, mask, keep, scale)
         rank_by = self._ranking(estimate if hidden is None else estimate + hidden, mask, keep)
         if self.scoring == "dense":
             selected = self._chosen_pairs(rank_by, keep, n_k)
@@ -247,12 +315,72 @@ class EigenTopKAttention(AttentionMechanism):
             exact = exact if bias is None else exact + bias.expand_as(estimate).gather(-1, index)
             scores = estimate.scatter(-1, index, torch.where(is_open, exact, estimate.gather(-1, index)))
             selected = scatter_choice(index, is_open, seen)
+        return self._weigh(scores, selected, keep, value, dropout_p)
 
+    def _attend_tiles(
+        self,
+        query: Tensor,
+        query_low: Tensor,
+        offset: Tensor | None,
+        key: Tensor,
+        key_low: Tensor,
+        hidden: Tensor | None,
+        value: Tensor,
+        mask: AttentionMask,
+        layout: TileLayout,
+        blocks: tuple[int, int],
+        scale: float,
+        dropout_p: float,
+        n_k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """As `_attend_pairs` for a run of query blocks, whose probes stand before them in the query arguments."""
+        e, seen, lead = query.shape[-2], key.shape[-2], layout.lead
+        c = e - lead
+        own = mask.queries(lead, e)
+        keep = mask.dense_keep(e, seen, query.device)
+        own_keep = keep if keep is None or keep.shape[-2] == 1 else keep[..., lead:, :]
+        estimate = self._estimate(query, query_low, offset, key, key_low, mask, keep, scale)  # (b, h, lead + c, seen)
+        places = layout.places(*blocks, seen // layout.b_k, query.device)
+        choice = choose_tiles(
+            layout, places, estimate[:, :, :c], hidden, crop_keys(mask.queries(0, c), seen), own_keep, self.keep
+        )
+        bias = own.finite_bias()
+        scores = with_exact_tiles(layout, estimate[:, :, lead:], choice, query[:, :, lead:], key, bias, scale)
+        selected = None
+        if self.rest != "keep":
+            selected = selected_pairs(layout, choice.selected(seen // layout.b_k))
+        return self._weigh(scores, selected, own_keep, value, dropout_p)
+
+    def _estimate(
+        self,
+        query: Tensor,
+        query_low: Tensor,
+        offset: Tensor | None,
+        key: Tensor,
+        key_low: Tensor,
+        mask: AttentionMask,
+        keep: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Estimated scores with prior and bias: (b, h, c, seen)."""
+        estimate = at_least_float32(query_low @ key_low.mT)
+        if offset is None:
+            offset = mean_residual(query, key, query_low, key_low, keep)
+        estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
+        if self.prior is not None:
+            estimate = estimate + self._prior_scores(mask, *estimate.shape[-2:])
+        bias = mask.finite_bias()
+        return estimate if bias is None else estimate + bias
+
+    def _weigh(
+        self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output and weights from scores that are exact where `selected` (None: what is not does not matter)."""
         if selected is not None and self.rest == "drop":
             keep = selected if keep is None else keep & selected
         elif selected is not None and self.rest == "mean":
             far = ~selected if keep is None else keep & ~selected
-            scores = torch.where(selected, scores, log_mean_exp(estimate, far))
+            scores = torch.where(selected, scores, log_mean_exp(scores, far))
         weights = apply_dropout(masked_softmax(scores, keep), dropout_p).to(value.dtype)
         return grouped_matmul(weights, value), weights
 
@@ -368,6 +496,21 @@ class EigenTopKAttention(AttentionMechanism):
         causal = self.causal if causal is None else causal
         n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
         h, d, r, offset = self.num_heads, self.head_dim, self.basis.rank, n_k - n_q if causal else 0
+        by_tile = self.block_size is not None and resolve_count(self.keep, n_k) < n_k
+        exact, scored, seen = (self._count_tiles if by_tile else self._count_pairs)(n_q, n_k, causal, offset)
+        hidden = n_k * r * d if self.select == "error" else 0
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
+        return Cost(
+            exact_pairs=h * min(exact, pairs),
+            total_pairs=h * pairs,
+            score_multiply_adds=h * (seen * r + scored * d + maps),
+            value_multiply_adds=h * seen * self.value_dim,
+            state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
+        )
+
+    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int]:
+        """Exact pairs, exact scores that are computed, and estimates, of one head."""
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         seen = sum((stop - start) * keys for start, stop, keys in chunks)
         exact = 0
@@ -377,16 +520,17 @@ class EigenTopKAttention(AttentionMechanism):
             exact += min(usable, max(resolve_count(self.keep, max(usable, 1)), first))
         most = self._most_exact(n_k)
         scored = seen if self.scoring == "dense" else sum((stop - start) * min(most, k) for start, stop, k in chunks)
-        hidden = n_k * r * d if self.select == "error" else 0
-        parameters = sum(parameter.numel() for parameter in self.parameters())
-        maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
-        return Cost(
-            exact_pairs=h * exact,
-            total_pairs=h * pairs,
-            score_multiply_adds=h * (seen * r + scored * d + maps),
-            value_multiply_adds=h * seen * self.value_dim,
-            state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
-        )
+        return exact, scored, seen
+
+    def _count_tiles(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int]:
+        """As `_count_pairs`, with what is computed for the padding of tiles."""
+        assert self.block_size is not None
+        mask = AttentionMask(causal=causal, query_offset=offset)
+        layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
+        seen = 0
+        for begin, stop in layout.chunks(self.chunk_size):
+            seen += ((stop - begin) * layout.b_q + layout.lead) * layout.columns_for(stop) * layout.b_k
+        return *count_exact_pairs(layout, self.keep), seen
 
     def _count_first(self, position: int, n_k: int, usable: int) -> int:
         """Keys of the window and global tokens that a query at this position may use."""

@@ -93,7 +93,8 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
     if gaps:
         span = " to ".join(dict.fromkeys(metric.show(gap) for gap in (min(gaps), max(gaps))))
         parts.append(
-            f"With 80% power these seeds find true differences of at least {span}, depending on the mechanism."
+            f"Smallest true difference that these seeds find with 80% power: {span} ({metric.header}), "
+            "depending on the mechanism."
         )
     return " ".join(parts)
 

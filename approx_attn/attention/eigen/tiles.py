@@ -243,18 +243,17 @@ def selected_pairs(layout: TileLayout, selected: Tensor) -> Tensor:
     return selected.repeat_interleave(layout.b_q, 2).repeat_interleave(layout.b_k, 3)
 
 
-def count_exact_pairs(layout: TileLayout, keep: float | int) -> tuple[int, int]:
-    """Exact pairs of one head with all keys usable, a ragged last block counted as full; and scores computed."""
-    most, exact, computed = layout.most_exact(keep), 0, 0
+def count_exact_pairs(layout: TileLayout, keep: float | int) -> int:
+    """Exact pairs of one head with all keys usable; a ragged last block counts as full."""
+    exact = 0
     for row in range(layout.rows):
         queries = min(layout.b_q, layout.n_q - row * layout.b_q)
         _, seen, reached, first = (part[0] for part in layout.places(row, row + 1, layout.columns))
         own = int(first.sum())
         wanted = int(layout.wanted(keep, seen.sum()))
         whole = min(max(wanted, own), int(reached.sum())) - own
-        computed += layout.b_q * min(most, layout.columns_for(row + 1)) * layout.b_k
         exact += queries * whole * layout.b_k + _pairs_in(layout, row, queries, first.nonzero().flatten().tolist())
-    return exact, computed
+    return exact
 
 
 def _pairs_in(layout: TileLayout, row: int, queries: int, columns: list[int]) -> int:

@@ -184,3 +184,25 @@ def test_sigterm_ends_a_comparison_with_its_code_and_the_same_command_continues(
     assert torch.load(checkpoint, weights_only=True)["global_step"] == step
     assert attempt(nursery, tmp_path, arguments) == 0
     assert len(finished(tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_sigterm_ends_processes_that_train_together_at_the_same_step(
+    nursery: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    arguments = [*ARGUMENTS, "attention=[exact]", "seeds=[1]", "trainer=ddp", "trainer.devices=2"]
+    arguments += ["trainer.accelerator=cpu", "trainer.limit_train_batches=6", "trainer.max_epochs=100"]
+    stopped, alone = tmp_path / "stopped", tmp_path / "alone"
+    stopped.mkdir()
+    alone.mkdir()
+    status = attempt(nursery, stopped, arguments, terminate_at="runs/**/last.previous.ckpt")
+    log = (stopped / "log.txt").read_text()
+    assert os.WIFEXITED(status), log
+    assert os.WEXITSTATUS(status) == 128 + 15, log
+    (checkpoint,) = stopped.rglob("last.ckpt")
+    assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 600
+    assert not finished(stopped)
+    assert attempt(nursery, stopped, arguments) == 0, (stopped / "log.txt").read_text()
+    assert attempt(nursery, alone, arguments) == 0, (alone / "log.txt").read_text()
+    for run in finished(alone):
+        assert outcome(stopped, run) == outcome(alone, run)

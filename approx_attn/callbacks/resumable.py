@@ -62,7 +62,7 @@ class Resumable(pl.Callback):
         self._handle_signals_with(self._note)
         # A run that early stopping had ended before it was killed is not to train on.
         stoppers = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        if any(stopper.wait_count >= stopper.patience or stopper.stopped_epoch > 0 for stopper in stoppers):
+        if any(stopper.wait_count >= max(stopper.patience, 1) or stopper.stopped_epoch > 0 for stopper in stoppers):
             trainer.should_stop = True
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -81,7 +81,7 @@ class Report:
 
 
 def _reads_as_number(cell: str) -> bool:
-    first = cell.split(" ")[0].rstrip("×%").replace(",", "")
+    first = cell.split(" ")[0].lstrip("<").rstrip("×%").replace(",", "")
     if first in ("", "–"):
         return True
     try:

@@ -59,7 +59,7 @@ def compose_config(overrides: Iterable[str] = (), config_name: str = "train") ->
     overrides = list(overrides)
     try:
         return _compose(overrides, config_name)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, config_name)) from error
 
 
@@ -116,7 +116,7 @@ def _explain(error: Exception, overrides: Sequence[str], config_name: str) -> st
         return f"{present[1]} is in the configuration already; set it without the leading '+'."
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in config_groups() and value in ("null", ""):
+        if key in config_groups() and (value in ("null", "") or value.startswith(("[", "{"))):
             return f"{override}: {key} takes one of {', '.join(available_choices(key))}; ~{key} leaves it out."
         unreadable = why_unreadable(override)
         if unreadable:

@@ -11,6 +11,8 @@ import difflib
 import functools
 import importlib
 import inspect
+import types
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,6 +24,10 @@ TRUSTED_PACKAGES = ("approx_attn", "torch.optim", "pytorch_lightning")
 
 # Nodes inside other nodes: what may stand there, and which arguments others decide.
 NESTED_KINDS: dict[str, tuple[type, Collection[str]]] = {"attention": (AttentionMechanism, SHAPE_ARGUMENTS)}
+
+
+# Parts of this package whose classes check their arguments, in words of their own.
+CHECKED_BY_THEMSELVES = [["approx_attn", part] for part in ("attention", "data", "models", "tasks")]
 
 
 class ConfigError(ValueError):
@@ -43,6 +49,7 @@ def build(node: Mapping[str, Any], key: str, kind: type, **given: Any) -> Any:
     """
     cls = target_class(node, key, kind)
     check_arguments(node, key, kind, given)
+    check_types(node, key, cls)
     arguments = {name: _built(value, name, key) for name, value in node.items() if not _is_directive(name)}
     if node.get("_partial_"):
         return functools.partial(cls, **arguments, **given)
@@ -50,7 +57,9 @@ def build(node: Mapping[str, Any], key: str, kind: type, **given: Any) -> Any:
         return cls(**arguments, **given)
     except ConfigError:
         raise
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except ImportError:  # the caller knows what is to be installed
+        raise
+    except Exception as error:  # libraries refuse values with exceptions of their own
         raise ConfigError(sentence(error, key)) from error
 
 
@@ -111,6 +120,51 @@ def refuse_paths_outside(node: Mapping[str, Any], key: str) -> None:
         path = PurePath(value.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or value.startswith(("~", "file:")):
             raise ConfigError(f"{key}.{name} must stay inside the folder of the run, got {value!r}.")
+
+
+def check_types(node: Mapping[str, Any], key: str, cls: type) -> None:
+    """Refuse values of a type that a class does not expect; models, data and tasks of this package say more.
+
+    Raises:
+        ConfigError: names the key, what it got and what it accepts.
+    """
+    if cls.__module__.split(".")[:2] in CHECKED_BY_THEMSELVES:
+        return
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # annotations that name what is not imported
+        return
+    for name, value in node.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ConfigError(f"{key}.{name} must be {_type_name(hints[name])}, got {value!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value may stand for an annotation; what is not plain is left to the class."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    return isinstance(value, list | dict | tuple) or origin is None
+
+
+def _type_name(hint: Any) -> str:
+    """An annotation in the words of a configuration."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_type_name(each) for each in typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    words = {type(None): "null", float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def display_name(cls: type) -> str:

@@ -6,9 +6,10 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, MLFlowLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from approx_attn.results import record
@@ -38,6 +39,42 @@ class RunCSVLogger(CSVLogger):
         if self._experiment is None:
             self._experiment = _Writer(self.log_dir, self.resume_step)
         return self._experiment  # type: ignore[return-value]
+
+
+class RunMLFlowLogger(MLFlowLogger):
+    """Lightning's `MLFlowLogger`, which without an address keeps a database of its own in the folder of the run.
+
+    Args:
+        save_dir: the folder of the run.
+        tracking_uri: address of a server; None: `mlflow.db` in `save_dir`.
+        experiment_name, run_name, log_model: as of `MLFlowLogger`.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        tracking_uri: str | None = None,
+        experiment_name: str = "approx-attn",
+        run_name: str | None = None,
+        log_model: bool = False,
+    ) -> None:
+        folder = Path(save_dir).resolve()
+        address = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
+        super().__init__(
+            experiment_name,
+            run_name,
+            tracking_uri=address,
+            log_model=log_model,
+            artifact_location=None if tracking_uri else str(folder / "mlflow"),
+        )
+        self._folder = None if tracking_uri else folder
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return super().experiment
 
 
 class _Writer(ExperimentWriter):

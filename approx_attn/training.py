@@ -21,6 +21,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
 import re
 import signal
 import time
@@ -66,6 +67,7 @@ REQUIRED_KEYS = frozenset(
     {"name", "seed", "resume", "progress_bar", "verbose", "paths"}
     | {"attention", "data", "model", "task", "optimizer", "trainer"}
 )
+LOGGER_PACKAGES = {"WandbLogger": "approx-attn[wandb]", "RunMLFlowLogger": "approx-attn[mlflow]"}
 OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger"})
 
 
@@ -219,7 +221,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     """Numbers that the optimizer and the trainer would refuse late, or not at all."""
     trainer = config["trainer"]
     rate = config["optimizer"].get("lr")
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise ConfigError(f"optimizer.lr must be a number above 0, got {rate!r}.")
     epochs = trainer.get("max_epochs")
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < -1:
@@ -379,6 +381,7 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             continue
         key = f"callbacks.{name}"
         given: dict[str, Any] = {}
+        target_class(node, key, pl.Callback)
         if node.get("monitor") not in (None, *SequenceTask.figures):
             raise ConfigError(
                 f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
@@ -410,7 +413,11 @@ def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:
             given = {"save_dir": folder, "name": "", "version": ""}
         else:
             given = {name: folder for name in ("save_dir", "dir") if name in accepted}
-        loggers.append(build(node, key, Logger, **given))
+        try:
+            loggers.append(build(node, key, Logger, **given))
+        except ImportError as error:
+            package = LOGGER_PACKAGES.get(cls.__name__, cls.__name__)
+            raise ConfigError(f"{key} needs a package that is not installed: pip install {package}.") from error
     return loggers
 
 

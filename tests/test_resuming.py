@@ -90,7 +90,8 @@ def logged(result: TrainResult) -> list[dict[str, str]]:
 def assert_same_run(resumed: TrainResult, whole: TrainResult) -> None:
     assert resumed.metrics == whole.metrics
     ours, theirs = last(resumed), last(whole)
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+    assert [resumed.record[key] for key in ("steps", "epochs")] == [whole.record[key] for key in ("steps", "epochs")]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert same(ours[part], theirs[part]), part
     assert logged(resumed) == logged(whole)
 

@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "analyze": ("approx_attn.analysis.command:main", "spectra, overlaps, reconstruction and norms of a model"),
     "benchmark": ("approx_attn.benchmark:main", "time, memory and error of mechanisms side by side"),
+    "estimate": (
+        "approx_attn.estimation:main",
+        "memory and time of a run before it is started: data=listops trainer=ddp",
+    ),
     "runs": ("approx_attn.results.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),
     "results": ("approx_attn.results.document:main", "put finished comparisons into RESULTS.md: <folder> <folder>"),
     "list": ("approx_attn.cli:list_mechanisms", "the mechanisms: what they can do, what they cost"),

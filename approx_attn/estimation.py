@@ -123,6 +123,9 @@ def estimate(
             result.time = measured_time(own, container, data, world, steps, Path(nowhere))
         else:
             result.time = computed_time(container, task, data, world, tflops * 1e12 * utilization)
+            result.notes.append(
+                "Time is of operations alone; small models are bound by starting them, not by their number."
+            )
     if world > 1:
         result.notes.append("Messages between devices are not in the time.")
     if container["callbacks"] and (container["callbacks"].get("early_stopping") or {}):

@@ -86,11 +86,14 @@ def paired_difference(
     if count < 2:
         return PairedDifference(mean, math.nan, math.nan, math.nan, count)
     spread = float(differences.std(ddof=1))
-    same = spread <= 1e-12 * max(1.0, abs(mean))  # what rounding leaves of equal differences
+    # Figures come in float32, so equal differences are equal but for its rounding.
+    rounding = 2 * float(np.finfo(np.float32).eps) * float(np.max(np.abs([values, reference])))
+    same = spread <= rounding
     if same:
         spread = float(item_spread)
     if spread == 0.0:
-        return PairedDifference(mean, math.nan, math.nan, 1.0 if mean == 0.0 else math.nan, count, 0.0)
+        p_value = 1.0 if abs(mean) <= rounding else math.nan
+        return PairedDifference(mean, math.nan, math.nan, p_value, count, 0.0)
     error = spread / math.sqrt(count)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     p_value = float(2 * stats.t.sf(abs(mean) / error, count - 1))

@@ -93,7 +93,7 @@ class ComparisonRow:
         if self.difference.count < 2:
             return "one seed: no verdict"
         if not self.difference.has_interval:
-            return "equal for every seed" if self.difference.mean == 0.0 else "no spread: no verdict"
+            return "equal for every seed" if self.difference.p_value == 1.0 else "no spread: no verdict"
         if not self.difference.distinguishable:
             return "not distinguishable"
         return "better" if (self.difference.mean > 0) == metric.higher_is_better else "worse"

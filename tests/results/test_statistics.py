@@ -96,6 +96,18 @@ def test_the_same_difference_for_every_seed_is_no_proof():
     assert paired_difference([0.5, 0.6], [0.5, 0.6]).p_value == 1.0
 
 
+@pytest.mark.parametrize("items", [360, 1797, 100_003])
+def test_rounding_of_figures_is_no_spread(items):
+    rng = np.random.default_rng(items)
+    right = rng.integers(items // 2, items - 10, size=3)
+    ours, theirs = ([float(np.float32(k / items)) for k in counts] for counts in (right + 3, right))
+    difference = paired_difference(ours, theirs)
+    assert not difference.has_interval
+    assert not difference.distinguishable
+    one_more = [float(np.float32(k / items)) for k in right + np.array([3, 3, 4])]
+    assert paired_difference(one_more, theirs).has_interval
+
+
 def test_the_spread_of_items_is_that_of_other_test_sets():
     rng = np.random.default_rng(0)
     chances = rng.random((2, 4000))

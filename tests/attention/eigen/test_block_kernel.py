@@ -350,6 +350,55 @@ def test_fused_kernels_are_the_definition(where, check):
     in_fresh_process(FUSED_CHECKS[check], "cuda" if where == "cuda" else "cpu", interpret=where == "interpreter")
 
 
+HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a program may have there
+
+
+def compile_for_hopper() -> None:
+    """Every kernel goes through Triton's compiler for compute capability 9.0, which needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from approx_attn.attention.eigen.kernels import block_triton, block_triton_backward, block_triton_forward
+
+    launch = block_triton._Launch(*prepared(torch.float32, **CASES["order_2"])[::2], 0.0, 0)
+    options = {**launch.options, **launch.far_options, **launch.exact_options, "D": 64, "DV": 64, "DP": 64, "DVP": 64}
+    options |= {"QUERY_SIZE": 64, "KEY_SIZE": 64, "RS": 4, "CAUSAL": True}
+    special = {
+        "chosen": "i64",
+        "places": "i64",
+        "begins": "i64",
+        "slot": "i1",
+        "far": "i1",
+        "open": "i1",
+        "used": "i32",
+    }
+    single = ("tilt", "log_count", "normaliser", "delta", "grad_tilt", "grad_centre", "grad_moments", "grad_spread")
+    special |= dict.fromkeys(single, "fp32")
+    for kernel in (
+        block_triton_forward.forward_kernel,
+        block_triton_backward.query_kernel,
+        block_triton_backward.key_kernel,
+        block_triton_backward.moment_kernel,
+    ):
+        tiles = {"BM": 64, "BN": 64, "TILE": block_triton.FAR_TILE}
+        constants = {name: x for name, x in {**options, **tiles}.items() if name in kernel.arg_names}
+        signature = {}
+        for name in kernel.arg_names:
+            pointer = name.removesuffix("_ptr")
+            kind = "i64" if name == "seed" else "i32" if pointer == name else "*" + special.get(pointer, "bf16")
+            signature[name] = "constexpr" if name in constants else kind
+        source = ASTSource(kernel, signature, constexprs=constants)
+        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 4, "num_stages": 2})
+        assert compiled.metadata.shared <= HOPPER_SHARED_MEMORY, (kernel, compiled.metadata.shared)
+        assert "wgmma" in compiled.asm["ptx"], kernel  # the products run on the tensor cores of a warp group
+
+
+@needs_triton
+def test_fused_kernels_compile_for_hopper():
+    in_fresh_process("tests.compile_for_hopper()", "cpu", interpret=False)
+
+
 def in_fresh_process(statement: str, device: str, interpret: bool) -> None:
     path = Path(__file__)
     code = (

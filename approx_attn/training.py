@@ -18,33 +18,27 @@ model on it. A run's folder holds
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import logging
 import math
-import re
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from approx_attn import checkpoints, distributed
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
-from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps, StepTimer
+from approx_attn.callbacks import StepTimer
 from approx_attn.command import run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import DataSpec, SequenceDataModule
@@ -52,22 +46,20 @@ from approx_attn.instantiation import (
     ConfigError,
     build,
     check_arguments,
-    refuse_paths_outside,
     require_plain_name,
     sentence,
     suggestion,
     target_class,
 )
-from approx_attn.loggers import RunCSVLogger
 from approx_attn.results import record
-from approx_attn.stopping import Stopped, requeue, was_requeued
+from approx_attn.stopping import was_requeued
 from approx_attn.tasks.base import SequenceTask
+from approx_attn.trainer import build_trainer, fit_from, restore_best
 
 REQUIRED_KEYS = frozenset(
     {"name", "seed", "resume", "progress_bar", "verbose", "paths"}
     | {"attention", "data", "model", "task", "optimizer", "trainer"}
 )
-LOGGER_PACKAGES = {"WandbLogger": "approx-attn[wandb]", "RunMLFlowLogger": "approx-attn[mlflow]"}
 OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger"})
 
 
@@ -298,129 +290,6 @@ def starts_from_data(mechanism: AttentionMechanism) -> bool:
     return has_basis(mechanism) or hasattr(mechanism, "observe")
 
 
-def fit_from(start: checkpoints.ResumePoint, task: SequenceTask, data: SequenceDataModule, trainer: pl.Trainer) -> None:
-    """Train from a checkpoint, or from the beginning, to the end or until a signal asks to stop.
-
-    Raises:
-        Stopped: asked to; the last checkpoint is of the last step, unless the trainer was broken off.
-        DiskFullError: no space for a checkpoint or a log.
-    """
-    for logger in trainer.loggers:
-        if isinstance(logger, RunCSVLogger):
-            logger.resume_step = start.step
-    if isinstance(trainer.strategy.checkpoint_io, checkpoints.AtomicCheckpointIO):
-        trainer.strategy.checkpoint_io.damaged |= start.damaged
-    resumable = next((c for c in trainer.callbacks if isinstance(c, Resumable)), None)  # type: ignore[attr-defined]
-    interruption: BaseException | None = None
-    try:
-        with record.disk_full_named(trainer.default_root_dir):
-            trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
-    except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of SIGTERM and of Ctrl-C
-        interruption = error
-    except Exception as error:
-        # Workers that load data get the signal too, and that they ended is no failure of the run.
-        if resumable is None or resumable.stopped_by is None or record.is_disk_full(error):
-            raise
-        interruption = error
-    finally:
-        if resumable is not None:
-            resumable.restore_signals()
-    signum = resumable.stopped_by if resumable is not None else None
-    if interruption is not None or signum is not None:
-        unnoted = signal.SIGTERM if isinstance(interruption, SIGTERMException) else signal.SIGINT
-        raise_stopped(trainer, signum or unnoted, resumable, interruption)
-
-
-def raise_stopped(
-    trainer: pl.Trainer, signum: int, resumable: Resumable | None, cause: BaseException | None
-) -> NoReturn:
-    """End a run that a signal stopped as whoever sent the signal expects it."""
-    previous = resumable.previous_handlers.get(signum) if resumable is not None else None
-    if callable(previous) and previous is not signal.default_int_handler:
-        previous(signum, None)  # such as that of submitit, which starts the job again
-    elif signum in (signal.SIGUSR1, signal.SIGUSR2) and trainer.is_global_zero:
-        requeue()
-    raise Stopped(
-        signum,
-        f"stopped by {signal.Signals(signum).name} after step {trainer.global_step}; "
-        f"the same command with resume=true continues from {trainer.default_root_dir}.",
-        main_process=trainer.is_global_zero,
-    ) from cause
-
-
-def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
-    """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`."""
-    shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
-    callbacks = [*shown, SeedSteps(config["seed"]), *build_callbacks(config, folder)]
-    checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    node = {key: value for key, value in config["trainer"].items() if key != "strategy"}
-    try:
-        return build(
-            node,
-            "trainer",
-            pl.Trainer,
-            strategy=distributed.strategy_of(config["trainer"]),
-            callbacks=callbacks,
-            plugins=[checkpoints.AtomicCheckpointIO()],
-            logger=build_loggers(config, folder) or False,
-            default_root_dir=folder,
-            enable_progress_bar=config["progress_bar"],
-            enable_model_summary=False,
-            enable_checkpointing=checkpointing,
-            num_sanity_val_steps=0,
-        )
-    except (MisconfigurationException, RuntimeError) as error:
-        raise ConfigError(sentence(error, "trainer")) from error
-
-
-def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback]:
-    """The callbacks of `config.callbacks`; checkpoints go below `folder`."""
-    callbacks = []
-    for name, node in (config.get("callbacks") or {}).items():
-        if node is None:
-            continue
-        key = f"callbacks.{name}"
-        given: dict[str, Any] = {}
-        target_class(node, key, pl.Callback)
-        if node.get("monitor") not in (None, *SequenceTask.figures):
-            raise ConfigError(
-                f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
-            )
-        cls = target_class(node, key, pl.Callback)
-        refuse_paths_outside(node, key)
-        if node.get("filename") is not None:  # {figure:format} becomes a number
-            require_plain_name(f"{key}.filename", re.sub(r"\{.*?\}", "_", str(node["filename"])))
-        if "dirpath" in inspect.signature(cls).parameters:
-            given["dirpath"] = folder / checkpoints.FOLDER
-        if issubclass(cls, ModelCheckpoint):
-            given["enable_version_counter"] = False
-        callbacks.append(build(node, key, pl.Callback, **given))
-    return callbacks
-
-
-def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:
-    """The loggers of `config.logger`, writing straight into `folder`."""
-    loggers = []
-    for name, node in (config.get("logger") or {}).items():
-        if node is None:
-            continue
-        key = f"logger.{name}"
-        given: dict[str, Any] = {}
-        cls = target_class(node, key, Logger)
-        refuse_paths_outside(node, key)
-        accepted = inspect.signature(cls).parameters
-        if issubclass(cls, CSVLogger | TensorBoardLogger):
-            given = {"save_dir": folder, "name": "", "version": ""}
-        else:
-            given = {name: folder for name in ("save_dir", "dir") if name in accepted}
-        try:
-            loggers.append(build(node, key, Logger, **given))
-        except ImportError as error:
-            package = LOGGER_PACKAGES.get(cls.__name__, cls.__name__)
-            raise ConfigError(f"{key} needs a package that is not installed: pip install {package}.") from error
-    return loggers
-
-
 # -- the folder ----------------------------------------------------------------------------------------
 
 
@@ -475,17 +344,6 @@ def describe_run(config: dict[str, Any], task: SequenceTask, spec: DataSpec) -> 
             "state": sum(cost.state for cost in costs),
         },
     }
-
-
-def restore_best(task: SequenceTask, trainer: pl.Trainer) -> dict[str, float]:
-    """Load the best weights into the task, if a callback kept them; returns what made them the best."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-            checkpoint = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            distributed.load_weights(task, checkpoint["state_dict"])
-            assert callback.best_model_score is not None
-            return {f"best_{callback.monitor}": float(callback.best_model_score), "best_epoch": checkpoint["epoch"]}
-    return {}
 
 
 def save_predictions(folder: Path, task: SequenceTask) -> None:

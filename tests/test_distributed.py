@@ -18,7 +18,8 @@ from approx_attn.data.digits import DigitsData
 from approx_attn.data.packing import IGNORE
 from approx_attn.instantiation import ConfigError
 from approx_attn.tasks.base import data_order
-from approx_attn.training import TrainResult, build_trainer, train
+from approx_attn.trainer import build_trainer
+from approx_attn.training import TrainResult, train
 
 # Odd sizes of the evaluated splits: one of two processes repeats an item. SGD: Adam makes noise of zero gradients.
 TINY = [
@@ -134,7 +135,9 @@ def test_what_a_process_fails_with_is_one_sentence(tmp_path: Path, capfd: pytest
     ]
     code = main(["train", *words, "callbacks.finite_loss.every_n_steps=1", f"paths.run_dir={tmp_path / 'run'}"])
     assert code == 1
-    assert "DivergedError: the loss is" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "DivergedError: the loss is" in errors
+    assert len(errors.strip().splitlines()) == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
 

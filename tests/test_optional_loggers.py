@@ -9,7 +9,8 @@ import pytest
 
 from approx_attn.configuration import available_choices, load_config
 from approx_attn.instantiation import ConfigError
-from approx_attn.training import build_loggers, train
+from approx_attn.trainer import build_loggers
+from approx_attn.training import train
 
 TINY = ["debug=fast", "progress_bar=false", "trainer.accelerator=cpu", "model.dim=16", "model.num_heads=2"]
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by word

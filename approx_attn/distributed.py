@@ -141,7 +141,7 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
         start_method="spawn",
         shutdown_timeout=STOP_SECONDS,
     )
-    with _hushed("torch.distributed.elastic"):
+    with _hushed("torch.distributed.elastic"), _hushed("torch.multiprocessing"):
         try:
             results: dict[int, T] = elastic_launch(settings, _quietly)(run, config)
         except ChildFailedError as error:
@@ -160,9 +160,11 @@ def _quietly(run: Callable[[dict[str, Any]], T], config: dict[str, Any]) -> T:
 def _first_message(error: ChildFailedError) -> str:
     """What the process that failed first said."""
     rank, failure = error.get_first_failure()
-    message = failure.message
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        message = json.loads(message)["message"]
+    message: Any = failure.message
+    with contextlib.suppress(ValueError):
+        message = json.loads(message)
+    while isinstance(message, dict):
+        message = message.get("message")
     return f"{message} (process {rank} of the run)"
 
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -153,6 +154,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str):
+        return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, os.PathLike):
+        return isinstance(value, str | os.PathLike)
+    if isinstance(hint, type) and origin is None and hint is not object:
         return isinstance(value, hint)
     return isinstance(value, list | dict | tuple) or origin is None
 

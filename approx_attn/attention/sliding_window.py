@@ -22,7 +22,13 @@ from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.random_blocks import RandomBlocks, gather_pairs
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.topk import crop_keys, query_chunks
 from approx_attn.attention.window import Window
+
+SEGMENTS, LEAST_SEGMENT = 4, 256
+"""Parts into which queries are cut where the window grows with the position, each as wide as its last query's, and
+the fewest queries in one. With 4 parts the work is 2 times the pairs in use, with one 3; shorter parts cost more in
+calls than they save."""
 
 
 @register_attention("sliding_window")
@@ -98,7 +104,7 @@ class SlidingWindowAttention(AttentionMechanism):
         if need_weights or self.random.count > 0:
             output, weights = self._by_parts(query, key, value, mask, scale, dropout_p, need_weights, band)
         else:
-            output, weights = self._fused(query, key, value, mask, scale, dropout_p, band), None
+            output, weights = self._in_segments(query, key, value, mask, scale, dropout_p), None
         rows = self._global_queries(band.n_q, mask.causal, mask.query_offset)
         if rows > 0:
             top, top_weights = exact_attention_with_weights(
@@ -107,6 +113,23 @@ class SlidingWindowAttention(AttentionMechanism):
             output = torch.cat([top, output[:, :, rows:]], dim=-2)
             weights = None if weights is None else torch.cat([top_weights, weights[:, :, rows:]], dim=-2)
         return output, weights
+
+    def _in_segments(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
+    ) -> Tensor:
+        outputs = []
+        for start, stop, seen in self._segments(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset):
+            part = crop_keys(mask.queries(start, stop), seen)
+            band = self.window.band(stop - start, seen, mask.causal, part.query_offset)
+            inputs = (query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen])
+            outputs.append(self._fused(*inputs, part, scale, dropout_p, band))
+        return torch.cat(outputs, dim=-2)
+
+    def _segments(self, n_q: int, n_k: int, causal: bool, offset: int) -> list[tuple[int, int, int]]:
+        """(start, stop, keys): runs of queries that are laid out in a band of their own, over the first keys."""
+        if not (causal and self.window.half_width is None and isinstance(self.window.share_or_count, float)):
+            return [(0, n_q, n_k)]
+        return query_chunks(n_q, n_k, max(LEAST_SEGMENT, -(-n_q // SEGMENTS)), causal, offset)
 
     def _fused(
         self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float, band: Band
@@ -240,10 +263,13 @@ class SlidingWindowAttention(AttentionMechanism):
         band = self.window.band(n_q, n_k, causal, offset)
         n_global, rows = min(self.global_tokens, n_k), self._global_queries(n_q, causal, offset)
         exact = rows * n_k + self.window.pairs(n_q, n_k, causal, offset, first_query=rows, global_keys=n_global)
-        columns = band.span + n_global
-        computed = band.n_blocks * band.block * columns + rows * n_k
+        bands = [band]
+        if self.random.count == 0:
+            segments = self._segments(n_q, n_k, causal, offset)
+            bands = [self.window.band(stop - start, keys, causal, offset + start) for start, stop, keys in segments]
+        state = sum(b.n_blocks * b.block * (b.span + min(n_global, b.n_k)) for b in bands)  # masks, of all heads alike
+        computed = state + rows * n_k
         exact = self.num_heads * exact
-        state = band.n_blocks * band.block * columns  # the mask over the blocks, the same for all heads
         if self.random.count > 0:
             mask, device = AttentionMask(causal=causal, query_offset=offset), torch.device("cpu")
             index, is_open = self.random.choose(self.num_heads, n_q, n_k, mask, device)

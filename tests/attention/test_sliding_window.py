@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, build_attention, sliding_window
 from approx_attn.attention.band import Band
 from approx_attn.attention.exact import ExactAttention
 
@@ -96,6 +96,24 @@ def test_cost_counts_the_products(causal, global_tokens):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused kernels are not counted
         mechanism(*tensors, AttentionMask(causal=causal))
     assert 2 * mechanism.cost(70, causal=causal).multiply_adds == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.3}, {"keep": 0.3, "global_tokens": 5}])
+@pytest.mark.parametrize(("n_q", "n_k", "offset"), [(40, 40, 0), (23, 40, 17), (40, 40, -6)])
+def test_parts_with_windows_of_their_own_width_change_nothing(options, n_q, n_k, offset, monkeypatch):
+    monkeypatch.setattr(sliding_window, "LEAST_SEGMENT", 4)
+    mechanism, tensors = build(**options), draw(n_q, n_k)
+    key_keep = torch.arange(n_k) < torch.tensor([n_k, n_k - 9])[:, None]
+    mask = AttentionMask(key_keep=key_keep, causal=True, query_offset=offset)
+    in_parts, in_one = mechanism(*tensors, mask)[0], mechanism(*tensors, mask, need_weights=True)[0]
+    torch.testing.assert_close(in_parts, in_one)
+
+
+def test_parts_leave_less_masked_work(monkeypatch):
+    mechanism = build(keep=0.125)
+    least = mechanism.cost(2048, causal=True)
+    monkeypatch.setattr(sliding_window, "SEGMENTS", 1)
+    assert mechanism.cost(2048, causal=True).multiply_adds > 1.4 * least.multiply_adds
 
 
 def test_queries_beyond_the_last_key_get_zeros():

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.exact import ExactAttention
+from approx_attn.measurement import peak_memory
 
 
 def draw(n_q=12, n_k=12, heads=2, dim=4, dtype=torch.float64):
@@ -53,6 +54,15 @@ def test_holds_nothing_of_size_n_times_n():
     query, key, value = draw(n, n)
     assert max(saved_sizes(lambda: mechanism(query, key, value))) <= 2 * 2 * n * k
     assert max(saved_sizes(lambda: ExactAttention(2, 4)(query, key, value, need_weights=True))) >= 2 * 2 * n * n
+
+
+def test_memory_of_a_training_pass_is_linear_in_the_length():
+    def peak(n):
+        mechanism = build_attention("topk", num_heads=2, head_dim=4, keep=16, chunk_size=16)
+        tensors = draw(n, n, dtype=torch.float32)
+        return peak_memory(lambda: mechanism(*tensors)[0].sum().backward())
+
+    assert peak(2048) < 2.3 * peak(1024)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from approx_attn.attention.base import (
-    AttentionMechanism,
     Capabilities,
     Cost,
     apply_dropout,
@@ -18,7 +17,7 @@ from approx_attn.attention.base import (
     require_positive,
     require_share_or_count,
 )
-from approx_attn.attention.eigen.content_basis import ContentBasis
+from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels.block import block_attention, probe_mass
 from approx_attn.attention.eigen.kernels.block_inputs import BlockInputs, Causality, straddling_blocks
 from approx_attn.attention.eigen.kernels.block_reference import block_weights
@@ -30,7 +29,7 @@ EVERY_BLOCK = 1 << 30
 
 
 @register_attention("eigen_block")
-class EigenBlockAttention(AttentionMechanism):
+class EigenBlockAttention(HasContentBasis):
     """Each block of queries scores a few blocks of keys exactly and sees the others through their moments.
 
     Let z_j = k_j·B and a_i = s·q_i·A be the coordinates of the content basis, and N, k̄, z̄, v̄ the size and means of a
@@ -126,22 +125,11 @@ class EigenBlockAttention(AttentionMechanism):
             train_basis=train_basis and order > 0,
             seed=seed,
         )
-        if basis is not None:
-            from approx_attn.calibration import load_basis_into  # calibration knows the mechanisms, not they it
-
-            load_basis_into(self, basis)
+        self.load_basis_file(basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0, "block_size": 4}
-
-    def tie_to(self, first: AttentionMechanism) -> None:
-        if isinstance(first, EigenBlockAttention):
-            self.basis.tie_to(first.basis)
-
-    def load_content_basis(self, query_map: Tensor, key_map: Tensor, key_mean: Tensor) -> None:
-        """Start from a fitted basis; see `ContentBasis.load`."""
-        self.basis.load(query_map, key_map, key_mean)
 
     # -- the computation -------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_choice, require_positive
+from approx_attn.attention.base import AttentionMechanism, require_choice, require_positive
 
 SHARES = ("head", "layer", "model")
 INITS = ("random", "calibrated")
@@ -231,3 +231,25 @@ class ContentBasis(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, share={self.share}"
+
+
+class HasContentBasis(AttentionMechanism):
+    """A mechanism with a content basis as its attribute `basis`: calibration and sharing between layers."""
+
+    basis: ContentBasis
+
+    def tie_to(self, first: AttentionMechanism) -> None:
+        """With `share=model`, use the maps of the first layer's basis from now on."""
+        if isinstance(first, type(self)):
+            self.basis.tie_to(first.basis)
+
+    def load_content_basis(self, query_map: Tensor, key_map: Tensor, key_mean: Tensor) -> None:
+        """Start from a fitted basis; see `ContentBasis.load`. Nothing but the basis changes."""
+        self.basis.load(query_map, key_map, key_mean)
+
+    def load_basis_file(self, path: str | None) -> None:
+        """Start from the basis in a file of `approx_attn.calibrate`; None: nothing to do."""
+        if path is not None:
+            from approx_attn.calibration import load_basis_into  # calibration knows the mechanisms, not they it
+
+            load_basis_into(self, path)

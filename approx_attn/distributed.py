@@ -31,7 +31,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from approx_attn.instantiation import ConfigError
-from approx_attn.stopping import Stopped
+from approx_attn.stopping import Stopped, handlers_restored
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
         start_method="spawn",
         shutdown_timeout=STOP_SECONDS,
     )
-    with _hushed("torch.distributed.elastic"), _hushed("torch.multiprocessing"):
+    with _hushed("torch.distributed.elastic"), _hushed("torch.multiprocessing"), handlers_restored():
         try:
             results: dict[int, T] = elastic_launch(settings, _quietly)(run, config)
         except ChildFailedError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 
 
 class Stopped(SystemExit):
@@ -36,6 +38,22 @@ def signals_to_watch(environment: Mapping[str, str] = os.environ) -> list[signal
     """
     warnings = [signal.SIGUSR1, signal.SIGUSR2] if "SLURM_JOB_ID" in environment else []
     return [signal.SIGTERM, signal.SIGINT, *warnings]
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Put back the handlers of signals that a library replaces for the rest of the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    watched = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {signum: signal.getsignal(signum) for signum in watched}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if handler is not None:  # None: set outside Python
+                signal.signal(signum, handler)
 
 
 def was_requeued(environment: Mapping[str, str] = os.environ) -> bool:

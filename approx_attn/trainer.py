@@ -149,7 +149,10 @@ def raise_stopped(
     """End a run that a signal stopped as whoever sent the signal expects it."""
     previous = resumable.previous_handlers.get(signum) if resumable is not None else None
     if callable(previous) and previous is not signal.default_int_handler:
-        previous(signum, None)  # such as that of submitit, which starts the job again
+        try:
+            previous(signum, None)  # such as that of submitit, which starts the job again
+        except Exception as error:  # another way of ending the process
+            cause = error
     elif signum in (signal.SIGUSR1, signal.SIGUSR2) and trainer.is_global_zero:
         requeue()
     raise Stopped(

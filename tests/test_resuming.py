@@ -21,7 +21,7 @@ from approx_attn.evaluation import load_task
 from approx_attn.instantiation import ConfigError
 from approx_attn.loggers import RunCSVLogger
 from approx_attn.results.record import DiskFullError
-from approx_attn.stopping import Stopped
+from approx_attn.stopping import Stopped, handlers_restored
 from approx_attn.tasks import SequenceTask
 from approx_attn.training import TrainResult, train
 
@@ -261,6 +261,14 @@ def test_a_job_launcher_is_told_after_the_checkpoint(tmp_path: Path, monkeypatch
         signal.signal(signal.SIGUSR2, before)
     assert end.value.code == -1
     assert saved
+
+
+def test_handlers_that_a_library_leaves_behind_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ValueError, match="ended"), handlers_restored():
+        signal.signal(signal.SIGTERM, lambda signum, frame: None)
+        raise ValueError("ended")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # -- damaged files -------------------------------------------------------------------------------------

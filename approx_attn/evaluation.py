@@ -74,7 +74,7 @@ def evaluate(
         checkpoint: a file that training wrote.
         split: `test` or `val`.
         data: options of the data module that replace the stored ones, such as a path or a batch size.
-        trainer: options of Lightning's trainer that replace the stored accelerator, devices and precision.
+        trainer: options of Lightning's trainer that replace the stored accelerator and precision. One device tests.
 
     Returns:
         Figures by name, such as `test/accuracy`.
@@ -91,7 +91,8 @@ def evaluate(
         stored = {key: value for key, value in config["data"].items() if key != "cache_dir"}
         module = build({**stored, **(data or {})}, "data", SequenceDataModule)
         make_splits(module)
-        kept = {key: config["trainer"][key] for key in ("_target_", "accelerator", "devices", "precision")}
+        kept = {key: config["trainer"][key] for key in ("_target_", "accelerator", "precision")}
+        kept["devices"] = 1  # however many trained it: no item is padded, and no process is to be started
         runner = build(
             {**kept, "limit_test_batches": config["trainer"].get("limit_test_batches", 1.0), **(trainer or {})},
             "trainer",
@@ -103,6 +104,8 @@ def evaluate(
             enable_checkpointing=False,
             default_root_dir=nowhere,
         )
+        if runner.world_size > 1:
+            raise ConfigError(f"trainer.devices must be 1 to evaluate, got {runner.world_size} processes.")
         loaders = {"test": module.test_dataloader, "val": module.val_dataloader}
         figures = runner.test(task, dataloaders=loaders[split](), verbose=False)[0]
     return {key.replace("test/", f"{split}/"): float(value) for key, value in figures.items()}

@@ -16,6 +16,7 @@ from approx_attn.cli import main
 from approx_attn.configuration import compose_config, plain
 from approx_attn.data.digits import DigitsData
 from approx_attn.data.packing import IGNORE
+from approx_attn.evaluation import evaluate
 from approx_attn.instantiation import ConfigError
 from approx_attn.tasks.base import data_order
 from approx_attn.trainer import build_trainer
@@ -71,6 +72,10 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
     assert_same_run(alone, together)
     assert together.record["config"]["trainer"]["strategy"] == "ddp"
     assert json.loads((together.run_dir / "result.json").read_text()) == together.record
+    figures = evaluate(together.run_dir / "checkpoints" / "best.ckpt")
+    assert figures["test/accuracy"] == pytest.approx(together.metrics["test/accuracy"])
+    with pytest.raises(ConfigError, match=r"trainer\.devices must be 1"):
+        evaluate(together.run_dir / "checkpoints" / "best.ckpt", trainer={"devices": 2})
     again = train({**together.record["config"], "resume": True})
     assert again.resumed
     assert again.metrics == together.metrics

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from approx_attn.attention.eigen.kernels.block_inputs import SPREAD_LIMIT, BlockInputs, Causality
 from approx_attn.attention.eigen.kernels.block_triton_backward import key_kernel, moment_kernel, query_kernel
-from approx_attn.attention.eigen.kernels.block_triton_forward import forward_kernel
+from approx_attn.attention.eigen.kernels.block_triton_forward import forward_kernel, probe_kernel
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_DIM = 128  # dimensions of a head of which tiles still fit into shared memory
@@ -107,6 +107,11 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def _precision() -> str:
+    """Of products in float32: three in TF32 are as exact as one in float32, and run on tensor cores."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
 class _Launch:
     """Arguments that the kernels share."""
 
@@ -140,8 +145,7 @@ class _Launch:
             "DP": _padded(self.d),
             "DVP": _padded(self.d_v),
             "QUERY_SIZE": _padded(self.b_q),
-            # Three products in TF32 are as exact as one in float32 and run on tensor cores.
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+            "PRECISION": _precision(),
         }
         self.far_options = {
             "R": self.rank,
@@ -268,6 +272,39 @@ def queries_by_key_block(
     owner, order = owner.flatten().sort(stable=True)
     begins = torch.searchsorted(owner, torch.arange(key_rows * key_blocks + 1, device=chosen.device))
     return order // slots, begins
+
+
+@torch.library.custom_op("approx_attn::probe_mass_fused", mutates_args=())
+def probe_mass(probes: Tensor, key: Tensor, key_open: Tensor | None, far_open: Tensor) -> Tensor:
+    """What `block.probe_mass` computes, without scores in memory: (b, h, Q, g, K) float32."""
+    b, h, rows, g, d = probes.shape
+    key_heads, columns, b_k, _ = key.shape[1:]
+    mass = torch.empty(b, h, rows, g, columns, dtype=torch.float32, device=key.device)
+    tile = 64 if probes.is_cuda else 16
+    probe_kernel[(b * h * -(-rows * g // tile), columns)](
+        probes.contiguous(),
+        key.contiguous(),
+        probes if key_open is None else key_open.expand(b, -1, -1).contiguous(),
+        mass,
+        h,
+        h // key_heads,
+        rows * g,
+        columns,
+        b_k,
+        D=d,
+        HAS_PADDING=key_open is not None,
+        DP=_padded(d),
+        PRECISION=_precision(),
+        BM=tile,
+        BN=min(tile, _padded(b_k)),
+    )
+    closed = ~far_open[:, None, :, None]  # (b | 1, 1, Q | 1, 1, K)
+    return mass.masked_fill_(closed, torch.finfo(mass.dtype).min).softmax(-1)
+
+
+@probe_mass.register_fake
+def _(probes: Tensor, key: Tensor, key_open: Tensor | None, far_open: Tensor) -> Tensor:
+    return probes.new_empty(*probes.shape[:-1], key.shape[2], dtype=torch.float32)
 
 
 # -- as operators that torch.compile and autograd see as one step ----------------------------------------------

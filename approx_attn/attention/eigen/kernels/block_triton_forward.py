@@ -147,3 +147,46 @@ def forward_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations 
     total = tl.where(has_key, total, 1.0)
     store_rows(output_ptr, index, is_query, y, result / total[:, None], DV)
     tl.store(normaliser_ptr + index, tl.where(has_key, top + tl.log(total), 0.0), mask=is_query)
+
+
+@triton.jit
+def probe_kernel(  # type: ignore[no-untyped-def]
+    probe_ptr,  # (R, P, d)
+    key_ptr,  # (R_kv, K, b_k, d)
+    open_ptr,  # (b, K, b_k)
+    mass_ptr,  # (R, P, K) float32
+    heads,
+    groups,
+    probes,
+    key_blocks,
+    b_k,
+    D: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    DP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Logarithm of the weight of each key block for mean queries; a program per key block and tile of these."""
+    tiles = tl.cdiv(probes, BM)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64)
+    i = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    x = tl.arange(0, DP)
+    probe = load_rows(probe_ptr, row * probes + i, i < probes, x, D)
+    top = tl.full((BM,), CLOSED, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    for first in range(0, b_k, BN):
+        j = first + tl.arange(0, BN)
+        is_key = j < b_k
+        key = load_rows(key_ptr, ((row // groups) * key_blocks + column) * b_k + j, is_key, x, D)
+        if HAS_PADDING:
+            at = ((row // heads) * key_blocks + column) * b_k + j
+            is_key = is_key & (tl.load(open_ptr + at, mask=is_key, other=0) != 0)
+        keep = is_key[None, :] & (i < probes)[:, None]
+        scores = tl.where(keep, tl.dot(probe, tl.trans(key), input_precision=PRECISION), CLOSED)  # (BM, BN)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.where(keep, tl.exp(scores - new_top[:, None]), 0.0), 1)
+        top = new_top
+    mass = tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), CLOSED)
+    tl.store(mass_ptr + (row * probes + i) * key_blocks + column, mass, mask=i < probes)

@@ -52,7 +52,8 @@ class EigenBlockAttention(HasContentBasis):
         keep: exact blocks of each query block: a share of the blocks that it may use (under a causal mask: of those
             up to it; padding does not count), or a number of keys, rounded up to blocks. Blocks that are always
             exact count in it; where they alone are more, all of them are exact. 1.0 is exact attention.
-        block_size: keys per block; `auto` grows with the number of keys (see `automatic_block_size`).
+        block_size: keys per block; `auto` grows with `max_length`, or with the number of keys where that is not known
+            or exceeded, and then depends on padding (see `automatic_block_size`).
         query_block_size: queries that share their exact blocks; None for as many as keys per block.
         order: 0, 1 or 2, terms of the expansion.
         neighbours: key blocks on either side of the own one that are always exact, where queries and keys are the
@@ -170,7 +171,9 @@ class EigenBlockAttention(HasContentBasis):
         return weights @ value.flatten(1, 2).repeat_interleave(groups, dim=0)
 
     def _lay_out(self, n_q: int, n_k: int, mask: AttentionMask) -> Layout:
-        b_k = automatic_block_size(n_k) if self.block_size == "auto" else int(self.block_size)
+        # By the model's length where it is known: by that of the input, padding would change how it is cut.
+        longest = max(n_k, self.max_length or 0)
+        b_k = automatic_block_size(longest) if self.block_size == "auto" else int(self.block_size)
         b_q = self.query_block_size or b_k
         probe = -(-b_q // self.probes)  # queries per probe; fixed by the options, so that padding changes nothing
         b_q = probe * min(self.probes, -(-n_q // probe), -(-b_q // probe))

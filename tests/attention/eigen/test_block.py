@@ -181,6 +181,15 @@ def test_memory_grows_with_the_length_and_not_with_its_square():
     assert peak(4096) < 2 * HEADS * 4096 * 4096 * 4 / 8  # an eighth of one score matrix
 
 
+def test_automatic_blocks_do_not_depend_on_padding_where_the_longest_input_is_known():
+    mechanism = build(keep=0.25, block_size="auto", max_length=2048)
+    query, key, value = inputs(600)
+    keep = (torch.arange(600) < 250).expand(2, -1)
+    padded = mechanism(query, key, value, AttentionMask(key_keep=keep, query_keep=keep))[0][:, :, :250]
+    alone = mechanism(*(x[:, :, :250] for x in (query, key, value)))[0]
+    torch.testing.assert_close(padded, alone)
+
+
 def test_automatic_block_size():
     assert [automatic_block_size(n) for n in (1, 512, 1024, 4096)] == [16, 32, 64, 64]
     assert automatic_block_size(16384) == 128

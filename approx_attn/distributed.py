@@ -161,8 +161,8 @@ def _first_message(error: ChildFailedError) -> str:
     """What the process that failed first said."""
     rank, failure = error.get_first_failure()
     message: Any = failure.message
-    with contextlib.suppress(ValueError):
-        message = json.loads(message)
+    with contextlib.suppress(ValueError, TypeError):
+        message = json.loads(message)  # text in some versions of torch, a mapping in others
     while isinstance(message, dict):
         message = message.get("message")
     return f"{message} (process {rank} of the run)"

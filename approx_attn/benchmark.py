@@ -67,14 +67,9 @@ class Row:
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn benchmark key=value ...`; returns the exit code."""
-    from approx_attn.calibration.command import settings
-    from approx_attn.command import exit_code
-    from approx_attn.configuration import config_dir
+    from approx_attn.command import run_plain, settings
 
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / "benchmark.yaml").read_text(encoding="utf-8"), end="")
-        return 0
-    return exit_code(lambda: benchmark(settings("benchmark", arguments)), verbose="verbose=true" in arguments)
+    return run_plain("benchmark", lambda: benchmark(settings("benchmark", arguments)), arguments)
 
 
 def benchmark(cfg: Mapping[str, Any]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""How a verb of the command line meets Hydra: everything is checked first, and errors are one sentence."""
+"""How verbs of the command line run, with Hydra and without: everything is checked first, errors are one sentence."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
-from approx_attn.configuration import compose_config, config_dir, why_unreadable
-from approx_attn.instantiation import ConfigError
+from approx_attn.configuration import compose_config, config_dir, parse_overrides, plain
+from approx_attn.instantiation import ConfigError, suggestion
 from approx_attn.stopping import Stopped
 
 WRONG_INPUT = 2  # exit code of a command that was refused
@@ -76,6 +77,45 @@ def run_command(
     return max(codes)
 
 
+def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) -> int:
+    """Run a verb whose arguments Hydra does not compose; `-h` prints the file of its keys.
+
+    Args:
+        name: of the verb and its file in the folder of configurations.
+        run: called without arguments; errors are one sentence, after a traceback with `verbose=true`.
+        arguments: the command line after the verb.
+
+    Returns:
+        The exit code.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print((config_dir() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
+        return 0
+    return exit_code(run, verbose="verbose=true" in arguments)
+
+
+def settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """`configs/<name>.yaml` with `key=value` arguments on top.
+
+    Not composed by Hydra, to which `model=` and `data=` would be configurations for training.
+
+    Raises:
+        ConfigError: an argument that cannot be read, an unknown key, or a missing value.
+    """
+    config = OmegaConf.load(config_dir() / f"{name}.yaml")
+    accepted = [str(key) for key in config]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"argument {argument!r} cannot be read; write key=value.")
+        if key not in accepted:
+            raise ConfigError(f"{key} is not a key of {name}{suggestion(key, accepted)}")
+    try:
+        return plain(OmegaConf.merge(config, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[arg-type]
+    except YAMLError as error:
+        raise ConfigError(f"arguments cannot be read: {' '.join(str(error).split())}") from error
+
+
 def exit_code(run: Callable[[], object], verbose: bool = False) -> int:
     """Call a function; what it raises becomes one sentence on the standard error stream and an exit code."""
     try:
@@ -96,11 +136,7 @@ def sweep_jobs(flags: argparse.Namespace) -> list[list[str]]:
     Raises:
         ConfigError: an override that cannot be read, or a sweep (`a=1,2`) without `-m`.
     """
-    for override in flags.overrides:
-        unreadable = why_unreadable(override)
-        if unreadable:
-            raise ConfigError(unreadable)
-    parsed = OverridesParser.create().parse_overrides(list(flags.overrides))
+    parsed = parse_overrides(flags.overrides)
     for override, text in zip(parsed, flags.overrides, strict=True):
         if override.is_sweep_override() and not flags.multirun:
             raise ConfigError(f"{text}: several values for one key are a sweep; add -m to run one after the other.")

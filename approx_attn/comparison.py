@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.optim import Optimizer
@@ -29,8 +27,8 @@ from torch.optim import Optimizer
 from approx_attn import training
 from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import exit_code
-from approx_attn.configuration import ConfigError, compose_config, config_dir, plain
+from approx_attn.command import run_plain
+from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import require_plain_name, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
@@ -114,10 +112,7 @@ class Comparison:
 
 def main(arguments: Sequence[str]) -> int:
     """The verb `compare`; returns the exit code."""
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print((config_dir() / "compare.yaml").read_text())
-        return 0
-    return exit_code(lambda: compare(arguments), verbose="verbose=true" in arguments)
+    return run_plain("compare", lambda: compare(arguments), arguments)
 
 
 def compare(arguments: Sequence[str], console: Console | None = None) -> list[ComparisonRow]:
@@ -215,10 +210,7 @@ def _settings(overrides: Sequence[Override] = ()) -> dict[str, Any]:
 
 def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
     """Overrides of compare.yaml, and those that go on to the training runs."""
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        raise ConfigError(f"an override cannot be read: {' '.join(str(error).split())}") from error
+    overrides = parse_overrides(arguments)
     own_keys = set(_settings())
     own = [item for item in overrides if item.key_or_group.split(".")[0] in own_keys and not _is_option(item)]
     passed_on = [item for item in overrides if item not in own]

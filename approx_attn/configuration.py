@@ -14,13 +14,22 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from approx_attn.instantiation import ConfigError, suggestion
 
-__all__ = ["ConfigError", "available_choices", "compose_config", "config_dir", "load_config", "plain"]
+__all__ = [
+    "ConfigError",
+    "available_choices",
+    "compose_config",
+    "config_dir",
+    "load_config",
+    "parse_overrides",
+    "plain",
+]
 
 HYDRA_GROUPS = "hydra"
 
@@ -132,6 +141,19 @@ def why_unreadable(override: str) -> str | None:
         reason = str(error).splitlines()[0]
         return f"override {override!r} cannot be read ({reason}); write key=value, and quote values with spaces."
     return None
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """The overrides of a command line, read.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    for override in overrides:
+        unreadable = why_unreadable(override)
+        if unreadable:
+            raise ConfigError(unreadable)
+    return list(OverridesParser.create().parse_overrides(list(overrides)))
 
 
 def _explain_unknown_key(key: str, overrides: Sequence[str], config_name: str) -> str:

@@ -139,13 +139,14 @@ def _memory_changes(record: profile) -> list[int]:
 
 def _seconds(function: Callable[[], Any]) -> float:
     """Wall-clock seconds of one call, including the CUDA work that it queued."""
-    _synchronize()
+    synchronize()
     start = time.perf_counter()
     function()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what has been queued on a CUDA device, if one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -13,7 +13,7 @@ from approx_attn import cli
 from approx_attn.benchmark import Row, benchmark, check, output_error
 from approx_attn.benchmark_memory import OutOfMemory, fresh_process_memory, is_out_of_memory
 from approx_attn.benchmark_sources import StructuredInputs, load_inputs
-from approx_attn.calibration.command import settings
+from approx_attn.command import settings
 from approx_attn.instantiation import ConfigError
 
 SMALL = ["length=[48]", "num_heads=2", "head_dim=8", "repeats=2", "warm_up=0", "sequences=2", "progress_bar=false"]

@@ -32,11 +32,9 @@ from approx_attn.analysis.tokens import (
 )
 from approx_attn.attention import attention_class, available_attention
 from approx_attn.attention.base import require_positive
-from approx_attn.calibration.command import settings
 from approx_attn.calibration.fitting import calibrate
 from approx_attn.calibration.sources import Source
-from approx_attn.command import exit_code
-from approx_attn.configuration import config_dir
+from approx_attn.command import run_plain, settings
 from approx_attn.instantiation import ConfigError
 from approx_attn.results.record import environment
 from approx_attn.results.report import Report
@@ -48,10 +46,7 @@ LISTS = ("parts", "ranks", "keep", "divergence_weights")
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn analyze`: spectra, overlaps, vector norms and reconstruction errors of a model, as a report."""
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / "analyze.yaml").read_text(encoding="utf-8"), end="")
-        return 0
-    return exit_code(lambda: run(settings("analyze", arguments)), verbose="verbose=true" in arguments)
+    return run_plain("analyze", lambda: run(settings("analyze", arguments)), arguments)
 
 
 def run(options: dict[str, Any]) -> Path:

@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
-from yaml import YAMLError
 
 from approx_attn.attention import available_attention
 from approx_attn.calibration.basis_file import STATISTICS
 from approx_attn.calibration.fitting import calibrate
 from approx_attn.calibration.reconstruction import Reconstruction, reconstruct, standard_mechanisms, without_refusals
 from approx_attn.calibration.sources import load_source
-from approx_attn.command import exit_code
-from approx_attn.configuration import config_dir, plain
-from approx_attn.instantiation import ConfigError, suggestion
+from approx_attn.command import run_plain, settings
+from approx_attn.instantiation import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn calibrate`: fit bases on a live model and its data, and write them to a file."""
-    return _run("calibrate", _calibrate, arguments)
+    return run_plain("calibrate", lambda: _calibrate(settings("calibrate", arguments)), arguments)
 
 
 def reconstruct_main(arguments: Sequence[str]) -> int:
     """`approx-attn reconstruct`: error of the attention output per mechanism, budget and layer."""
-    return _run("reconstruct", _reconstruct, arguments)
-
-
-def settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """`configs/<name>.yaml` with `key=value` arguments on top.
-
-    Not composed by Hydra, to which `model=` and `data=` would be configurations for training.
-
-    Raises:
-        ConfigError: an argument that cannot be read, an unknown key, or a missing value.
-    """
-    config = OmegaConf.load(config_dir() / f"{name}.yaml")
-    accepted = [str(key) for key in config]
-    for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"argument {argument!r} cannot be read; write key=value.")
-        if key not in accepted:
-            raise ConfigError(f"{key} is not a key of {name}{suggestion(key, accepted)}")
-    try:
-        return plain(OmegaConf.merge(config, OmegaConf.from_dotlist(list(arguments))))  # type: ignore[arg-type]
-    except YAMLError as error:
-        raise ConfigError(f"arguments cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _run(name: str, run: Callable[[dict[str, Any]], None], arguments: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
-        return 0
-    return exit_code(lambda: run(settings(name, arguments)), verbose="verbose=true" in arguments)
+    return run_plain("reconstruct", lambda: _reconstruct(settings("reconstruct", arguments)), arguments)
 
 
 def _calibrate(options: dict[str, Any]) -> None:

@@ -13,21 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.base import require_positive
-from approx_attn.calibration.command import chosen_mechanisms, settings
+from approx_attn.calibration.command import chosen_mechanisms
 from approx_attn.calibration.embeddings import Batch, EmbeddingPreservation, preserve_embeddings
 from approx_attn.calibration.sources import load_encoder
-from approx_attn.command import exit_code
-from approx_attn.configuration import config_dir
+from approx_attn.command import run_plain, settings
 from approx_attn.data.sources import load_source, require_column, require_split
 from approx_attn.instantiation import ConfigError
 
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn embed`: cosine between embeddings of an encoder and of its conversions."""
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / "embed.yaml").read_text(encoding="utf-8"), end="")
-        return 0
-    return exit_code(lambda: embed(settings("embed", arguments)), verbose="verbose=true" in arguments)
+    return run_plain("embed", lambda: embed(settings("embed", arguments)), arguments)
 
 
 def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import exit_code
+from approx_attn.command import run_plain
 from approx_attn.configuration import ConfigError, config_dir, plain
 from approx_attn.instantiation import suggestion
 from approx_attn.results import record
@@ -188,10 +188,7 @@ def prune(runs: Sequence[RunEntry], root: str | Path) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn runs`; returns the exit code."""
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / "runs.yaml").read_text(encoding="utf-8"), end="")
-        return 0
-    return exit_code(lambda: _list_or_prune(arguments), verbose="verbose=true" in arguments)
+    return run_plain("runs", lambda: _list_or_prune(arguments), arguments)
 
 
 def settings(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from approx_attn.calibration import Calibration
-from approx_attn.calibration.command import chosen_mechanisms, main, reconstruct_main, settings
+from approx_attn.calibration.command import chosen_mechanisms, main, reconstruct_main
+from approx_attn.command import settings
 from approx_attn.instantiation import ConfigError
 
 transformers = pytest.importorskip("transformers")

@@ -26,7 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "analyze": ("approx_attn.analysis.command:main", "spectra, overlaps, reconstruction and norms of a model"),
     "benchmark": ("approx_attn.benchmark:main", "time, memory and error of mechanisms side by side"),
     "estimate": (
-        "approx_attn.estimation:main",
+        "approx_attn.estimation.command:main",
         "memory and time of a run before it is started: data=listops trainer=ddp",
     ),
     "runs": ("approx_attn.results.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),

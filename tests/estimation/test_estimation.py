@@ -10,7 +10,11 @@ import pytest
 from approx_attn import cli
 from approx_attn.configuration import load_config
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.estimation import Estimate, estimate, extrapolated, planned, settings, verdict
+from approx_attn.estimation import Estimate, estimate
+from approx_attn.estimation.command import settings
+from approx_attn.estimation.duration import planned
+from approx_attn.estimation.figures import verdict
+from approx_attn.estimation.memory import extrapolated
 from approx_attn.instantiation import ConfigError, build
 from approx_attn.measurement import peak_memory
 from approx_attn.training import train
@@ -102,6 +106,7 @@ def test_the_verb_prints_how_every_figure_came_about(capsys: pytest.CaptureFixtu
     [
         (["steps=0"], "steps must be a whole number above 0"),
         (["tflops=-1"], "tflops must be a number above 0"),
+        (["utilization=30"], "utilization must be a share above 0 and up to 1, got 30"),
         (["memory=much"], "memory must be a number above 0"),
         (["seed=1,2"], "an estimate is of one run"),
         (["data=digitz"], "did you mean 'digits'"),

@@ -35,13 +35,9 @@ from approx_attn.measurement import peak_memory, time_alternately
 from approx_attn.results import record
 from approx_attn.results.aggregate import StepMeasurement, comparison_rows
 from approx_attn.results.comparison_report import write_comparison
-from approx_attn.results.table import FULL_WIDTH, ComparisonRow, Metric, to_rich
+from approx_attn.results.table import METRICS, ComparisonRow, Metric, to_rich, wide_console
 from approx_attn.tasks.base import SequenceTask
-
-METRICS = {
-    "accuracy": Metric("accuracy", percent=True, higher_is_better=True),
-    "loss": Metric("loss", percent=False, higher_is_better=False),
-}
+from approx_attn.trainer import quiet
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,9 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
         DiskFullError: no space is left; the same arguments continue.
         Stopped: a signal ended it; the same arguments continue.
     """
-    console = _default_console() if console is None else console
+    console = wide_console() if console is None else console
     comparison = plan(arguments)
-    with training.quiet():
+    with quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)
     with record.run_lock(comparison.folder):  # the same comparison may have been started twice
@@ -152,11 +148,6 @@ def _write(comparison: Comparison, measurements: Mapping[str, StepMeasurement]) 
         comparison.folder, rows, records, comparison.metric, comparison.name, comparison.command, comparison.reference
     )
     return rows, caption
-
-
-def _default_console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=FULL_WIDTH)  # a log file has no edge
 
 
 # -- from words to configurations ----------------------------------------------------------------------
@@ -364,7 +355,7 @@ def _measure(
     known = record.read_json(path)
     if known is not None and {key: known.get(key) for key in wanted} == wanted:
         return {label: StepMeasurement(**fields) for label, fields in known["steps"].items()}
-    with console.status("measuring training steps in turns ..."), training.quiet():
+    with console.status("measuring training steps in turns ..."), quiet():
         batch = next(iter(data.train_dataloader()))
         steps = {label: partial(_training_step, task, task.build_optimizer(), batch) for label, task in tasks.items()}
         timings = time_alternately(steps, comparison.repeats, comparison.warm_up)

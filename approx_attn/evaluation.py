@@ -23,7 +23,8 @@ from approx_attn.configuration import plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import ConfigError, build, sentence, suggestion
 from approx_attn.tasks.base import SequenceTask
-from approx_attn.training import make_splits, quiet
+from approx_attn.trainer import quiet
+from approx_attn.training import make_splits
 
 SPLITS = ("val", "test")
 EVALUATE_KEYS = ("checkpoint", "split", "data", "trainer", "progress_bar", "verbose")

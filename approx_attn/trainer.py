@@ -1,15 +1,19 @@
 """The trainer of a run: what watches it, where it writes, and how it ends.
 
 `build_trainer` makes Lightning's trainer from a configuration, `fit_from` trains from where the run stands, to the
-end or until a signal asks to stop, and `restore_best` puts the weights in place that are tested.
+end or until a signal asks to stop, and `restore_best` puts the weights in place that are tested. What the trainer
+does to the whole process meanwhile, `quiet` and `deterministic_algorithms_restored` keep within bounds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import re
 import signal
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -172,3 +176,38 @@ def restore_best(task: SequenceTask, trainer: pl.Trainer) -> dict[str, float]:
             assert callback.best_model_score is not None
             return {f"best_{callback.monitor}": float(callback.best_model_score), "best_epoch": checkpoint["epoch"]}
     return {}
+
+
+# -- surroundings --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool = False) -> Iterator[None]:
+    """Without the trainer's own messages about hardware, workers and tips; errors and this package's stay."""
+    if verbose:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning|lightning_fabric|torch)\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def deterministic_algorithms_restored() -> Iterator[None]:
+    """The trainer sets PyTorch's switch for the whole process; put it back for what runs next."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -17,13 +17,10 @@ model on it. A run's folder holds
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +51,7 @@ from approx_attn.instantiation import (
 from approx_attn.results import record
 from approx_attn.stopping import was_requeued
 from approx_attn.tasks.base import SequenceTask
-from approx_attn.trainer import build_trainer, fit_from, restore_best
+from approx_attn.trainer import build_trainer, deterministic_algorithms_restored, fit_from, quiet, restore_best
 
 REQUIRED_KEYS = frozenset(
     {"name", "seed", "resume", "progress_bar", "verbose", "paths"}
@@ -353,41 +350,6 @@ def save_predictions(folder: Path, task: SequenceTask) -> None:
     arrays: dict[str, Any] = {key: value.numpy().astype(np.int32) for key, value in task.predictions.items()}
     with record.open_atomically(folder / "test_predictions.npz") as file:
         np.savez_compressed(file, **arrays)
-
-
-# -- surroundings --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def quiet(verbose: bool = False) -> Iterator[None]:
-    """Without the trainer's own messages about hardware, workers and tips; errors and this package's stay."""
-    if verbose:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning|lightning_fabric|torch)\.")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def deterministic_algorithms_restored() -> Iterator[None]:
-    """The trainer sets PyTorch's switch for the whole process; put it back for what runs next."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 # -- the verb ------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from approx_attn.estimation.duration import computed_time, measured_time
 from approx_attn.estimation.figures import Estimate, as_table, verdict
 from approx_attn.estimation.memory import estimate_memory
 from approx_attn.instantiation import ConfigError
-from approx_attn.trainer import build_trainer
+from approx_attn.trainer import build_trainer, deterministic_algorithms_restored, quiet
 
 
 def estimate(
@@ -44,7 +44,7 @@ def estimate(
         ConfigError: a configuration that cannot be run.
     """
     container = on_this_machine(training.check_config(config))
-    with training.quiet(), training.deterministic_algorithms_restored(), tempfile.TemporaryDirectory() as nowhere:
+    with quiet(), deterministic_algorithms_restored(), tempfile.TemporaryDirectory() as nowhere:
         data = training.check_run(container, Path(nowhere))
         training.make_splits(data)
         pl.seed_everything(container["seed"], workers=True, verbose=False)

@@ -23,6 +23,7 @@ from approx_attn.results import record
 from approx_attn.results.schedule import describe_schedule
 from approx_attn.results.statistics import paired_difference, summarise
 from approx_attn.results.summary import SUMMARY_FILE
+from approx_attn.results.table import METRICS, Metric
 
 BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
 FAMILY = "eigen_"
@@ -44,7 +45,7 @@ text between the tables is written by hand.
 
 
 @dataclass(frozen=True)
-class Comparison:
+class WrittenComparison:
     """A finished comparison as its folder tells it.
 
     Attributes:
@@ -65,8 +66,8 @@ class Comparison:
         return str(self.summary["name"])
 
     @property
-    def percent(self) -> bool:
-        return self.summary["metric"] == "accuracy"
+    def metric(self) -> Metric:
+        return METRICS[self.summary["metric"]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -123,7 +124,7 @@ def put_block(text: str, start: str, content: str, title: str) -> str:
     return before + block + after
 
 
-def read_comparison(folder: Path) -> Comparison:
+def read_comparison(folder: Path) -> WrittenComparison:
     """What `compare` left in a folder.
 
     Raises:
@@ -139,13 +140,13 @@ def read_comparison(folder: Path) -> Comparison:
     with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
         rows = {row["attention"]: row for row in csv.DictReader(file)}
     measured = record.read_json(folder / "measurements.json")
-    return Comparison(summary, table, caption, rows, measured and measured.get("environment"))
+    return WrittenComparison(summary, table, caption, rows, measured and measured.get("environment"))
 
 
 # -- one comparison ------------------------------------------------------------------------------------
 
 
-def section(comparison: Comparison) -> str:
+def section(comparison: WrittenComparison) -> str:
     """The generated part of a comparison's section."""
     summary = comparison.summary
     steps = [count for by_seed in summary["steps"].values() for count in by_seed.values()]
@@ -194,7 +195,7 @@ def _dates(summary: Mapping[str, Any]) -> str:
     return last if first == last else f"{first} to {last}"
 
 
-def _machines(comparison: Comparison) -> str:
+def _machines(comparison: WrittenComparison) -> str:
     text = f"on {_machine(comparison.summary['environments'])}"
     if comparison.measured is not None:
         measured = _machine([comparison.measured])
@@ -233,7 +234,7 @@ OVERVIEW_FOOT = (
 )
 
 
-def overview(comparisons: Sequence[Comparison], known: Mapping[str, str]) -> str:
+def overview(comparisons: Sequence[WrittenComparison], known: Mapping[str, str]) -> str:
     """The best eigen mechanism of each comparison against the best of the baselines.
 
     Args:
@@ -250,7 +251,7 @@ def known_lines(text: str) -> dict[str, str]:
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
 
-def overview_line(comparison: Comparison) -> str:
+def overview_line(comparison: WrittenComparison) -> str:
     """One comparison as a line of the overview."""
     eigen = best(comparison, lambda name: name.startswith(FAMILY))
     baseline = best(comparison, lambda name: name in BASELINES)
@@ -262,38 +263,37 @@ def overview_line(comparison: Comparison) -> str:
     return f"| {comparison.name} | {' | '.join(sides)} | {difference} | {words} |"
 
 
-def best(comparison: Comparison, belongs: Callable[[str], bool]) -> str | None:
+def best(comparison: WrittenComparison, belongs: Callable[[str], bool]) -> str | None:
     """Label of the mechanism with the best mean figure among those whose name belongs; None if there is none."""
     means = {
         label: summarise(list(figures.values())).mean
         for label, figures in comparison.summary["figures"].items()
         if figures and belongs(label.split()[0])
     }
-    sign = 1.0 if comparison.percent else -1.0
+    sign = 1.0 if comparison.metric.higher_is_better else -1.0
     return max(means, key=lambda label: sign * means[label]) if means else None
 
 
-def _compare(comparison: Comparison, label: str, other: str) -> tuple[str, str]:
+def _compare(comparison: WrittenComparison, label: str, other: str) -> tuple[str, str]:
     """The paired difference of two mechanisms and its verdict."""
     ours, theirs = (comparison.summary["figures"][name] for name in (label, other))
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         return "–", "no seed in common"
     found = paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
-    factor, digits = (100.0, 2) if comparison.percent else (1.0, 4)
-    text = f"{factor * found.mean:+.{digits}f}"
-    better = (found.mean >= 0.0) == comparison.percent or found.mean == 0.0
+    metric = comparison.metric
+    text = metric.show_difference(found.mean)
+    better = (found.mean > 0.0) == metric.higher_is_better or found.mean == 0.0
     words = "at least as good" if better else "worse"
     if not found.has_interval:
         return text, f"{words}, one seed" if found.count < 2 else words
-    text += f" [{factor * found.low:+.{digits}f}, {factor * found.high:+.{digits}f}]"
+    text += f" [{metric.show_difference(found.low)}, {metric.show_difference(found.high)}]"
     return text, f"{words}, {'distinguishable' if found.distinguishable else 'not distinguishable'}"
 
 
-def _figure(comparison: Comparison, label: str | None) -> str:
+def _figure(comparison: WrittenComparison, label: str | None) -> str:
     if label is None:
         return "–"
     figure = summarise(list(comparison.summary["figures"][label].values()))
-    factor, digits = (100.0, 2) if comparison.percent else (1.0, 4)
-    spread = f" ± {factor * figure.std:.{digits}f}" if figure.count > 1 else ""
-    return f"{factor * figure.mean:.{digits}f}{spread}"
+    spread = f" ± {comparison.metric.show(figure.std)}" if figure.count > 1 else ""
+    return f"{comparison.metric.show(figure.mean)}{spread}"

@@ -17,7 +17,6 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
@@ -25,7 +24,7 @@ from approx_attn.command import run_plain
 from approx_attn.configuration import ConfigError, config_dir, plain
 from approx_attn.instantiation import suggestion
 from approx_attn.results import record
-from approx_attn.results.table import FULL_WIDTH
+from approx_attn.results.table import wide_console
 
 STATUSES = ("finished", "failed", "running", "unfinished")
 ORDERS = ("data", "attention", "seed", "status", "accuracy", "seconds", "date")
@@ -259,9 +258,7 @@ def _order(run: RunEntry, sort: str) -> tuple[Any, ...]:
 def _list_or_prune(arguments: Sequence[str]) -> None:
     own, filters = settings(arguments)
     runs = chosen_runs(own, filters)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FULL_WIDTH)  # a file has no edge
+    console = wide_console()
     if own["prune"]:
         deleted = prune([run for run in runs if run.status != "running"], own["folder"])
         console.print(f"{deleted} of {len(runs)} runs deleted.", highlight=False)

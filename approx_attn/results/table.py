@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -39,6 +39,13 @@ class Metric:
 
     def show_difference(self, value: float) -> str:
         return f"{self.factor * value:+.{2 if self.percent else 4}f}"
+
+
+METRICS = {
+    "accuracy": Metric("accuracy", percent=True, higher_is_better=True),
+    "loss": Metric("loss", percent=False, higher_is_better=False),
+}
+"""The test figures that a comparison can be about, by name."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,12 @@ _CSV_EXTRAS: list[tuple[str, Callable[[ComparisonRow], Any]]] = [
 
 
 FULL_WIDTH = 168  # of a terminal that holds all columns side by side
+
+
+def wide_console() -> Console:
+    """The console of this process; wide enough for every column where it is a file, which has no edge."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FULL_WIDTH)
 
 
 def to_rich(rows: Sequence[ComparisonRow], metric: Metric, title: str, caption: str, width: int) -> Group:

@@ -553,6 +553,12 @@ def test_state_dict_round_trip(name, case):
 
 
 @each_case()
+def test_parameters_are_contiguous(name, case):
+    """Others cannot be sharded over processes."""
+    assert all(parameter.is_contiguous() for parameter in build(name, case).parameters())
+
+
+@each_case()
 def test_evaluation_is_deterministic(name, case):
     mechanism = build(name, case)
     tensors = inputs(16)

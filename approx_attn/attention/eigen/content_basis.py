@@ -146,6 +146,7 @@ class ContentBasis(nn.Module):
         maps = num_heads if share == "head" else 1
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         start = torch.linalg.qr(torch.randn(maps, head_dim, head_dim, generator=generator))[0][..., : self.rank]
+        start = start.contiguous()  # parameters that are not cannot be sharded
         self.query_map = nn.Parameter(start.clone(), requires_grad=train_basis)  # (h | 1, d, r)
         self.key_map = nn.Parameter(start.clone(), requires_grad=train_basis)  # (h | 1, d, r)
         self.register_buffer("key_mean", torch.zeros(num_key_value_heads, head_dim))

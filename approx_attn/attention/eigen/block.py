@@ -13,6 +13,7 @@ from approx_attn.attention.base import (
     Capabilities,
     Cost,
     apply_dropout,
+    repeat_heads,
     require_at_least,
     require_positive,
     require_share_or_count,
@@ -144,6 +145,9 @@ class EigenBlockAttention(HasContentBasis):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        if query.numel() == 0 or key.numel() == 0:  # no samples, queries or keys: there is nothing to cut into blocks
+            nothing = repeat_heads(value.sum(-2, keepdim=True), self.num_heads).expand(-1, -1, query.shape[-2], -1)
+            return nothing, query.new_zeros(*query.shape[:3], key.shape[-2]) if need_weights else None
         # Exponentials of sums over blocks: float32 throughout, also under autocast, but for products on a GPU.
         product_type = query.dtype
         with torch.autocast(query.device.type, enabled=False):

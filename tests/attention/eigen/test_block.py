@@ -198,6 +198,17 @@ def test_automatic_block_size():
     assert sizes == sorted(sizes)
 
 
+@pytest.mark.parametrize(("samples", "n_q", "n_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_no_samples_queries_or_keys(samples, n_q, n_k):
+    mechanism = build(num_key_value_heads=1)
+    sizes = ((HEADS, n_q), (1, n_k), (1, n_k))
+    tensors = [torch.randn(samples, h, n, DIM, dtype=torch.float64, requires_grad=True) for h, n in sizes]
+    output, weights = mechanism(*tensors, need_weights=True)
+    assert torch.equal(output, torch.zeros(samples, HEADS, n_q, DIM, dtype=torch.float64))
+    assert weights.shape == (samples, HEADS, n_q, n_k)
+    output.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

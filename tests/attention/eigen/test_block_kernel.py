@@ -32,6 +32,9 @@ CASES = {
     "padded": {"n_q": 40, "n_k": 40, "padded": True},
     "padded_causal": {"n_q": 40, "n_k": 40, "padded": True, "causal": True, "order": 2},
     "grouped": {"n_q": 32, "n_k": 32, "kv_heads": 1},
+    # More far blocks, and blocks larger, than a tile of the interpreted kernels, which is 16.
+    "many_blocks": {"n_q": 6, "n_k": 71, "causal": True, "offset": 65, "block_size": 4, "kv_heads": 1},
+    "two_tiles": {"n_q": 21, "n_k": 43, "causal": True, "offset": 22, "order": 2, "block_size": 20, "kv_heads": 1},
     "large_blocks": {"n_q": 90, "n_k": 133, "order": 2, "block_size": 35, "query_block_size": 20, "kv_heads": 1},
     "large_causal": {"n_q": 140, "n_k": 140, "order": 2, "block_size": 35, "query_block_size": 20, "causal": True},
 }
@@ -193,20 +196,42 @@ def test_compiled_kernel_does_not_hide_a_key_that_is_not_a_number():
     assert output[0][(inputs.chosen[0] == 0).any(-1)].isnan().all()
 
 
-def test_without_the_compiled_kernel_the_other_path_works(monkeypatch):
-    """`APPROX_ATTN_CPU_KERNEL=0` and machines without a compiler."""
+def test_the_compiled_kernel_can_be_switched_off(monkeypatch, caplog):
     monkeypatch.setenv(native.SWITCH, "0")
     assert native.load.__wrapped__() is None
-    monkeypatch.delenv(native.SWITCH)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert native.load.__wrapped__() is None
+    assert not caplog.messages
 
 
-def test_a_failing_compiler_is_reported(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("CXX", "false")  # a program that does nothing but fail
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.setenv("CXX", "no-such-compiler"), "no compiler 'no-such-compiler' was found"),
+        (
+            lambda m: m.setenv("CXX", "false"),
+            "the compiler ended with status 1",
+        ),  # a program that does nothing but fail
+        (lambda m: m.setattr(native.sys, "platform", "darwin"), "it is built on Linux only"),
+        (lambda m: m.setenv("TORCH_EXTENSIONS_DIR", __file__), "Not a directory"),  # where nothing can be written
+        (lambda m: m.setattr(native, "SOURCE", Path("gone.cpp")), "No such file"),
+    ],
+    ids=["no_compiler", "failing_compiler", "other_system", "no_folder", "no_source"],
+)
+@needs_compiler
+def test_what_keeps_the_compiled_kernel_from_being_built_is_told_in_one_sentence(
+    change, reason, monkeypatch, tmp_path, caplog
+):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    change(monkeypatch)
     assert native.load.__wrapped__() is None
-    assert "was not built" in caplog.text
+    assert "was not built" in caplog.messages[-1]
+    assert reason in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
+
+
+def test_the_first_error_of_a_compiler_is_what_is_told():
+    stderr = "In file included from a.h\nblock.cpp:1: error: no such header\ncompilation terminated."
+    error = subprocess.CalledProcessError(1, "g++", stderr=stderr)
+    assert native._first_error(error) == "block.cpp:1: error: no such header"
 
 
 def from_moments(inputs: BlockInputs, causality: Causality) -> Tensor:
@@ -260,14 +285,21 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def run_fused(inputs: BlockInputs, causality: Causality, direction: Tensor, device: str, dropout_p: float = 0.0):
-    """Output of the fused kernels and gradients of `direction` · output, on the CPU, in float64."""
+def fused(
+    inputs: BlockInputs, causality: Causality, device: str, dropout_p: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
+    """Output of the fused kernels on their device, and the leaves that it is a function of."""
     from approx_attn.attention.eigen.kernels import block_triton
 
     inputs = BlockInputs(*(None if x is None else x.detach().to(device) for x in inputs))
     leaves = [x.requires_grad_() for x in inputs[:7]]
     assert block_triton.can_run(inputs)
-    output = block_triton.block_attention(inputs, causality, dropout_p)
+    return block_triton.block_attention(inputs, causality, dropout_p), leaves
+
+
+def run_fused(inputs: BlockInputs, causality: Causality, direction: Tensor, device: str, dropout_p: float = 0.0):
+    """Output of the fused kernels and gradients of `direction` · output, on the CPU, in float64."""
+    output, leaves = fused(inputs, causality, device, dropout_p)
     grads = torch.autograd.grad((output * direction.to(output)).sum(), leaves)
     return output.detach().cpu().double(), [grad.cpu().double() for grad in grads]
 
@@ -304,11 +336,12 @@ def check_dropout(device: str) -> None:
     inputs, _, causality = prepared(torch.float32, n_q=24, n_k=24, order=2, causal=True, kv_heads=1)
     direction = torch.randn(*inputs.query.shape[:3], inputs.value.shape[-1])
 
-    def drop(inputs: BlockInputs) -> tuple[Tensor, list[Tensor]]:
+    def drop(inputs: BlockInputs) -> Tensor:
         torch.manual_seed(0)
-        return run_fused(inputs, causality, direction, device, 0.25)
+        return fused(inputs, causality, device, 0.25)[0].detach().cpu().double()
 
-    output, grads = drop(inputs)
+    torch.manual_seed(0)
+    output, grads = run_fused(inputs, causality, direction, device, 0.25)
     # The output is linear in values and moments together, so their gradients tell the sum of the output.
     told = (grads[2] * inputs.value).sum() + (grads[5] * inputs.moments).sum()
     torch.testing.assert_close(told, (output * direction).sum(), rtol=1e-4, atol=1e-4)
@@ -317,13 +350,13 @@ def check_dropout(device: str) -> None:
     ends = [
         drop(BlockInputs(*(x + sign * s for x, s in zip(inputs, steps, strict=False)), *inputs[7:])) for sign in (1, -1)
     ]
-    expected = ((ends[0][0] - ends[1][0]) * direction).sum() / 2
+    expected = ((ends[0] - ends[1]) * direction).sum() / 2
     found = torch.stack([(grad * step).sum() for grad, step in zip(grads, steps, strict=True)]).sum()
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     # With values of one, the output is the sum of the weights that are left.
     moments = torch.zeros_like(inputs.moments)
     moments[:, 0] = 1.0
-    left = drop(inputs._replace(value=torch.ones_like(inputs.value), moments=moments))[0]
+    left = drop(inputs._replace(value=torch.ones_like(inputs.value), moments=moments))
     assert float(left.mean()) == pytest.approx(1.0, abs=0.1)
     assert float(left.std()) > 0.1
 
@@ -342,21 +375,28 @@ def check_probes(device: str) -> None:
         expected = scores.masked_fill(~keep, float("-inf")).flatten(-2).softmax(-1).unflatten(-1, (6, 20)).sum(-1)
         arguments = (None if x is None else x.to(device) for x in (probes, key, usable, far_open))
         assert error(block_triton.probe_mass(*arguments).cpu().double(), expected) < 1e-5
+    assert block_triton.can_weigh(probes.to(device), key.to(device))
+    assert not block_triton.can_weigh(torch.zeros(1, 1, 1, 1, 256, device=device), key.to(device))
 
 
-FUSED_CASES = ("order_0", "offset", "padded_causal", "large_causal")
+# The interpreter multiplies bfloat16 as if they were integers, so it gets the other half type.
+HALF = "torch.bfloat16 if device == 'cuda' else torch.float16"
+FUSED_CASES = ("order_0", "padded_causal", "many_blocks", "two_tiles")
+LARGE_CASES = ("offset", "grouped", "large_blocks", "large_causal")
 FUSED_CHECKS = {
-    "single": "for case in tests.FUSED_CASES: tests.check_fused(case, device, torch.float32)",
-    # The interpreter multiplies bfloat16 as if they were integers, so it gets the other half type.
-    "half": "half = torch.bfloat16 if device == 'cuda' else torch.float16\n"
-    "for case in ('large_blocks',): tests.check_fused(case, device, half)",
-    "dropout": "tests.check_dropout(device)",
-    "probes": "tests.check_probes(device)",
+    "small": f"for case in {FUSED_CASES}: tests.check_fused(case, device, torch.float32)\n"
+    f"tests.check_fused('two_tiles', device, {HALF})",
+    "dropout_and_probes": "tests.check_dropout(device)\ntests.check_probes(device)",
+    "large": f"for case in {LARGE_CASES}: tests.check_fused(case, device, torch.float32)\n"
+    f"for case in {FUSED_CASES + LARGE_CASES}: tests.check_fused(case, device, {HALF})",
 }
+"""What runs in a process of its own: few processes, since each takes seconds to start."""
 
 
 @needs_triton
-@pytest.mark.parametrize("check", FUSED_CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(x, marks=pytest.mark.slow) if x == "large" else x for x in FUSED_CHECKS]
+)
 @pytest.mark.parametrize("where", ["cuda", "interpreter"])
 def test_fused_kernels_are_the_definition(where, check):
     """Whether Triton interprets or compiles is settled when a kernel is defined, hence a fresh process for each."""

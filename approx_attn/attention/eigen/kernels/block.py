@@ -64,10 +64,11 @@ def probe_mass(probes: Tensor, key: Tensor, key_open: Tensor | None, far_open: T
     Returns:
         (b, h, Q, g, K); rows without any usable key hold finite numbers of no meaning.
     """
-    if HAS_TRITON and probes.is_cuda and probes.dtype == torch.float32:
+    if HAS_TRITON and probes.is_cuda:
         from approx_attn.attention.eigen.kernels import block_triton
 
-        return block_triton.probe_mass(probes.detach(), key.detach(), key_open, far_open)
+        if block_triton.can_weigh(probes, key):
+            return block_triton.probe_mass(probes.detach(), key.detach(), key_open, far_open)
     return _probe_op(probes.detach().contiguous(), key.detach().contiguous(), key_open, far_open.contiguous())
 
 

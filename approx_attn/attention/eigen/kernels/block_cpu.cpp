@@ -26,7 +26,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/block.py
+constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/block_inputs.py
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
 constexpr int64_t kSpanNumbers = 1 << 18;  // numbers in the arrays of a span: 1 MiB, half of a common second-level cache
 

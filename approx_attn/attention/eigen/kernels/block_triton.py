@@ -22,6 +22,7 @@ from approx_attn.attention.eigen.kernels.block_triton_forward import forward_ker
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_DIM = 128  # dimensions of a head of which tiles still fit into shared memory
 LARGEST_RANK = 16  # the loops over coordinates are unrolled
+MOST_BLOCKS = 65535  # key blocks that the second axis of a launch can count
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAR_TILE = 16  # far blocks of a program of `moment_kernel`: with r coordinates each, 16·r rows of one product
 PROGRAMS_PER_CORE = 4  # programs of `moment_kernel` per multiprocessor, made up by splitting the queries
@@ -34,6 +35,16 @@ def can_run(inputs: BlockInputs) -> bool:
         and max(inputs.query.shape[-1], inputs.value.shape[-1]) <= LARGEST_DIM
         and inputs.tilt.shape[-1] - 1 <= LARGEST_RANK
         and inputs.query.dtype in TYPES
+    )
+
+
+def can_weigh(probes: Tensor, key: Tensor) -> bool:
+    """Whether `probe_mass` takes these shapes, types and device."""
+    return (
+        (probes.is_cuda or INTERPRETED)
+        and probes.dtype == torch.float32
+        and probes.shape[-1] <= LARGEST_DIM
+        and key.shape[2] <= MOST_BLOCKS
     )
 
 

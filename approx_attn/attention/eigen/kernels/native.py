@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils import cpp_extension
 
 SOURCE = Path(__file__).with_name("block_cpu.cpp")
 SWITCH = "APPROX_ATTN_CPU_KERNEL"
@@ -37,36 +37,59 @@ def load() -> ModuleType | None:
     The first call on a machine compiles for about ten seconds and says so. Where nothing can be compiled a warning says
     why, once per process, and PyTorch's operators do the work, which takes about twice as long.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if os.environ.get(SWITCH) == "0" or sys.platform != "linux" or compiler is None:
+    if os.environ.get(SWITCH) == "0":
         return None
-    library = _place(compiler)
     try:
-        if not library.is_file():
-            log.warning("Building the CPU kernel of eigen_block, once for this machine (about 10 s) ...")
-            _build(compiler, library)
-        torch.ops.load_library(library)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.strip().splitlines()[:1] if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning("The CPU kernel of eigen_block was not built (%s); the slower path is used.", reason)
-        return None
+        return _load()
+    except subprocess.CalledProcessError as error:
+        reason = _first_error(error)
+    except (OSError, RuntimeError, ImportError) as error:  # ImportError: PyTorch's build tools lack setuptools
+        reason = str(error)
+    log.warning("The CPU kernel of eigen_block was not built (%s); the slower path is used.", reason)
+    return None
+
+
+def _load() -> ModuleType:
+    if sys.platform != "linux":
+        raise OSError(f"it is built on Linux only, this is {platform.system()}")
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise OSError(f"no compiler {name!r} was found; the environment variable CXX names another")
+    library = _place(compiler)
+    if not library.is_file():
+        log.warning("Building the CPU kernel of eigen_block, once for this machine (about 10 s) ...")
+        _build(compiler, library)
+    torch.ops.load_library(library)
     return torch.ops.approx_attn_cpu
+
+
+def _first_error(error: subprocess.CalledProcessError) -> str:
+    """What the compiler complains about, in one line."""
+    lines = error.stderr.strip().splitlines()
+    said = next((line for line in lines if "error" in line), lines[0] if lines else None)
+    return said or f"the compiler ended with status {error.returncode}"
 
 
 def _place(compiler: str) -> Path:
     """Where the library for this source, compiler, PyTorch and kind of processor is kept."""
-    what = (SOURCE.read_text(), compiler, *_flags(), torch.__version__, sys.version)
+    from torch.utils import cpp_extension  # imports setuptools, which takes time and may be missing
+
+    what = (SOURCE.read_text(), compiler, *_flags(), platform.machine(), torch.__version__, sys.version)
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     return Path(folder) / "approx_attn" / f"block_cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
 
 
 def _flags() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    return [*FLAGS, "-DAT_PARALLEL_OPENMP=1", *INSTRUCTIONS.get(capability, ())]
+    library_abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"  # strings laid out as PyTorch's
+    return [*FLAGS, "-DAT_PARALLEL_OPENMP=1", library_abi, *INSTRUCTIONS.get(capability, ())]
 
 
 def _build(compiler: str, library: Path) -> None:
     """Compile to a name of its own, then rename: processes that build at the same time do not disturb each other."""
+    from torch.utils import cpp_extension
+
     library.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{path}" for path in cpp_extension.include_paths()]
     search = [f"-L{path}" for path in cpp_extension.library_paths()]

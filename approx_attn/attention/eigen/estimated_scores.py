@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,45 @@ from approx_attn.attention.eigen.chunk_scores import (
 )
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.topk import crop_keys
 
 SAMPLED_TOKENS = 32  # queries and keys sampled per sequence for the auxiliary loss: 32² pairs per head
+
+
+class ScoreInputs(NamedTuple):
+    """What the scores of some queries with some keys are computed and estimated from, the values with it.
+
+    Attributes:
+        query: (b, h, n_q, d). query_low: (b, h, n_q, r), its coordinates.
+        offset: (b, h, n_q | 1, 1), what makes row means of estimates exact; None where the mask decides it by chunk.
+        key: (b, h_kv, n_k, d). key_low: (b, h, n_k, r), its coordinates.
+        hidden: (b, h, 1, n_k), log norm of what the basis cannot see of a key; None where nothing asks for it.
+        value: (b, h_kv, n_k, d_v).
+        mask: of these queries and keys.
+    """
+
+    query: Tensor
+    query_low: Tensor
+    offset: Tensor | None
+    key: Tensor
+    key_low: Tensor
+    hidden: Tensor | None
+    value: Tensor
+    mask: AttentionMask
+
+    def part(self, start: int, stop: int, seen: int) -> ScoreInputs:
+        """Those of queries start..stop-1 with the first `seen` keys."""
+        varies = self.offset is not None and self.offset.shape[-2] > 1
+        return ScoreInputs(
+            query=self.query[:, :, start:stop],
+            query_low=self.query_low[:, :, start:stop],
+            offset=self.offset[:, :, start:stop] if self.offset is not None and varies else self.offset,
+            key=self.key[:, :, :seen],
+            key_low=self.key_low[:, :, :seen],
+            hidden=None if self.hidden is None else self.hidden[..., :seen],
+            value=self.value[:, :, :seen],
+            mask=crop_keys(self.mask.queries(start, stop), seen),
+        )
 
 
 class EstimatedScores(HasContentBasis):
@@ -30,25 +69,24 @@ class EstimatedScores(HasContentBasis):
     position_prior: str
     auxiliary_loss_weight: float
 
-    def _estimate(
-        self,
-        query: Tensor,
-        query_low: Tensor,
-        offset: Tensor | None,
-        key: Tensor,
-        key_low: Tensor,
-        mask: AttentionMask,
-        keep: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """Estimated scores with prior and bias: (b, h, c, seen)."""
-        estimate = at_least_float32(query_low @ key_low.mT)
+    def _score_inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, hides: bool) -> ScoreInputs:
+        """What all scores are estimated from; `hides`: and what a choice by expected error needs."""
+        query_low = self.basis.query_coordinates(query)  # (b, h, n_q, r)
+        key_low = self.basis.key_coordinates(key)  # (b, h, n_k, r)
+        offset = self._row_offset(query, key, query_low, key_low, mask) if mask.is_structured else None
+        hidden = self._hidden_part(key, key_low) if hides else None
+        return ScoreInputs(query, query_low, offset, key, key_low, hidden, value, mask)
+
+    def _estimate(self, inputs: ScoreInputs, keep: Tensor | None, scale: float) -> Tensor:
+        """Estimated scores with prior and bias: (b, h, n_q, n_k)."""
+        estimate = at_least_float32(inputs.query_low @ inputs.key_low.mT)
+        offset = inputs.offset
         if offset is None:
-            offset = mean_residual(query, key, query_low, key_low, keep)
+            offset = mean_residual(inputs.query, inputs.key, inputs.query_low, inputs.key_low, keep)
         estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
         if self.prior is not None:
-            estimate = estimate + self._prior_scores(mask, *estimate.shape[-2:])
-        bias = mask.finite_bias()
+            estimate = estimate + self._prior_scores(inputs.mask, *estimate.shape[-2:])
+        bias = inputs.mask.finite_bias()
         return estimate if bias is None else estimate + bias
 
     def _row_offset(

@@ -27,7 +27,7 @@ from approx_attn.attention.eigen.chunk_scores import (
     scores_at,
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
-from approx_attn.attention.eigen.estimated_scores import EstimatedScores
+from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
 from approx_attn.attention.eigen.tiles import (
     TileLayout,
     choose_tiles,
@@ -177,22 +177,21 @@ class EigenTopKAttention(EstimatedScores):
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         n_q, n_k = query.shape[-2], key.shape[-2]
-        query_low = self.basis.query_coordinates(query)  # (b, h, n_q, r)
-        key_low = self.basis.key_coordinates(key)  # (b, h, n_k, r)
-        offset = self._row_offset(query, key, query_low, key_low, mask) if mask.is_structured else None
-        hidden = self._hidden_part(key, key_low) if self.select == "error" else None
+        inputs = self._score_inputs(query, key, value, mask, hides=self.select == "error")
         self.auxiliary_loss = self._auxiliary_loss(query, key, mask, scale)
 
         if self.block_size is None or resolve_count(self.keep, n_k) == n_k:
-            chunks = self._pair_chunks(query, query_low, offset, key, key_low, hidden, value, mask)
+            parts = query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
+            chunks: list[tuple[Any, ...]] = [(inputs.part(*part), n_k) for part in parts]
             attend: Callable[..., tuple[Tensor, Tensor]] = self._attend_pairs
         else:
-            chunks = self._tile_chunks(query, query_low, offset, key, key_low, hidden, value, mask)
+            layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
+            chunks = self._tile_chunks(layout, inputs)
             attend = self._attend_tiles
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
         outputs, weights = [], []
         for chunk in chunks:
-            arguments = (*chunk, scale, dropout_p, n_k)
+            arguments = (*chunk, scale, dropout_p)
             if recompute:
                 output, weight = checkpoint(attend, *arguments, use_reentrant=False)
             else:
@@ -203,93 +202,37 @@ class EigenTopKAttention(EstimatedScores):
         output = torch.cat(outputs, dim=-2)[:, :, :n_q]
         return output, torch.cat(weights, dim=-2)[:, :, :n_q] if need_weights else None
 
-    def _pair_chunks(
-        self,
-        query: Tensor,
-        query_low: Tensor,
-        offset: Tensor | None,
-        key: Tensor,
-        key_low: Tensor,
-        hidden: Tensor | None,
-        value: Tensor,
-        mask: AttentionMask,
-    ) -> list[tuple[Any, ...]]:
-        """Arguments of `_attend_pairs` for every chunk of queries."""
-        n_q, n_k = query.shape[-2], key.shape[-2]
-        return [
-            (
-                query[:, :, start:stop],
-                query_low[:, :, start:stop],
-                offset if offset is None or offset.shape[-2] == 1 else offset[:, :, start:stop],
-                key[:, :, :seen],
-                key_low[:, :, :seen],
-                None if hidden is None else hidden[..., :seen],
-                value[:, :, :seen],
-                crop_keys(mask.queries(start, stop), seen),
-            )
-            for start, stop, seen in query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
-        ]
-
-    def _tile_chunks(
-        self,
-        query: Tensor,
-        query_low: Tensor,
-        offset: Tensor | None,
-        key: Tensor,
-        key_low: Tensor,
-        hidden: Tensor | None,
-        value: Tensor,
-        mask: AttentionMask,
-    ) -> list[tuple[Any, ...]]:
-        """Arguments of `_attend_tiles` for every chunk of query blocks, padded to whole blocks."""
-        assert self.block_size is not None
-        n_q, n_k = query.shape[-2], key.shape[-2]
-        layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
-        query, query_low = layout.pad_queries(query), layout.pad_queries(query_low)
-        offset = None if offset is None else layout.pad_queries(offset)
-        key, key_low, value = layout.pad_keys(key), layout.pad_keys(key_low), layout.pad_keys(value)
-        hidden = None if hidden is None else layout.pad_keys(hidden.mT).mT
-        mask = layout.pad_mask(mask, query.device)
+    def _tile_chunks(self, layout: TileLayout, inputs: ScoreInputs) -> list[tuple[Any, ...]]:
+        """Arguments of `_attend_tiles` for every run of query blocks, padded to whole blocks."""
+        padded = ScoreInputs(
+            query=layout.pad_queries(inputs.query),
+            query_low=layout.pad_queries(inputs.query_low),
+            offset=None if inputs.offset is None else layout.pad_queries(inputs.offset),
+            key=layout.pad_keys(inputs.key),
+            key_low=layout.pad_keys(inputs.key_low),
+            hidden=None if inputs.hidden is None else layout.pad_keys(inputs.hidden.mT).mT,
+            value=layout.pad_keys(inputs.value),
+            mask=layout.pad_mask(inputs.mask, inputs.query.device),
+        )
         chunks = []
         for begin, stop in layout.chunks(self.chunk_size):
-            rows = slice(begin * layout.b_q, stop * layout.b_q + layout.lead)
             seen = layout.columns_for(stop) * layout.b_k
-            chunks.append(
-                (
-                    query[:, :, rows],
-                    query_low[:, :, rows],
-                    offset if offset is None or offset.shape[-2] == 1 else offset[:, :, rows],
-                    key[:, :, :seen],
-                    key_low[:, :, :seen],
-                    None if hidden is None else hidden[..., :seen],
-                    value[:, :, :seen],
-                    crop_keys(mask.queries(rows.start, rows.stop), seen),
-                    layout,
-                    (begin, stop),
-                )
-            )
+            part = padded.part(begin * layout.b_q, stop * layout.b_q + layout.lead, seen)
+            chunks.append((part, layout, (begin, stop)))
         return chunks
 
-    def _attend_pairs(
-        self,
-        query: Tensor,
-        query_low: Tensor,
-        offset: Tensor | None,
-        key: Tensor,
-        key_low: Tensor,
-        hidden: Tensor | None,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        n_k: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Output (b, h, c, d_v) and weights (b, h, c, seen) of a chunk of queries over the keys they may see."""
+    def _attend_pairs(self, inputs: ScoreInputs, n_k: int, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+        """Output (b, h, c, d_v) and weights (b, h, c, seen) of a chunk of queries over the keys they may see.
+
+        Args:
+            n_k: keys that there are, seen or not; `keep` as a number is of them.
+        """
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         c, seen = query.shape[-2], key.shape[-2]
         keep = mask.dense_keep(c, seen, query.device)
         bias = mask.finite_bias()
-        estimate = self._estimate(query, query_low, offset, key, key_low, mask, keep, scale)
-        rank_by = self._ranking(estimate if hidden is None else estimate + hidden, mask, keep)
+        estimate = self._estimate(inputs, keep, scale)
+        rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
         if self.scoring == "dense":
             selected = self._chosen_pairs(rank_by, keep, n_k)
             exact = at_least_float32(grouped_matmul(query, key.mT)).mul_(scale)
@@ -301,41 +244,28 @@ class EigenTopKAttention(EstimatedScores):
             exact = exact if bias is None else exact + bias.expand_as(estimate).gather(-1, index)
             scores = estimate.scatter(-1, index, torch.where(is_open, exact, estimate.gather(-1, index)))
             selected = scatter_choice(index, is_open, seen)
-        return self._weigh(scores, selected, keep, value, dropout_p)
+        return self._weigh(scores, selected, keep, inputs.value, dropout_p)
 
     def _attend_tiles(
-        self,
-        query: Tensor,
-        query_low: Tensor,
-        offset: Tensor | None,
-        key: Tensor,
-        key_low: Tensor,
-        hidden: Tensor | None,
-        value: Tensor,
-        mask: AttentionMask,
-        layout: TileLayout,
-        blocks: tuple[int, int],
-        scale: float,
-        dropout_p: float,
-        n_k: int,
+        self, inputs: ScoreInputs, layout: TileLayout, blocks: tuple[int, int], scale: float, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        """As `_attend_pairs` for a run of query blocks, whose probes stand before them in the query arguments."""
+        """As `_attend_pairs` for a run of query blocks, whose probes stand before them in the inputs."""
+        query, key, mask = inputs.query, inputs.key, inputs.mask
         e, seen, lead = query.shape[-2], key.shape[-2], layout.lead
         c = e - lead
         own = mask.queries(lead, e)
         keep = mask.dense_keep(e, seen, query.device)
         own_keep = keep if keep is None or keep.shape[-2] == 1 else keep[..., lead:, :]
-        estimate = self._estimate(query, query_low, offset, key, key_low, mask, keep, scale)  # (b, h, lead + c, seen)
+        estimate = self._estimate(inputs, keep, scale)  # (b, h, lead + c, seen)
         places = layout.places(*blocks, seen // layout.b_k, query.device)
-        choice = choose_tiles(
-            layout, places, estimate[:, :, :c], hidden, crop_keys(mask.queries(0, c), seen), own_keep, self.keep
-        )
+        probes = crop_keys(mask.queries(0, c), seen)
+        choice = choose_tiles(layout, places, estimate[:, :, :c], inputs.hidden, probes, own_keep, self.keep)
         bias = own.finite_bias()
         scores = with_exact_tiles(layout, estimate[:, :, lead:], choice, query[:, :, lead:], key, bias, scale)
         selected = None
         if self.rest != "keep":
             selected = selected_pairs(layout, choice.selected(seen // layout.b_k))
-        return self._weigh(scores, selected, own_keep, value, dropout_p)
+        return self._weigh(scores, selected, own_keep, inputs.value, dropout_p)
 
     def _weigh(
         self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float

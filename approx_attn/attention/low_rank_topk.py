@@ -21,8 +21,9 @@ from approx_attn.attention.base import (
     resolve_count,
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.query_chunks import kept_pairs, query_chunks
 from approx_attn.attention.registry import register_attention
-from approx_attn.attention.topk import kept_pairs, query_chunks, topk_attention
+from approx_attn.attention.topk import topk_attention
 
 MOMENTUM = 0.99  # of the running covariance: it remembers about the last 100 training passes
 

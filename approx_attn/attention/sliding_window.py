@@ -20,9 +20,9 @@ from approx_attn.attention.base import (
 )
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.query_chunks import crop_keys, query_chunks
 from approx_attn.attention.random_blocks import RandomBlocks, gather_pairs
 from approx_attn.attention.registry import register_attention
-from approx_attn.attention.topk import crop_keys, query_chunks
 from approx_attn.attention.window import Window
 
 SEGMENTS, LEAST_SEGMENT = 4, 256

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from approx_attn.attention.band import Band
 from approx_attn.attention.base import require_at_least, require_share_or_count, resolve_count
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.attention.topk import keys_per_query
+from approx_attn.attention.query_chunks import keys_per_query
 
 
 @dataclass(frozen=True)

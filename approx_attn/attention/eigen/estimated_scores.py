@@ -15,7 +15,7 @@ from approx_attn.attention.eigen.chunk_scores import (
 )
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32
-from approx_attn.attention.topk import crop_keys
+from approx_attn.attention.query_chunks import crop_keys
 
 SAMPLED_TOKENS = 32  # queries and keys sampled per sequence for the auxiliary loss: 32² pairs per head
 

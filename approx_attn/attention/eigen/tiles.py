@@ -6,6 +6,7 @@ numbers per block and products large enough for a matrix unit. What is left is t
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+
+ROUNDING = 1e-6  # a share of tiles that is a whole number but for rounding is that number
 
 
 class TileLayout(NamedTuple):
@@ -105,7 +108,7 @@ class TileLayout(NamedTuple):
         """Exact tiles per block of queries that `keep` asks for, of the `available` ones."""
         if isinstance(keep, int):
             return torch.full_like(available, -(-keep // self.b_k))
-        return (keep * available - 1e-6).ceil().long().clamp_min(1)
+        return (keep * available.double() - ROUNDING).ceil().long().clamp_min(1)
 
     def most_exact(self, keep: float | int) -> int:
         """The most exact tiles that any block of queries can have."""
@@ -114,7 +117,9 @@ class TileLayout(NamedTuple):
             first += (self.b_q + 2 * self.window + self.b_k - 2) // self.b_k + 1
         elif self.causal:
             first += (self.b_q + self.b_k - 2) // self.b_k + 1
-        return min(self.columns, max(int(self.wanted(keep, torch.tensor(self.columns))), first))
+        # As `wanted` of all columns, but in plain numbers, so that torch.compile meets none that depends on data.
+        wanted = -(-keep // self.b_k) if isinstance(keep, int) else math.ceil(keep * self.columns - ROUNDING)
+        return min(self.columns, max(wanted, first, 1))
 
     def places(self, begin: int, stop: int, columns: int, device: torch.device | None = None) -> Places:
         """Where the tiles of query blocks begin..stop-1 with the leading key blocks stand."""

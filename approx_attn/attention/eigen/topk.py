@@ -36,8 +36,8 @@ from approx_attn.attention.eigen.tiles import (
     with_exact_tiles,
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.query_chunks import crop_keys, keys_per_query, query_chunks
 from approx_attn.attention.registry import register_attention
-from approx_attn.attention.topk import crop_keys, keys_per_query, query_chunks
 
 RESTS = ("keep", "drop", "mean")
 SELECTS = ("error", "estimate")

@@ -477,3 +477,13 @@ def in_fresh_process(statement: str, device: str, interpret: bool) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_dropout_does_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(block_chunked, "CHUNK_NUMBERS", 1 << 10)
+    inputs, _, causality = prepared(torch.float32, **CASES["causal"])
+    outputs = []
+    for threads in (1, 8):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        outputs.append(block_chunked.forward(inputs, causality, 0.5, seed=3))
+    torch.testing.assert_close(*outputs)

@@ -28,7 +28,7 @@ def forward(inputs: BlockInputs, causality: Causality, dropout_p: float, seed: i
     """Output (R, Q, b_q, d_v) of `block_attention`; `seed` decides what dropout drops."""
     output = inputs.value.new_empty(*inputs.query.shape[:3], inputs.value.shape[-1])
     scratch = _Scratch(output)
-    for part in _chunks(inputs, causality):
+    for part in _chunks(inputs, causality, dropout_p):
         chunk = _weigh(inputs, causality, part, dropout_p, seed, scratch)
         _forward_chunk(inputs, chunk, scratch, output[chunk.row, chunk.blocks])
     return output
@@ -41,7 +41,7 @@ def backward(
     floats = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs[:7]]
     grads = inputs._replace(**dict(zip(BlockInputs._fields, floats, strict=False)))
     scratch = _Scratch(output)
-    for part in _chunks(inputs, causality):
+    for part in _chunks(inputs, causality, dropout_p):
         row, blocks = part[0], part[1]
         chunk = _weigh(inputs, causality, part, dropout_p, seed, scratch)
         _backward_chunk(inputs, chunk, output[row, blocks], grad[row, blocks], grads, scratch)
@@ -111,13 +111,15 @@ class _Chunk(NamedTuple):
         return self.weights if self.dropped is None else self.dropped
 
 
-def _chunks(inputs: BlockInputs, causality: Causality) -> list[tuple[int, slice, int, int]]:
+def _chunks(inputs: BlockInputs, causality: Causality, dropout_p: float) -> list[tuple[int, slice, int, int]]:
     """(row, query blocks, T', K') of every chunk, in an order that walks through one row after the other."""
+    # Dropout draws by chunk: what it drops must not depend on the number of threads.
+    threads = 1 if dropout_p > 0.0 else torch.get_num_threads()
     rows, blocks, b_q, _ = inputs.query.shape
     _, key_blocks, b_k, _ = inputs.key.shape
     slots, rank = inputs.chosen.shape[-1], inputs.tilt.shape[-1]
     largest = max(slots * b_k + key_blocks, rank * key_blocks) * b_q + slots * b_k * inputs.key.shape[-1]
-    step = max(1, CHUNK_NUMBERS * torch.get_num_threads() // largest)
+    step = max(1, CHUNK_NUMBERS * threads // largest)
     chunks = []
     for row in range(rows):
         for start in range(0, blocks, step):

@@ -52,7 +52,7 @@ def test_submitit_runs_every_job(tmp_path: Path) -> None:
     job = start("train", "-m", "hydra/launcher=submitit_local", *TINY, f"paths.runs={tmp_path}", "seed=1,2")
     _, errors = job.communicate()
     assert job.returncode == 0, errors
-    assert [record["seed"] for record in records(tmp_path)] == [1, 2]
+    assert sorted(record["seed"] for record in records(tmp_path)) == [1, 2]
 
 
 def test_slurm_jobs_are_described_by_the_configuration() -> None:

@@ -225,12 +225,13 @@ def _threads(counts: Sequence[int]) -> str:
 
 
 OVERVIEW_HEAD = f"""\
-Best `{FAMILY}*` against the best of {", ".join(f"`{name}`" for name in BASELINES)}, by mean test figure:
+The best `{FAMILY}*` by validation figure against the best of {", ".join(f"`{name}`" for name in BASELINES)}:
 
 | comparison | eigen | test | baseline | test | difference (95%) | in words |
 |---|---|---:|---|---:|---:|---|"""
 OVERVIEW_FOOT = (
-    "Paired by seed. The best of several by their test figures looks a little better than it is, on both sides."
+    "Chosen by the mean over seeds of what the best checkpoint was kept by, so that no test figure had a part in it; "
+    "differences are paired by seed."
 )
 
 
@@ -256,7 +257,7 @@ def overview_line(comparison: WrittenComparison) -> str:
     eigen = best(comparison, lambda name: name.startswith(FAMILY))
     baseline = best(comparison, lambda name: name in BASELINES)
     if eigen is None or baseline is None:
-        difference, words = "–", "no eigen mechanism" if eigen is None else "none of the baselines"
+        difference, words = "–", f"no {'eigen mechanism' if eigen is None else 'baseline'} with validation figures"
     else:
         difference, words = _compare(comparison, eigen, baseline)
     sides = [cell for label in (eigen, baseline) for cell in (label or "–", _figure(comparison, label))]
@@ -264,14 +265,16 @@ def overview_line(comparison: WrittenComparison) -> str:
 
 
 def best(comparison: WrittenComparison, belongs: Callable[[str], bool]) -> str | None:
-    """Label of the mechanism with the best mean figure among those whose name belongs; None if there is none."""
+    """Label of the mechanism with the best mean validation figure among those whose name belongs, None without any."""
     means = {
         label: summarise(list(figures.values())).mean
-        for label, figures in comparison.summary["figures"].items()
-        if figures and belongs(label.split()[0])
+        for label, figures in comparison.summary["validation"].items()
+        if figures and None not in figures.values() and belongs(label.split()[0])
     }
-    sign = 1.0 if comparison.metric.higher_is_better else -1.0
-    return max(means, key=lambda label: sign * means[label]) if means else None
+    if not means:
+        return None
+    lower_is_better = comparison.summary["validation_mode"] == "min"
+    return (min if lower_is_better else max)(means, key=lambda label: means[label])
 
 
 def _compare(comparison: WrittenComparison, label: str, other: str) -> tuple[str, str]:

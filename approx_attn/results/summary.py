@@ -23,7 +23,8 @@ def summarise_comparison(records: Records, *, metric: str, name: str, command: s
         name, command, reference: as in `write_comparison`.
 
     Returns:
-        Plain containers: `figures` and `steps` by mechanism and seed (as text), `environments` without
+        Plain containers: `figures`, `validation` (what the best checkpoint was kept by, where a run kept one; "min" or
+        "max" of it, the `validation_mode`) and `steps` by mechanism and seed (as text), `environments` without
         repetitions, the `config` and `spec` of one run, and when the first and the last run ended (UTC).
     """
     finished = {
@@ -39,6 +40,8 @@ def summarise_comparison(records: Records, *, metric: str, name: str, command: s
         "reference": reference,
         "seeds": sorted({seed for by_seed in records.values() for seed in by_seed}),
         "figures": _by_seed(finished, lambda run: run["metrics"][f"test/{metric}"]),
+        "validation": _by_seed(finished, _validation_figure),
+        "validation_mode": _validation_mode(runs[0]["config"]) if runs else None,
         "steps": _by_seed(finished, lambda run: run["steps"]),
         "environments": list(_different(run["environment"] for run in runs)),
         "config": runs[0]["config"] if runs else None,
@@ -50,6 +53,19 @@ def summarise_comparison(records: Records, *, metric: str, name: str, command: s
 
 def _by_seed(finished: Mapping[str, Mapping[int, Any]], value: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
     return {label: {str(seed): value(run) for seed, run in by_seed.items()} for label, by_seed in finished.items()}
+
+
+def _validation_figure(run: Mapping[str, Any]) -> float | None:
+    return next((value for key, value in run["metrics"].items() if key.startswith("best_val/")), None)
+
+
+def _validation_mode(config: Mapping[str, Any]) -> str | None:
+    callbacks = (callback for callback in (config.get("callbacks") or {}).values() if callback)
+    return next((callback.get("mode") for callback in callbacks if _keeps_the_best(callback)), None)
+
+
+def _keeps_the_best(callback: Mapping[str, Any]) -> bool:
+    return callback["_target_"].endswith("ModelCheckpoint") and callback.get("monitor") is not None
 
 
 def _ended(run: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from approx_attn.cli import run_verb
 from approx_attn.comparison import compare
-from approx_attn.results.document import portable_command
+from approx_attn.results.document import overview_line, portable_command, read_comparison
 from approx_attn.results.schedule import describe_schedule, load_reference, reference_experiment
 
 SIZES = ["data.train_size=64", "data.val_size=16", "data.test_size=32", "data.max_depth=3", "data.max_args=4"]
@@ -66,6 +66,28 @@ def test_best_eigen_against_best_baseline(finished, document):
     difference = means["eigen_topk"] - means["linformer"]
     assert float(cells[5].split()[0]) == pytest.approx(difference, abs=0.01)
     assert cells[6].startswith("at least as good" if difference >= 0 else "worse")
+
+
+def test_the_best_is_chosen_by_validation_and_not_by_test_figures(finished, tmp_path):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["validation_mode"] == "max"
+    test = {"eigen_topk": 0.9, "eigen_row": 0.8, "linformer": 0.5, "performer": 0.6, "uniform": 1.0}
+    validation = {"eigen_topk": 0.1, "eigen_row": 0.2, "linformer": 0.4, "performer": 0.3, "uniform": 1.0}
+    figures = {
+        part: {name: {"1": value} for name, value in by.items()} for part, by in [("t", test), ("v", validation)]
+    }
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+
+    def line(**changes):
+        text = json.dumps({**summary, "figures": figures["t"], "validation": figures["v"], **changes})
+        (copy / "summary.json").write_text(text)
+        return overview_line(read_comparison(copy)).split(" | ")
+
+    assert line()[1:5] == ["eigen_row", "80.00", "linformer", "50.00"]
+    assert line(validation_mode="min")[1:5] == ["eigen_topk", "90.00", "performer", "60.00"]
+    none_kept = {name: {"1": None} for name in test}
+    assert line(validation=none_kept)[-1] == "no eigen mechanism with validation figures |"
 
 
 def test_writing_again_changes_tables_alone(finished, document, tmp_path):

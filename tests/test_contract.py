@@ -449,6 +449,17 @@ def test_different_query_and_key_lengths(name, case, n_q, n_k):
     assert output.isfinite().all()
 
 
+@each_name("cross")
+@pytest.mark.parametrize(("batch", "n_q", "n_k"), [(2, 0, 7), (2, 7, 0), (2, 0, 0), (0, 7, 7)])
+def test_nothing_to_attend_from_or_to_gives_zeros(name, batch, n_q, n_k):
+    query, key, value = (tensor.requires_grad_() for tensor in inputs(n_q, n_k, batch=batch))
+    output = call(build(name, first_case(name)), query, key, value)
+    assert output.shape == (batch, HEADS, n_q, DIM)
+    assert not output.any()
+    output.sum().backward()
+    assert not query.grad.any()
+
+
 @each_case("variable_length")
 @pytest.mark.parametrize("length", [1, 2, 3, MAX_LENGTH - 1, MAX_LENGTH + 1, 2 * MAX_LENGTH + 3])
 def test_shorter_and_longer_than_max_length(name, case, length):

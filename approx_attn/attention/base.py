@@ -199,6 +199,8 @@ class AttentionMechanism(nn.Module):
         mask = AttentionMask() if mask is None else mask
         self._check_shapes(query, key, value)
         self._check_capabilities(query.shape[-2], key.shape[-2], mask, need_weights)
+        if 0 in query.shape or 0 in key.shape:
+            return self._attend_nothing(query, key, value, need_weights)
         if mask.key_keep is not None:
             # Whatever stands in the padding, even NaN, must not reach a product with a zero weight.
             padded = ~mask.key_keep[:, None, :, None]
@@ -208,6 +210,15 @@ class AttentionMechanism(nn.Module):
         scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
         output, weights = self.attend(query, key, value, mask, scale, dropout_p if self.training else 0.0, need_weights)
         return output.to(query.dtype), weights
+
+    def _attend_nothing(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Zeros for inputs without a sequence, a query or a key, through which gradients still flow (as zeros)."""
+        b, h, n_q, n_k = *query.shape[:3], key.shape[-2]
+        nothing = sum(tensor[..., :0].sum() for tensor in (query, key, value))
+        output = query.new_zeros(b, h, n_q, self.value_dim) + nothing
+        return output, query.new_zeros(b, h, n_q, n_k) if need_weights else None
 
     def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         expected = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +13,19 @@ from approx_attn.attention.base import (
     Capabilities,
     Cost,
     apply_dropout,
-    repeat_heads,
     require_at_least,
     require_positive,
     require_share_or_count,
 )
+from approx_attn.attention.eigen.block_choice import BlockSelection, Layout
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
-from approx_attn.attention.eigen.kernels.block import block_attention, probe_mass
-from approx_attn.attention.eigen.kernels.block_inputs import BlockInputs, Causality, straddling_blocks
+from approx_attn.attention.eigen.kernels.block import block_attention
+from approx_attn.attention.eigen.kernels.block_inputs import BlockInputs, Causality
 from approx_attn.attention.eigen.kernels.block_reference import block_weights
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
 
 ORDERS = (0, 1, 2)
-EVERY_BLOCK = 1 << 30
 
 
 @register_attention("eigen_block")
@@ -104,7 +103,6 @@ class EigenBlockAttention(HasContentBasis):
             causal=causal,
             layer_index=layer_index,
         )
-        self.keep = require_share_or_count("attention.keep", keep)
         self.block_size = block_size if block_size == "auto" else _require_size("attention.block_size", block_size)
         self.query_block_size = (
             None if query_block_size is None else require_positive("attention.query_block_size", query_block_size)
@@ -112,10 +110,13 @@ class EigenBlockAttention(HasContentBasis):
         if isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
         self.order = order
-        self.neighbours = require_at_least("attention.neighbours", neighbours, 0)
         if not isinstance(first_block, bool):
             raise ValueError(f"attention.first_block must be true or false, got {first_block!r}.")
-        self.first_block = first_block
+        self.selection = BlockSelection(
+            keep=require_share_or_count("attention.keep", keep),
+            neighbours=require_at_least("attention.neighbours", neighbours, 0),
+            first_block=first_block,
+        )
         self.probes = require_positive("attention.probes", probes)
         self.basis = ContentBasis(
             num_heads,
@@ -145,9 +146,6 @@ class EigenBlockAttention(HasContentBasis):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if query.numel() == 0 or key.numel() == 0:  # no samples, queries or keys: there is nothing to cut into blocks
-            nothing = repeat_heads(value.sum(-2, keepdim=True), self.num_heads).expand(-1, -1, query.shape[-2], -1)
-            return nothing, query.new_zeros(*query.shape[:3], key.shape[-2]) if need_weights else None
         # Exponentials of sums over blocks: float32 throughout, also under autocast, but for products on a GPU.
         product_type = query.dtype
         with torch.autocast(query.device.type, enabled=False):
@@ -217,7 +215,7 @@ class EigenBlockAttention(HasContentBasis):
         if self.order == 2:
             spread = (deviations.mT @ deviations).flatten(-2) / (2 * safe_count)  # (b, h, K, r²)
 
-        choice = self._choose(query.detach(), key.detach(), key_open, query_open, layout)
+        choice = self.selection.choose(query.detach(), key.detach(), key_open, query_open, layout)
         b, h = query.shape[:2]
         rows = (b, h, *choice.far_open.shape[-2:])
         inputs = BlockInputs(
@@ -247,106 +245,6 @@ class EigenBlockAttention(HasContentBasis):
         deviations = flat - middle
         return deviations if used is None else deviations * used
 
-    @torch.no_grad()
-    def _choose(
-        self, query: Tensor, key: Tensor, key_open: Tensor | None, query_open: Tensor | None, layout: Layout
-    ) -> Choice:
-        """Which blocks are exact and which are far for each query block.
-
-        Args:
-            query: (b, h, Q, b_q, d), scaled. key: (b, h_kv, K, b_k, d). Masks: (b | 1, blocks, size) or None.
-        """
-        device = query.device
-        rows, columns = query.shape[2], key.shape[2]
-        usable = torch.ones(1, 1, 1, columns, dtype=torch.bool, device=device)
-        if key_open is not None:
-            usable = key_open.any(-1)[:, None, None]  # (b | 1, 1, 1, K)
-        start = torch.arange(rows, device=device)[:, None] * layout.b_q + layout.offset  # (Q, 1) first position
-        stop = start + layout.b_q  # one past the last position
-        left = torch.arange(columns, device=device) * layout.b_k  # (K,)
-        always = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        past = torch.ones(rows, columns, dtype=torch.bool, device=device)
-        seen = past
-        if layout.causal:
-            past, seen = left + layout.b_k <= start + 1, left <= start
-            always |= (left < stop) & ~past
-            usable = usable & (left < stop)  # (b | 1, 1, Q, K)
-        if layout.causal or layout.n_q == layout.n_k:
-            reach = self.neighbours * layout.b_k
-            always |= (left < stop + reach) & (left + layout.b_k > start - reach)
-        if self.first_block:
-            always |= left == 0
-
-        far = usable & past  # (b | 1, 1, Q, K), may enter by moments
-        mass = self._mass(query, key, key_open, query_open, far, layout)  # (b, h, Q, K)
-        # Blocks on the diagonal first, then those that are always exact, then by weight, then what is closed.
-        mass = mass + 2.0 * always + 2.0 * ~past
-        mass = mass.masked_fill(~usable, -1.0)
-        most = self._most_exact(layout)
-        index = mass.topk(most, dim=-1, sorted=True).indices
-        wanted = self._budget(layout.b_k, (usable & seen).sum(-1))
-        # What lies on the diagonal is paid for as if it were full of keys, so that later keys change no choice.
-        diagonal = torch.zeros(1, dtype=torch.long, device=device)
-        if layout.causal:
-            diagonal = (((stop - 1) // layout.b_k + 1).clamp_min(0) - ((start + 1) // layout.b_k).clamp_min(0)).mT
-        count = torch.maximum(wanted - diagonal, (always & far).sum(-1)) + (usable & ~past).sum(-1)
-        count = count.minimum(usable.sum(-1))  # (b | 1, 1, Q)
-        slot_open = torch.arange(most, device=device) < count[..., None]  # (b | 1, 1, Q, T)
-        slot_open = slot_open.expand(index.shape)
-        exact = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, index, slot_open)
-        every_slot = not layout.causal and key_open is None and most == min(layout.columns, self._wanted_blocks(layout))
-        return Choice(index, None if every_slot else slot_open, far & ~exact)
-
-    def _budget(self, b_k: int, available: Tensor) -> Tensor:
-        """Exact blocks per query block that `keep` asks for, of the `available` ones."""
-        if isinstance(self.keep, int):
-            return torch.full_like(available, -(-self.keep // b_k))
-        if self.keep == 1.0:
-            return torch.full_like(available, EVERY_BLOCK)
-        return (self.keep * available - 1e-6).ceil().long().clamp_min(1)
-
-    def _most_exact(self, layout: Layout) -> int:
-        """The most exact blocks that any query block can have."""
-        own = 0
-        if layout.causal or layout.n_q == layout.n_k:
-            own = straddling_blocks(layout.b_q, layout.b_k, layout.offset) + 2 * self.neighbours
-        return min(layout.columns, max(self._wanted_blocks(layout), own + self.first_block))
-
-    def _wanted_blocks(self, layout: Layout) -> int:
-        """Exact blocks per query block that `keep` asks for where all keys can be used."""
-        return int(self._budget(layout.b_k, torch.tensor(layout.columns)))
-
-    def _mass(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_open: Tensor | None,
-        query_open: Tensor | None,
-        far: Tensor,
-        layout: Layout,
-    ) -> Tensor:
-        """Share of weight that the mean queries of each query block put on each block in `far`: (b, h, Q, K)."""
-        probes, counts = self._mean_queries(query, query_open, layout)  # (b, h, Q, g, d), (b | 1, Q, g)
-        share = probe_mass(probes, key, key_open, far[:, 0])  # (b, h, Q, g, K)
-        voters = (counts > 0)[:, None, :, :, None].to(share.dtype)
-        return (share * voters).sum(-2) / voters.sum(-2).clamp_min(1.0)
-
-    def _mean_queries(self, query: Tensor, query_open: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Mean queries (b, h, Q, g, d) that choose for each query block, and of how many (b | 1, Q, g)."""
-        rows, b_q = query.shape[2:4]
-        if query_open is None:
-            query_open = torch.ones(1, rows, b_q, dtype=torch.bool, device=query.device)
-        if layout.causal:
-            # The b_q queries up to and including the first of the block.
-            late = b_q - 1
-            query = F.pad(query.flatten(2, 3), (0, 0, late, 0))[:, :, : rows * b_q].unflatten(2, (rows, b_q))
-            query_open = F.pad(query_open.flatten(1), (late, 0))[:, : rows * b_q].unflatten(1, (rows, b_q))
-        query = query.unflatten(3, (-1, layout.probe))  # (b, h, Q, g, probe, d)
-        query_open = query_open.unflatten(2, (-1, layout.probe))  # (b | 1, Q, g, probe)
-        counts = query_open.sum(-1)
-        kept = query_open[:, None, ..., None].to(query.dtype)
-        return (query * kept).sum(-2) / counts.clamp_min(1)[:, None, ..., None], counts
-
     # -- the cost --------------------------------------------------------------------------------------
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
@@ -358,7 +256,7 @@ class EigenBlockAttention(HasContentBasis):
         r = self.basis.rank if self.order > 0 else 0
         sizes = torch.full((layout.columns,), layout.b_k)
         sizes[-1] = n_k - (layout.columns - 1) * layout.b_k
-        most = self._most_exact(layout)
+        most = self.selection.most_exact(layout)
         exact = computed = far = 0
         for row in range(layout.rows):
             first, last = row * layout.b_q, min((row + 1) * layout.b_q, n_q) - 1
@@ -367,7 +265,7 @@ class EigenBlockAttention(HasContentBasis):
                 seen = min(max((last + layout.offset) // layout.b_k + 1, 0), layout.columns)
             slots = min(most, seen)
             computed += (last - first + 1) * slots * layout.b_k
-            exact += self._exact_pairs(layout, row, first, last)
+            exact += self.selection.exact_pairs(layout, row, first, last)
             far += (last - first + 1) * seen
         probed = layout.rows * (layout.b_q // layout.probe) * layout.columns * layout.b_k
         maps = (n_q + n_k + layout.columns) * r * d
@@ -381,58 +279,6 @@ class EigenBlockAttention(HasContentBasis):
             value_multiply_adds=h * (computed * d_v + far * (1 + r) * d_v + n_k * r * d_v),
             state=parameters + h * (moments + (n_q + n_k) * r) + layout.b_q * (most * layout.b_k + layout.columns),
         )
-
-    def _exact_pairs(self, layout: Layout, row: int, first: int, last: int) -> int:
-        """Pairs with an exact score among the queries first..last of one query block, all keys real."""
-        queries, b_k = last - first + 1, layout.b_k
-        if not layout.causal:
-            return queries * min(self._most_exact(layout) * b_k, layout.n_k)
-        start, columns = row * layout.b_q + layout.offset, layout.columns
-        lefts = range(0, columns * b_k, b_k)
-        diagonal = [left for left in lefts if left + b_k > start + 1 and left < start + layout.b_q]
-        past = sum(left + b_k <= start + 1 for left in lefts)
-        seen = sum(left <= start for left in lefts)
-        reach = self.neighbours * b_k
-        always = sum(
-            (left < start + layout.b_q + reach and left + b_k > start - reach and left < start + layout.b_q)
-            or (self.first_block and left == 0)
-            for left in lefts
-        )
-        wanted = int(self._budget(b_k, torch.tensor(seen)))
-        whole = min(max(wanted, always) - len(diagonal), past)
-        pairs = queries * max(whole, 0) * b_k
-        for i in range(first, last + 1):
-            position = i + layout.offset
-            pairs += sum(min(max(position - left + 1, 0), b_k, layout.n_k - left) for left in diagonal)
-        return pairs
-
-
-class Layout(NamedTuple):
-    """How n_q queries and n_k keys are cut into blocks; queries stand at key positions i + offset."""
-
-    n_q: int
-    n_k: int
-    b_q: int
-    b_k: int
-    probe: int  # queries per mean query
-    causal: bool
-    offset: int
-
-    @property
-    def rows(self) -> int:
-        return -(-self.n_q // self.b_q)
-
-    @property
-    def columns(self) -> int:
-        return -(-self.n_k // self.b_k)
-
-
-class Choice(NamedTuple):
-    """Exact blocks `chosen` (b, h, Q, T) and which of them count (None: all); far blocks (b, h, Q, K) bool."""
-
-    chosen: Tensor
-    slot_open: Tensor | None
-    far_open: Tensor
 
 
 def automatic_block_size(n_k: int) -> int:

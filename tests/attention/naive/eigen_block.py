@@ -83,7 +83,7 @@ class OneHead:
 
     def choose(self, start, query_size, blocks, query_keep, causal, offset):
         """The exact and the far blocks of the query block that begins at `start`."""
-        size, options = self.options.block_size, self.options
+        size, options = self.options.block_size, self.options.selection
         first, last = start + offset, start + offset + query_size - 1  # positions, also of queries that are not there
         usable = [c for c, block in enumerate(blocks) if block and (not causal or c * size <= last)]
         past = [c for c in usable if not causal or (c + 1) * size - 1 <= first]

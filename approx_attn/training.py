@@ -138,7 +138,7 @@ def _run(
     if config["resume"]:
         start = distributed.agree(lambda: checkpoints.find_resume_point(folder))
     resumed = start.path is not None
-    started = time.time()
+    started, environment = time.time(), record.environment()
     if not resumed:
         fit_bases(task, data, config)
     try:
@@ -163,7 +163,7 @@ def _run(
         "step_seconds": timer.median if timer else None,
         "seconds": time.time() - started,
         "environment": {
-            **record.environment(),
+            **environment,
             "device": str(trainer.strategy.root_device),
             "processes": trainer.world_size,
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def write_comparison(
         rows: the table.
         records: mechanism -> seed -> record of the run with its `run_dir` and `command`, or None.
     """
-    caption = table_caption(rows, reference, metric)
+    caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
     figure = comparison_figure(rows, metric, name)
     record.write_text_atomically(folder / "table.csv", to_csv(rows, metric))
     record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n")
@@ -97,6 +98,15 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
             "depending on the mechanism."
         )
     return " ".join(parts)
+
+
+def _mixed_commits(records: Records) -> list[str]:
+    """A sentence if the runs were not all made by one commit of the code."""
+    finished = [run for by_seed in records.values() for run in by_seed.values() if run and run["status"] == "finished"]
+    counts = Counter(run["environment"].get("commit") or "unknown" for run in finished)
+    if len(counts) < 2:
+        return []
+    return [f"The runs were made by different commits: {', '.join(f'{c} ({n} runs)' for c, n in counts.items())}."]
 
 
 def _found_gap(difference: PairedDifference) -> float:
@@ -205,7 +215,8 @@ def _add_runs(report: Report, records: Records) -> None:
 
 def _machine(environment: Mapping[str, Any]) -> str:
     where = environment.get("accelerator") or f"{environment['processor']}, {environment['torch_threads']} threads"
-    return f"{where}, torch {environment['packages'].get('torch')}"
+    commit = f" · commit {environment['commit']}" if environment.get("commit") else ""
+    return f"{where}, torch {environment['packages'].get('torch')}{commit}"
 
 
 def _number(value: float) -> str:

@@ -153,7 +153,7 @@ def section(comparison: WrittenComparison) -> str:
     seeds = ", ".join(map(str, summary["seeds"]))
     facts = [
         f"Trained: {describe_schedule(summary['config'], summary['spec'], steps)}",
-        f"Seeds {seeds}; runs ended {_dates(summary)}; {_machines(comparison)}.",
+        f"Seeds {seeds}; runs ended {_dates(summary)}; {_machines(comparison)}{_commits(summary)}.",
     ]
     return "\n\n".join(
         [
@@ -193,6 +193,12 @@ def _dates(summary: Mapping[str, Any]) -> str:
         return "at a time not kept"
     first, last = summary["first_run"][:10], summary["last_run"][:10]
     return last if first == last else f"{first} to {last}"
+
+
+def _commits(summary: Mapping[str, Any]) -> str:
+    commits = dict.fromkeys(environment.get("commit") for environment in summary["environments"])
+    known = [commit for commit in commits if commit]
+    return f"; commit {', '.join(known)}{' and others' if None in commits else ''}" if known else ""
 
 
 def _machines(comparison: WrittenComparison) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -177,7 +179,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge a figure: versions, processor, threads, accelerator."""
+    """What a reader needs to judge a figure: versions, commit, processor, threads, accelerator."""
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -186,11 +188,27 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": versions,
+        "commit": source_commit(),
         "processor": _processor_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@functools.cache
+def source_commit(package: Path = PACKAGE) -> str | None:
+    """Commit of the checkout that a package runs from, "-dirty" if files were changed; None without a checkout."""
+    # An installed package may lie inside the checkout of something else, which does not track it.
+    for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty", "--exclude=*"]):
+        try:
+            done = subprocess.run(["git", *command], cwd=package, capture_output=True, check=True, timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return done.stdout.decode().strip()
 
 
 def _processor_name() -> str:

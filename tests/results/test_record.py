@@ -15,6 +15,7 @@ from approx_attn.results.record import (
     read_result,
     run_folder,
     run_lock,
+    source_commit,
     write_json_atomically,
 )
 
@@ -81,3 +82,27 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 
 def test_environment_names_the_versions():
     assert environment()["packages"]["torch"].startswith("2.")
+
+
+def test_the_commit_is_that_of_the_checkout_that_tracks_the_package(tmp_path):
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    def look(folder):
+        source_commit.cache_clear()
+        return source_commit(folder)
+
+    package, installed = tmp_path / "package", tmp_path / "venv" / "package"
+    for folder in (package, installed):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+    assert look(package) is None
+    git("init", "--quiet")
+    git("add", "package")
+    git("commit", "--quiet", "-m", "first")
+    commit = git("rev-parse", "HEAD").strip()
+    assert commit.startswith(look(package))
+    assert look(installed) is None
+    (package / "__init__.py").write_text("changed = True")
+    assert look(package).endswith("-dirty")

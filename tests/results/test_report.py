@@ -46,9 +46,11 @@ def test_missing_cells_are_empty_and_number_columns_align_right(tmp_path):
 HOSTILE = "<img src=x onerror=alert(1)>|`a`${$"
 
 
-def test_a_comparison_shows_hostile_names_and_errors_as_text(tmp_path):
-    metric = Metric("accuracy", percent=True, higher_is_better=True)
-    run = {
+ACCURACY = Metric("accuracy", percent=True, higher_is_better=True)
+
+
+def finished_run(folder, **changes):
+    return {
         "status": "finished",
         "metrics": {"test/accuracy": 0.5},
         "cost": dict.fromkeys(["exact_pairs", "total_pairs", "score_multiply_adds", "value_multiply_adds"], 1),
@@ -57,17 +59,33 @@ def test_a_comparison_shows_hostile_names_and_errors_as_text(tmp_path):
         "spec": {},
         "environment": {"processor": HOSTILE, "torch_threads": 1, "packages": {}},
         "config": {"name": HOSTILE, HOSTILE: HOSTILE},
-        "run_dir": str(tmp_path / HOSTILE.replace("/", "")),
+        "run_dir": str(folder / HOSTILE.replace("/", "")),
         "command": HOSTILE,
+        **changes,
     }
+
+
+def test_a_comparison_shows_hostile_names_and_errors_as_text(tmp_path):
+    run = finished_run(tmp_path)
     failed = {**run, "status": "failed", "error": HOSTILE}
     records = {"exact": {1: run, 2: run}, f"topk a={HOSTILE}": {1: run, 2: failed}, f"topk a={HOSTILE}2": {1: run}}
     rows = comparison_rows(records, "exact", "accuracy", {})
-    write_comparison(tmp_path, rows, records, metric, HOSTILE, HOSTILE, "exact")
+    write_comparison(tmp_path, rows, records, ACCURACY, HOSTILE, HOSTILE, "exact")
     html = (tmp_path / "report.html").read_text()
     assert "<img src=x" not in html
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") > 10
     line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "topk" in line)
     assert "<img" not in line
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(comparison_columns(metric)) + 1
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(comparison_columns(ACCURACY)) + 1
     assert (tmp_path / "budgets.png").exists()
+
+
+def test_runs_of_different_commits_are_said_to_be(tmp_path):
+    def caption(*commits):
+        environment = {"processor": "p", "torch_threads": 1, "packages": {}}
+        runs = {n: finished_run(tmp_path, environment={**environment, "commit": c}) for n, c in enumerate(commits)}
+        rows = comparison_rows({"exact": runs}, "exact", "accuracy", {})
+        return write_comparison(tmp_path, rows, {"exact": runs}, ACCURACY, "n", "c", "exact")
+
+    assert "commits" not in caption("abc", "abc")
+    assert "different commits: abc (2 runs), unknown (1 runs)" in caption("abc", None, "abc")

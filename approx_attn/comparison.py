@@ -14,15 +14,15 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch.optim import Optimizer
+from torch import Tensor
 
 from approx_attn import training
 from approx_attn.attention.base import require_at_least
@@ -36,6 +36,7 @@ from approx_attn.results import record
 from approx_attn.results.aggregate import StepMeasurement, comparison_rows
 from approx_attn.results.comparison_report import write_comparison
 from approx_attn.results.table import METRICS, ComparisonRow, Metric, to_rich, wide_console
+from approx_attn.steps import Precision, autocast_of, device_of, silent, training_step
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import quiet
 
@@ -344,20 +345,23 @@ def _figure(result: Mapping[str, Any], metric: Metric) -> str:
 def _measure(
     comparison: Comparison, tasks: Mapping[str, SequenceTask], data: SequenceDataModule, console: Console
 ) -> dict[str, StepMeasurement]:
-    """Time and memory of one training step of every variant, in turns, on the same batch.
+    """Time and memory of one training step of every variant, in turns, on the same batch, on one of their devices.
 
     Kept beside the table: measured again only when the compared runs change.
     """
     if comparison.repeats == 0:
         return {}
     path = comparison.folder / "measurements.json"
-    wanted = {"fingerprint": _fingerprint(comparison.runs), "repeats": comparison.repeats}
+    config = plain(next(iter(comparison.runs[comparison.reference].values())).config)
+    device = device_of(config)
+    wanted = {"fingerprint": _fingerprint(comparison.runs), "repeats": comparison.repeats, "device": str(device)}
     known = record.read_json(path)
     if known is not None and {key: known.get(key) for key in wanted} == wanted:
         return {label: StepMeasurement(**fields) for label, fields in known["steps"].items()}
     with console.status("measuring training steps in turns ..."), quiet():
-        batch = next(iter(data.train_dataloader()))
-        steps = {label: partial(_training_step, task, task.build_optimizer(), batch) for label, task in tasks.items()}
+        batch = {key: value.to(device) for key, value in next(iter(data.train_dataloader())).items()}
+        precision = autocast_of(config, device)
+        steps = {label: _step_of(task.to(device), batch, precision) for label, task in tasks.items()}
         timings = time_alternately(steps, comparison.repeats, comparison.warm_up)
         base = timings[comparison.reference]
         measured = {
@@ -365,23 +369,27 @@ def _measure(
                 relative_time=timing.relative_to(base),
                 spread=timing.spread_relative_to(base) / 2,
                 seconds=timing.median,
-                memory=_peak_memory(tasks[label], steps[label]),
+                memory=_peak_memory(tasks[label], steps[label], device),
             )
             for label, timing in timings.items()
         }
     content = {**wanted, "steps": {label: asdict(m) for label, m in measured.items()}}
-    record.write_json_atomically(path, {**content, "environment": record.environment()})
+    record.write_json_atomically(path, {**content, "environment": {**record.environment(), "device": str(device)}})
     return measured
 
 
-def _peak_memory(task: SequenceTask, step: Callable[[], None]) -> int:
+def _step_of(task: SequenceTask, batch: Mapping[str, Tensor], precision: Precision) -> Callable[[], None]:
+    """A training step without the trainer: no loader, clipping or logging."""
+    optimizer = task.build_optimizer()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with silent(task):
+            training_step(task, optimizer, batch, precision)
+
+    return step
+
+
+def _peak_memory(task: SequenceTask, step: Callable[[], None], device: torch.device) -> int:
     task.zero_grad()  # gradients left from timing would be freed inside the measurement
-    return peak_memory(step)
-
-
-def _training_step(task: SequenceTask, optimizer: Optimizer, batch: Mapping[str, Any]) -> None:
-    """One optimizer step, as the trainer makes it."""
-    task.train()
-    optimizer.zero_grad()
-    task.training_step(batch, 0).backward()
-    optimizer.step()
+    return peak_memory(step, device)

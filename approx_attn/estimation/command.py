@@ -50,7 +50,7 @@ def estimate(
         pl.seed_everything(container["seed"], workers=True, verbose=False)
         task = training.build_task(container, data.spec)
         world = build_trainer(container, Path(nowhere)).world_size
-        single = on_one_device(container, batch_size)
+        single = on_one_device(config, batch_size)
         result = Estimate()
         estimate_memory(result, container, task, data, world)
         if tflops is None:
@@ -68,9 +68,10 @@ def estimate(
 
 
 def on_this_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of any machine as one that can be built on this one."""
+    """A configuration of any machine as one that can be built on this one, its processes on the CPU if need be."""
     own = copy.deepcopy(dict(config))
-    if not torch.cuda.is_available():
+    devices = own["trainer"].get("devices")
+    if not torch.cuda.is_available() or (isinstance(devices, int) and devices > torch.cuda.device_count()):
         own["trainer"]["accelerator"] = "cpu"
     return own
 
@@ -79,6 +80,7 @@ def on_one_device(config: Mapping[str, Any], batch_size: int | None) -> dict[str
     """The configuration on one device, with a batch that it bears."""
     own = copy.deepcopy(dict(config))
     own["trainer"].update(devices=1, num_nodes=1, strategy="auto")
+    own = on_this_machine(own)
     if batch_size is not None:
         own["data"]["batch_size"] = batch_size
     return own

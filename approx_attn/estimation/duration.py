@@ -14,14 +14,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn import training
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.estimation.figures import Figure
-from approx_attn.estimation.steps import batch_of, silent
 from approx_attn.instantiation import ConfigError, build
 from approx_attn.measurement import synchronize
+from approx_attn.steps import batch_of, silent
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import build_trainer
 
@@ -64,10 +65,16 @@ def planned(config: Mapping[str, Any], data: SequenceDataModule, world: int) -> 
     if math.isinf(batches):
         raise ConfigError("trainer.max_epochs=-1 needs trainer.max_steps for an estimate.")
     epochs = math.ceil(batches / max(train, 1))
-    often = trainer.get("check_val_every_n_epoch") or 1
-    every = trainer.get("val_check_interval", 1.0)
-    per = max(train // every, 1) if isinstance(every, int) else round(1.0 / every)
-    return Plan(int(batches), val * int(per) * (epochs // often), test, epochs)
+    return Plan(int(batches), val * _evaluations(trainer, int(batches), train, epochs), test, epochs)
+
+
+def _evaluations(trainer: Mapping[str, Any], batches: int, per_epoch: int, epochs: int) -> int:
+    """How often a run of so many training batches evaluates."""
+    every, often = trainer.get("val_check_interval", 1.0), trainer.get("check_val_every_n_epoch", 1)
+    if often is None:  # counted in batches over the whole run
+        return batches // every
+    per = max(per_epoch // every, 1) if isinstance(every, int) else round(1.0 / every)
+    return int(per) * (epochs // often)
 
 
 class Stopwatch(pl.Callback):
@@ -199,6 +206,7 @@ def computed_time(
 
 def operations(function: Callable[[], Any]) -> int:
     """Floating point operations of the matrix products in a call, twice its multiply-adds."""
-    with FlopCounterMode(display=False) as counter:
+    # Of the fused attention of a CPU the counter knows nothing.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops())

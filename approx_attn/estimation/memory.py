@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.optim import Optimizer
 
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.estimation.figures import Estimate, Figure, show
-from approx_attn.estimation.steps import Precision, autocast_of, batch_of, silent
 from approx_attn.measurement import peak_memory
+from approx_attn.steps import Precision, autocast_of, batch_of, device_of, silent, training_step
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.training import describe_run
 
@@ -30,7 +31,7 @@ def estimate_memory(
     strategy = str(config["trainer"].get("strategy", "auto"))
     shards = world if strategy == "fsdp" else 1
     split = f", split over {shards} devices" if shards > 1 else ""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     task.to(device)
     optimizer = task.build_optimizer()
     precision = autocast_of(config, device)
@@ -74,14 +75,7 @@ def _step_memory(
     precision: Precision,
 ) -> int:
     """Most bytes that a training step holds besides parameters and optimizer state."""
-
-    def step() -> None:
-        task.train()
-        with precision():
-            loss = task.training_step(batch, 0)
-        loss.backward()
-        optimizer.step()
-
+    step = partial(training_step, task, optimizer, batch, precision)
     with silent(task):
         step()  # the optimizer makes its state
         optimizer.zero_grad()

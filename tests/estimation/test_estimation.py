@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from approx_attn import cli
+from approx_attn.attention import build_attention
 from approx_attn.configuration import load_config
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.estimation import Estimate, estimate
 from approx_attn.estimation.command import settings
-from approx_attn.estimation.duration import planned
+from approx_attn.estimation.duration import operations, planned
 from approx_attn.estimation.figures import verdict
 from approx_attn.estimation.memory import extrapolated
 from approx_attn.instantiation import ConfigError, build
@@ -126,3 +129,32 @@ def test_words_are_shared_out() -> None:
     assert words == ["data=digits", "data.batch_size=8"]
     with pytest.raises(ConfigError, match="cannot be read"):
         settings(["steps"])
+
+
+@pytest.mark.parametrize("name", ["exact", "topk", "sliding_window", "linear"])
+def test_counted_operations_are_those_of_the_cost_record(name: str) -> None:
+    length = 128
+    mechanism = build_attention(name, num_heads=2, head_dim=16, max_length=length)
+    query = torch.randn(3, 2, length, 16)
+    counted = operations(lambda: mechanism(query, query, query))
+    assert counted == pytest.approx(2 * 3 * mechanism.cost(length).multiply_adds, rel=0.01)
+
+
+def test_the_block_kernel_has_its_operations_counted() -> None:
+    mechanism = build_attention("eigen_block", num_heads=2, head_dim=16, max_length=128, block_size=8, keep=0.25)
+    query = torch.randn(3, 2, 128, 16, requires_grad=True)
+    forward = operations(lambda: mechanism(query, query, query))
+    assert forward == pytest.approx(2 * 3 * mechanism.cost(128).multiply_adds, rel=0.05)
+    training = operations(lambda: mechanism(query, query, query)[0].sum().backward())
+    assert 2.5 * forward < training < 3.5 * forward
+
+
+def test_validation_is_counted_over_the_whole_run_where_epochs_do_not_count(tmp_path: Path) -> None:
+    chosen = config(tmp_path, "data=digits", "trainer.max_epochs=7", "trainer.val_check_interval=10")
+    data = build(chosen["data"], "data", SequenceDataModule)
+    data.setup()
+    batches = math.ceil(data.spec.num_items[1] / data.eval_batch_size)
+    plan = planned(chosen, data, world=1)
+    assert plan.validation == batches * 7 * (plan.train // 7 // 10)
+    chosen["trainer"].update(check_val_every_n_epoch=None, val_check_interval=50)
+    assert planned(chosen, data, world=1).validation == batches * (plan.train // 50)

@@ -9,10 +9,12 @@ runs: fused Triton kernels (block_triton.py) on a GPU, a compiled kernel (block_
 from __future__ import annotations
 
 import importlib.util
+import math
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from approx_attn.attention.eigen.kernels import block_chunked, native
 from approx_attn.attention.eigen.kernels.block_inputs import BlockInputs, Causality
@@ -181,3 +183,44 @@ def _probe_op(probes: Tensor, key: Tensor, key_open: Tensor | None, far_open: Te
 @_probe_op.register_fake
 def _probe_shape(probes: Tensor, key: Tensor, key_open: Tensor | None, far_open: Tensor) -> Tensor:
     return probes.new_empty(*probes.shape[:4], key.shape[2])
+
+
+# -- their operations, for torch's counter ----------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.approx_attn.block_attention)
+def _forward_operations(query: tuple, key: tuple, value: tuple, *rest: object, **kwargs: object) -> int:
+    return _products(query, key, value, *rest, of_scores=1, of_values=1)  # type: ignore[arg-type]
+
+
+@register_flop_formula(torch.ops.approx_attn.block_attention_backward)
+def _backward_operations(output: tuple, grad: tuple, *inputs: object, **kwargs: object) -> int:
+    # Scores are computed again and differentiated by both factors; values likewise, but for their output.
+    return _products(*inputs, of_scores=3, of_values=2)  # type: ignore[arg-type]
+
+
+@register_flop_formula(torch.ops.approx_attn.block_probe_mass)
+def _probe_operations(probes: tuple, key: tuple, *rest: object, **kwargs: object) -> int:
+    return 2 * math.prod(probes) * key[2] * key[3]
+
+
+def _products(
+    query: tuple,
+    key: tuple,
+    value: tuple,
+    centre: tuple,
+    tilt: tuple,
+    moments: tuple,
+    spread: tuple,
+    log_count: tuple,
+    chosen: tuple,
+    *rest: object,
+    of_scores: int,
+    of_values: int,
+) -> int:
+    """Floating point operations from the shapes of `BlockInputs`, each kind of product done so many times."""
+    queries, d = math.prod(query[:3]), query[3]
+    exact, blocks, d_v = chosen[2] * key[2], key[1], value[3]
+    scores = exact * d + blocks * (d + spread[2])
+    values = exact * d_v + blocks * tilt[3] * d_v
+    return 2 * queries * (of_scores * scores + of_values * values)

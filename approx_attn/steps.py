@@ -1,4 +1,4 @@
-"""One step of a task outside of the trainer: its batch, its precision, and nobody to log to."""
+"""One step of a task outside of the trainer: its device, batch and precision, and nobody to log to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.tasks.base import SequenceTask
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in."""
+
+
+def device_of(config: Mapping[str, Any]) -> torch.device:
+    """The first device that the trainer of a configuration uses on this machine."""
+    on_cpu = config["trainer"].get("accelerator") == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if on_cpu else "cuda")
+
+
+def training_step(task: SequenceTask, optimizer: Optimizer, batch: Mapping[str, Tensor], precision: Precision) -> None:
+    """Forward, backward and the optimizer's step; gradients add to those that there are."""
+    task.train()
+    with precision():
+        loss = task.training_step(batch, 0)
+    loss.backward()
+    optimizer.step()
 
 
 def batch_of(data: SequenceDataModule, size: int, device: torch.device) -> dict[str, Tensor]:

@@ -79,8 +79,11 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
     compared = [row for row in rows if row.difference is not None]
     parts = [
         f"Differences from {reference} are paired by seed, with Student's t interval.",
-        "Multiply-adds are of attention alone, training step time and memory of the whole model;"
-        " times were measured in turns in one process (median ratio ± half the interquartile range).",
+        "Multiply-adds are of attention alone.",
+        "Training step time and memory are of the whole model, measured in turns in one process"
+        " (median ratio ± half the interquartile range)."
+        if any(row.step_time is not None for row in rows)
+        else "Step time and memory were not measured.",
     ]
     if len(compared) > 1 and any(row.difference.count > 1 for row in compared if row.difference):
         adjusted = holm_adjust([row.difference.p_value for row in compared if row.difference])

@@ -252,8 +252,10 @@ def overview(comparisons: Sequence[WrittenComparison], known: Mapping[str, str])
 
 
 def known_lines(text: str) -> dict[str, str]:
-    """The lines of the overview of a document, by the name of their comparison."""
+    """The lines of the overview of a document, by the name of their comparison; none if another rule chose them."""
     inside = text.partition(OVERVIEW)[2].partition(END)[0]
+    if OVERVIEW_HEAD not in inside:
+        return {}
     lines = [line for line in inside.splitlines() if line.startswith("| ")][1:]
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines}
 
@@ -267,7 +269,13 @@ def overview_line(comparison: WrittenComparison) -> str:
     else:
         difference, words = _compare(comparison, eigen, baseline)
     sides = [cell for label in (eigen, baseline) for cell in (label or "–", _figure(comparison, label))]
+    absent = [name for name in BASELINES if not any(label.split()[0] == name for label in _finished(comparison))]
+    words += f"; without {', '.join(absent)}" if absent else ""
     return f"| {comparison.name} | {' | '.join(sides)} | {difference} | {words} |"
+
+
+def _finished(comparison: WrittenComparison) -> list[str]:
+    return [label for label, figures in comparison.summary["figures"].items() if figures]
 
 
 def best(comparison: WrittenComparison, belongs: Callable[[str], bool]) -> str | None:
@@ -295,7 +303,7 @@ def _compare(comparison: WrittenComparison, label: str, other: str) -> tuple[str
     better = (found.mean > 0.0) == metric.higher_is_better or found.mean == 0.0
     words = "at least as good" if better else "worse"
     if not found.has_interval:
-        return text, f"{words}, one seed" if found.count < 2 else words
+        return text, f"{words}, {'one seed' if found.count < 2 else 'the same difference for every seed'}"
     text += f" [{metric.show_difference(found.low)}, {metric.show_difference(found.high)}]"
     return text, f"{words}, {'distinguishable' if found.distinguishable else 'not distinguishable'}"
 

@@ -25,7 +25,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
     pair counts at most as much as the strongest open one, so that closed gates can open again.
 
     Attributes:
-        auxiliary_loss: in training, `penalty` times the mean gate over the pairs that the mask allows.
+        auxiliary_loss: in training, `penalty` times the mean gate over the pairs of real queries that the mask allows.
         share_kept: share of those pairs whose gate was open in the latest forward pass, a scalar tensor.
 
     Args:
@@ -87,10 +87,10 @@ class DifferentiableMaskAttention(AttentionMechanism):
         n_q, n_k = query.shape[-2], key.shape[-2]
         gate = self._sample(n_q, n_k, mask.query_offset)  # (h, n_q, n_k)
         keep = mask.dense_keep(n_q, n_k, query.device)
-        self._record(gate, keep)
+        self._record(gate, mask, keep)
         if not self.training and not need_weights:
             return self._fused(query, key, value, mask, gate > 0, scale), None
-        scores = at_least_float32(query @ key.transpose(-2, -1)) * scale  # (b, h, n_q, n_k)
+        scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_k)
         bias = mask.finite_bias()
         if bias is not None:
             scores = scores + bias
@@ -114,8 +114,11 @@ class DifferentiableMaskAttention(AttentionMechanism):
         soft = torch.sigmoid(noisy / self.temperature)
         return (noisy > 0).to(soft.dtype) + (soft - soft.detach())
 
-    def _record(self, gate: Tensor, keep: Tensor | None) -> None:
-        """Set `share_kept` and, in training, `auxiliary_loss` from the gates of allowed pairs."""
+    def _record(self, gate: Tensor, mask: AttentionMask, keep: Tensor | None) -> None:
+        """Set `share_kept` and, in training, `auxiliary_loss` from the gates of allowed pairs of real queries."""
+        if mask.query_keep is not None:  # whatever is padded has no part in the loss
+            rows = mask.query_keep[:, None, :, None]
+            keep = rows if keep is None else keep & rows
         if keep is None:
             mean = gate.mean()
         else:
@@ -130,8 +133,8 @@ class DifferentiableMaskAttention(AttentionMechanism):
         return Cost(
             exact_pairs=self._open_pairs(n_q, n_k, causal),
             total_pairs=self.num_heads * pairs,
-            score_multiply_adds=self.num_heads * pairs * self.head_dim,  # a closed pair is computed, too
-            value_multiply_adds=self.num_heads * pairs * self.value_dim,
+            score_multiply_adds=self.num_heads * n_q * n_k * self.head_dim,  # a closed pair is computed, too
+            value_multiply_adds=self.num_heads * n_q * n_k * self.value_dim,
             state=self.gates.values.numel() + 2 * self.num_heads * n_q * n_k,
         )
 

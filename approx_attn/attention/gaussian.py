@@ -114,7 +114,7 @@ class GaussianAttention(AttentionMechanism):
             exact_pairs=0,
             total_pairs=self.num_heads * pairs,
             score_multiply_adds=n_q * n_k * axes + self.num_heads * n_q * n_k,  # distances once, 1/2σ² for each head
-            value_multiply_adds=self.num_heads * pairs * self.value_dim,
+            value_multiply_adds=self.num_heads * n_q * n_k * self.value_dim,
             state=self.num_heads * (1 + n_q * n_k) + n_q * n_k * axes,
         )
 

@@ -76,7 +76,7 @@ class PositionalAttention(AttentionMechanism):
             exact_pairs=0,
             total_pairs=self.num_heads * pairs,
             score_multiply_adds=0,  # looked up
-            value_multiply_adds=self.num_heads * pairs * self.value_dim,
+            value_multiply_adds=self.num_heads * n_q * n_k * self.value_dim,
             state=self.table.values.numel() + self.num_heads * n_q * n_k,
         )
 

@@ -6,6 +6,7 @@ The contract holds in tests/test_contract.py for every mechanism; here is what o
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.differentiable_mask import gated_softmax
@@ -81,6 +82,29 @@ def test_loss_and_share_are_over_allowed_pairs():
     ):
         mechanism(*draw(), mask)
         assert float(mechanism.share_kept) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_loss_and_share_do_not_depend_on_padding(causal):
+    mechanism = build(penalty=1.0).eval()
+    with torch.no_grad():
+        mechanism.gates.values[:, 8:] = -1.0  # later keys are closed
+    keep = (torch.arange(8) < 5).expand(3, -1)
+    mechanism(*draw(), AttentionMask(key_keep=keep, query_keep=keep, causal=causal))
+    padded = float(mechanism.share_kept)
+    mechanism(*(x[:, :, :5] for x in draw()), AttentionMask(causal=causal))
+    assert padded == pytest.approx(float(mechanism.share_kept))
+    mechanism(*draw(), AttentionMask(query_keep=keep, causal=causal))
+    assert float(mechanism.share_kept) == pytest.approx(1.0 if causal else 15 / 40)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_cost_counts_the_products(causal):
+    mechanism = build().train()
+    query, key, value = draw(batch=1)
+    with FlopCounterMode(display=False) as counter:
+        mechanism(query, key[:, :, :7], value[:, :, :7], AttentionMask(causal=causal, query_offset=-1))
+    assert 2 * mechanism.cost(8, 7, causal=causal).multiply_adds == counter.get_total_flops()
 
 
 def test_derivative_of_open_and_closed_gates():

@@ -5,6 +5,7 @@ The contract holds in tests/test_contract.py for every mechanism; here is what o
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.positional import PositionTable, attention_from_scores
@@ -83,6 +84,17 @@ def test_one_product_serves_all_samples():
     torch.manual_seed(0)
     _, dropped = attention_from_scores(scores, value, AttentionMask(), 0.5)
     assert not torch.equal(dropped[0], dropped[1])
+
+
+@pytest.mark.parametrize("name", ["positional", "mean", "gaussian"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_cost_counts_the_products_with_the_values(name, causal):
+    """Under a causal mask as well: the product is dense."""
+    mechanism = build_attention(name, num_heads=2, head_dim=4, max_length=6)
+    query, value = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 5, 4)
+    with FlopCounterMode(display=False) as counter:
+        mechanism(query, value, value, AttentionMask(causal=causal, query_offset=-1))
+    assert 2 * mechanism.cost(6, 5, causal=causal).value_multiply_adds == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", ["positional", "mean", "differentiable_mask"])

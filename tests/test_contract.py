@@ -268,6 +268,23 @@ def test_bfloat16_and_autocast(name, case):
     assert relative_error(low, expected) < 2 * tolerance
 
 
+@each_case()
+@pytest.mark.parametrize("need_weights", [False, True], ids=["fused", "weights"])
+def test_products_that_overflow_16_bits_before_the_scale(name, case, need_weights):
+    """33·33·64 is more than float16 holds; the score, an eighth of it, is not."""
+    if need_weights and not attention_class(name).capabilities.returns_weights:
+        pytest.skip("returns no weights, tested below")
+    if name == "eigen_topk":
+        pytest.skip("multiplies its scores by the scale afterwards")
+    mechanism = build(name, case, torch.float16, head_dim=64)
+    signs = torch.ones(1, HEADS, 19, 1).masked_fill(torch.arange(19)[:, None] % 3 == 0, -1.0)
+    loud = (33.0 * signs).expand(-1, -1, -1, 64).half()
+    value = torch.randn(1, HEADS, 19, 64, generator=torch.Generator().manual_seed(0)).half()
+    for training in (False, True):
+        output = call(mechanism.train(training), loud, loud, value, need_weights=need_weights)
+        assert output.isfinite().all(), f"training: {training}"
+
+
 @each_name()
 def test_full_budget_equals_exact(name):
     cls = attention_class(name)

@@ -67,7 +67,7 @@ def exact_attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention that holds its (b, h, n_q, n_k) weights; for callers who want to see them."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    scores = at_least_float32(query @ key.transpose(-2, -1)) * scale  # (b, h, n_q, n_k)
+    scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_k)
     bias = mask.finite_bias()
     if bias is not None:
         scores = scores + bias

@@ -87,11 +87,11 @@ class MRAAttention(AttentionMechanism):
         queries = cut(query, mask.query_keep, self.block_size)
         keys = cut(key, mask.key_keep, self.block_size)
         values = cut(value, mask.key_keep, self.block_size)
-        coarse = at_least_float32(queries.mean @ keys.mean.transpose(-2, -1)) * scale  # (b, h, n_bq, n_bk)
+        coarse = at_least_float32((queries.mean * scale) @ keys.mean.transpose(-2, -1))  # (b, h, n_bq, n_bk)
         row, column, is_open = self._choose(coarse, queries.length > 0, keys.length > 0)  # (b, h, m)
 
         # Logarithms of the weights: (b, h, m, block, block) in the chosen blocks, one number in each other.
-        exact = at_least_float32(take(queries.x, row) @ take(keys.x, column).transpose(-2, -1)) * scale
+        exact = at_least_float32(take(queries.x * scale, row) @ take(keys.x, column).transpose(-2, -1))
         keep = keys.keep[:, None].expand(*coarse.shape[:2], -1, -1)  # (b, h, n_bk, block)
         keep_exact = (take(keep, column) & is_open[..., None])[..., None, :]  # (b, h, m, 1, block)
         keep_coarse = self._rest(coarse, row, column, is_open) & (keys.length > 0)[:, None, None, :]

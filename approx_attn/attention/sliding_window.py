@@ -176,6 +176,7 @@ class SlidingWindowAttention(AttentionMechanism):
     ) -> tuple[Tensor, Tensor | None]:
         """Window, global tokens and random blocks, each in its own layout, under one softmax."""
         n_q, n_k, offset, n_global = band.n_q, band.n_k, band.query_offset, min(self.global_tokens, band.n_k)
+        query = query * scale  # first: in 16 bits a product may overflow where its score does not
         queries = band.query_blocks(query)  # (b, h, n_blocks, block, d)
         near = queries @ band.key_blocks(key).transpose(-2, -1)  # (b, h, n_blocks, block, span)
         wide = queries @ key[:, :, None, :n_global].transpose(-2, -1)  # (b, h, n_blocks, block, g)
@@ -191,7 +192,7 @@ class SlidingWindowAttention(AttentionMechanism):
             scores.append(band.query_blocks(chosen))
             pairs.append(self._random_pairs(band, mask, n_global, index, is_open))
             widths.append(self.random.width)
-        weights = self._weights(scores, pairs, scale)  # (b, h, n_blocks, block, span + g + e)
+        weights = self._weights(scores, pairs)  # (b, h, n_blocks, block, span + g + e)
         parts = apply_dropout(weights, dropout_p).to(value.dtype).split(widths, dim=-1)
         output = band.merge_queries(parts[0] @ band.key_blocks(value) + parts[1] @ value[:, :, None, :n_global])
         if self.random.count > 0:
@@ -209,13 +210,13 @@ class SlidingWindowAttention(AttentionMechanism):
         return output, dense
 
     @staticmethod
-    def _weights(scores: list[Tensor], pairs: list[tuple[Tensor | None, Tensor]], scale: float) -> Tensor:
+    def _weights(scores: list[Tensor], pairs: list[tuple[Tensor | None, Tensor]]) -> Tensor:
         """One softmax over all kinds of keys; `pairs` are (bias or None, keep) that broadcast to `scores`."""
         logits, keeps = [], []
         for products, (bias, keep) in zip(scores, pairs, strict=True):
-            scaled = at_least_float32(products) * scale
-            logits.append(scaled if bias is None else scaled + bias)
-            keeps.append(keep.expand(scaled.shape))
+            products = at_least_float32(products)
+            logits.append(products if bias is None else products + bias)
+            keeps.append(keep.expand(products.shape))
         return masked_softmax(torch.cat(logits, dim=-1), torch.cat(keeps, dim=-1))
 
     # -- which pairs are used: (bias or None, keep), in the layout of the band. No pair counts twice. --------

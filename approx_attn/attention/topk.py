@@ -171,7 +171,7 @@ def choose(
         is_open: (b, h, n_q, k) bool, False where a query may use fewer than k keys.
     """
     n_q, n_seen = query.shape[-2], key.shape[-2]
-    scores = at_least_float32(query @ key.transpose(-2, -1)) * scale  # (b, h, n_q, n_seen)
+    scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_seen)
     bias = mask.finite_bias()
     if bias is not None:
         scores = scores + bias
@@ -197,13 +197,14 @@ def scores_at(
     `gather` computes n_q·k products; `dense` n_q·n_k, which is faster unless k is a very small share of n_k.
     """
     index = index.long()
+    query = query * scale  # first: in 16 bits a product may overflow where its score does not
     if scoring == "gather":
         rows = index.flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1])  # (b, h, n_q·k, d)
         chosen = key.gather(-2, rows).unflatten(2, index.shape[2:])  # (b, h, n_q, k, d)
         products = (chosen @ query[..., None]).squeeze(-1)
     else:
         products = (query @ key.transpose(-2, -1)).gather(-1, index)
-    scores = at_least_float32(products) * scale  # (b, h, n_q, k)
+    scores = at_least_float32(products)  # (b, h, n_q, k)
     bias = mask.finite_bias()
     if bias is not None:
         scores = scores + bias.expand(*index.shape[:3], key.shape[-2]).gather(-1, index)

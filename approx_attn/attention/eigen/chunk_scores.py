@@ -86,7 +86,7 @@ def scores_at(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor
     key = grouped_to_query_heads(key, query.shape[1])
     rows = index.flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1])  # (b, h, c·t, d)
     chosen = key.gather(-2, rows).unflatten(2, index.shape[2:])  # (b, h, c, t, d)
-    return at_least_float32((chosen @ query[..., None]).squeeze(-1)) * scale
+    return at_least_float32((chosen @ (query * scale)[..., None]).squeeze(-1))
 
 
 def log_mean_exp(scores: Tensor, among: Tensor) -> Tensor:

@@ -245,14 +245,15 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def _exact_scores(self, query: Tensor, key: Tensor, scale: float, query_offset: int) -> Tensor:
         """(b, h, n_q, n_k) in at least float32; zero off the observed lines."""
+        query = query * scale  # first: in 16 bits a product may overflow where its score does not
         if self.pattern is not None:
-            return at_least_float32(query @ key.transpose(-2, -1)) * scale
+            return at_least_float32(query @ key.transpose(-2, -1))
         rows, columns = (
             torch.tensor(positions, dtype=torch.long, device=query.device)
             for positions in self.lines(query.shape[-2], key.shape[-2], query_offset)
         )
-        by_column = at_least_float32(query @ key.index_select(-2, columns).transpose(-2, -1)) * scale
-        by_row = at_least_float32(query.index_select(-2, rows) @ key.transpose(-2, -1)) * scale
+        by_column = at_least_float32(query @ key.index_select(-2, columns).transpose(-2, -1))
+        by_row = at_least_float32(query.index_select(-2, rows) @ key.transpose(-2, -1))
         scores = by_column.new_zeros(*query.shape[:-1], key.shape[-2])
         return scores.index_copy(-1, columns, by_column).index_copy(-2, rows, by_row)
 

@@ -140,7 +140,7 @@ def block_scores(
         (b, h, c, n) in at least float32.
     """
     index = torch.tensor(block.observed, dtype=torch.long, device=query.device)
-    exact = at_least_float32(query @ key.index_select(-2, index).transpose(-2, -1)) * scale  # (b, h, c, m)
+    exact = at_least_float32((query * scale) @ key.index_select(-2, index).transpose(-2, -1))  # (b, h, c, m)
     observed = block.observed_by(window, index)  # (c, m)
     evidence = (
         exact.new_ones(1, 1, 1, len(block.observed)) if observed is None else observed.to(exact.dtype)[None, None]

@@ -286,6 +286,14 @@ def require_at_least(key: str, value: Any, least: int) -> int:
     return value
 
 
+def require_weight(key: str, value: Any) -> float:
+    """`value` as a finite float of at least 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value < math.inf:
+        raise ValueError(f"{key} must be a number of at least 0, got {value!r}.")
+    return float(value)
+
+
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`."""
     if value not in choices:
@@ -300,7 +308,10 @@ def require_share_or_count(key: str, value: Any) -> float | int:
         return value
     if is_number and isinstance(value, float) and 0.0 < value <= 1.0:
         return value
-    raise ValueError(f"{key} must be a share in (0, 1] or a whole number of keys of at least 1, got {value!r}.")
+    raise ValueError(
+        f"{key} must be a share in (0, 1] such as 0.25, or 1.0 for all, or a whole number of keys of at least 1, "
+        f"got {value!r}."
+    )
 
 
 def resolve_count(share_or_count: float | int, length: int) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from approx_attn.attention.eigen.kernels.block import probe_mass
 from approx_attn.attention.eigen.kernels.block_inputs import straddling_blocks
+from approx_attn.attention.query_chunks import blocks_wanted, most_blocks_wanted
 
 EVERY_BLOCK = 1 << 30
 
@@ -110,7 +111,10 @@ class BlockSelection:
         return min(layout.columns, max(self._wanted_blocks(layout), own + self.first_block))
 
     def exact_pairs(self, layout: Layout, row: int, first: int, last: int) -> int:
-        """Pairs with an exact score among the queries first..last of one query block, all keys real."""
+        """Pairs with an exact score among the queries first..last of one query block, all keys real.
+
+        At most so many, without causality, where neighbours of a block at the edge are missing.
+        """
         queries, b_k = last - first + 1, layout.b_k
         if not layout.causal:
             return queries * min(self.most_exact(layout) * b_k, layout.n_k)
@@ -121,8 +125,7 @@ class BlockSelection:
         seen = sum(left <= start for left in lefts)
         reach = self.neighbours * b_k
         always = sum(
-            (left < start + layout.b_q + reach and left + b_k > start - reach and left < start + layout.b_q)
-            or (self.first_block and left == 0)
+            (left + b_k > start - reach and left < start + layout.b_q) or (self.first_block and left == 0)
             for left in lefts
         )
         wanted = int(self._budget(b_k, torch.tensor(seen)))
@@ -158,15 +161,13 @@ class BlockSelection:
 
     def _budget(self, b_k: int, available: Tensor) -> Tensor:
         """Exact blocks per query block that `keep` asks for, of the `available` ones."""
-        if isinstance(self.keep, int):
-            return torch.full_like(available, -(-self.keep // b_k))
-        if self.keep == 1.0:
+        if self.keep == 1.0 and not isinstance(self.keep, int):
             return torch.full_like(available, EVERY_BLOCK)
-        return (self.keep * available - 1e-6).ceil().long().clamp_min(1)
+        return blocks_wanted(self.keep, available, b_k)
 
     def _wanted_blocks(self, layout: Layout) -> int:
         """Exact blocks per query block that `keep` asks for where all keys can be used."""
-        return int(self._budget(layout.b_k, torch.tensor(layout.columns)))
+        return most_blocks_wanted(self.keep, layout.columns, layout.b_k)
 
     def _mass(
         self,

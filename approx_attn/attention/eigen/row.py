@@ -17,6 +17,7 @@ from approx_attn.attention.base import (
     require_at_least,
     require_choice,
     require_share_or_count,
+    require_weight,
     resolve_count,
 )
 from approx_attn.attention.eigen.biased import attend_with_key_bias
@@ -135,9 +136,7 @@ class EigenRowAttention(AttentionMechanism):
             raise ValueError("attention.basis_init=calibrated needs attention.basis, the path of a calibration file.")
         self.seed = require_at_least("attention.seed", seed, 0)
         self.train_basis = train_basis
-        if auxiliary_loss_weight < 0.0:
-            raise ValueError(f"attention.auxiliary_loss_weight must not be negative, got {auxiliary_loss_weight!r}.")
-        self.auxiliary_loss_weight = auxiliary_loss_weight
+        self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.rank = self._checked_rank(rank)
         self.position = PositionBasis(
             num_heads if share == "head" else 1,

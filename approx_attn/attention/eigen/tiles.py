@@ -6,7 +6,6 @@ numbers per block and products large enough for a matrix unit. What is left is t
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-
-ROUNDING = 1e-6  # a share of tiles that is a whole number but for rounding is that number
+from approx_attn.attention.query_chunks import blocks_wanted, most_blocks_wanted
 
 
 class TileLayout(NamedTuple):
@@ -104,12 +102,6 @@ class TileLayout(NamedTuple):
             bias=around(mask.bias, float("-inf")),
         )
 
-    def wanted(self, keep: float | int, available: Tensor) -> Tensor:
-        """Exact tiles per block of queries that `keep` asks for, of the `available` ones."""
-        if isinstance(keep, int):
-            return torch.full_like(available, -(-keep // self.b_k))
-        return (keep * available.double() - ROUNDING).ceil().long().clamp_min(1)
-
     def most_exact(self, keep: float | int) -> int:
         """The most exact tiles that any block of queries can have."""
         first = -(-self.global_tokens // self.b_k)
@@ -117,9 +109,7 @@ class TileLayout(NamedTuple):
             first += (self.b_q + 2 * self.window + self.b_k - 2) // self.b_k + 1
         elif self.causal:
             first += (self.b_q + self.b_k - 2) // self.b_k + 1
-        # As `wanted` of all columns, but in plain numbers, so that torch.compile meets none that depends on data.
-        wanted = -(-keep // self.b_k) if isinstance(keep, int) else math.ceil(keep * self.columns - ROUNDING)
-        return min(self.columns, max(wanted, first, 1))
+        return min(self.columns, max(most_blocks_wanted(keep, self.columns, self.b_k), first))
 
     def places(self, begin: int, stop: int, columns: int, device: torch.device | None = None) -> Places:
         """Where the tiles of query blocks begin..stop-1 with the leading key blocks stand."""
@@ -146,7 +136,7 @@ class Places(NamedTuple):
     first: Tensor
 
 
-class Choice(NamedTuple):
+class TileChoice(NamedTuple):
     """Exact tiles of each query block: `picked` key blocks (b, h, Q, T), and which of these slots count, alike."""
 
     picked: Tensor
@@ -167,7 +157,7 @@ def choose_tiles(
     mask: AttentionMask,
     own_keep: Tensor | None,
     keep: float | int,
-) -> Choice:
+) -> TileChoice:
     """The tiles in which leaving pairs at their estimates would cost the most.
 
     The expected error of a pair is its estimated weight times the norm of the part of its key that the basis cannot
@@ -204,13 +194,19 @@ def choose_tiles(
     worth = worth.masked_fill(places.first, float("inf")).masked_fill(~usable, -1.0)
 
     index = worth.topk(min(layout.most_exact(keep), columns), dim=-1).indices
-    count = layout.wanted(keep, (usable & places.seen).sum(-1, keepdim=True))
+    count = blocks_wanted(keep, (usable & places.seen).sum(-1, keepdim=True), layout.b_k)
     count = count.maximum((usable & places.first).sum(-1, keepdim=True)).minimum(usable.sum(-1, keepdim=True))
-    return Choice(index, torch.arange(index.shape[-1], device=index.device) < count)
+    return TileChoice(index, torch.arange(index.shape[-1], device=index.device) < count)
 
 
 def with_exact_tiles(
-    layout: TileLayout, estimate: Tensor, choice: Choice, query: Tensor, key: Tensor, bias: Tensor | None, scale: float
+    layout: TileLayout,
+    estimate: Tensor,
+    choice: TileChoice,
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    scale: float,
 ) -> Tensor:
     """The estimates with exact scores in the chosen tiles.
 
@@ -226,7 +222,7 @@ def with_exact_tiles(
     # Whole blocks are rows of this array, so that each is copied at once.
     blocks = key.reshape(b * key_heads * columns, -1).index_select(0, in_all_heads.flatten())
     keys = blocks.view(b, h, rows, slots * layout.b_k, -1)
-    exact = at_least_float32(query.unflatten(2, (rows, -1)) @ keys.mT) * scale  # (b, h, Q, b_q, T·b_k)
+    exact = at_least_float32((query * scale).unflatten(2, (rows, -1)) @ keys.mT)  # (b, h, Q, b_q, T·b_k)
     exact = exact.unflatten(-1, (slots, -1)).transpose(3, 4)  # (b, h, Q, T, b_q, b_k)
 
     index = choice.picked
@@ -255,7 +251,7 @@ def count_exact_pairs(layout: TileLayout, keep: float | int) -> int:
         queries = min(layout.b_q, layout.n_q - row * layout.b_q)
         _, seen, reached, first = (part[0] for part in layout.places(row, row + 1, layout.columns))
         own = int(first.sum())
-        wanted = int(layout.wanted(keep, seen.sum()))
+        wanted = most_blocks_wanted(keep, int(seen.sum()), layout.b_k)
         whole = min(max(wanted, own), int(reached.sum())) - own
         exact += queries * whole * layout.b_k + _pairs_in(layout, row, queries, first.nonzero().flatten().tolist())
     return exact

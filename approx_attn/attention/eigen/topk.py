@@ -17,6 +17,7 @@ from approx_attn.attention.base import (
     require_choice,
     require_positive,
     require_share_or_count,
+    require_weight,
     resolve_count,
 )
 from approx_attn.attention.eigen.chunk_scores import (
@@ -54,8 +55,9 @@ class EigenTopKAttention(EstimatedScores):
         ŝ_ij = s·(q_i A)·((k_j − k̄_i) B) + s·q_i·k̄_i  (+ position prior + additive mask)
 
     The row mean of ŝ is exact, since it costs next to nothing. Per query, the keys of its window and the
-    global tokens come first, then those with the largest estimate, until the budget is used up. Gradient flows
-    through exact scores to queries and keys, through estimates also to A and B, not through the choice.
+    global tokens come first, then those with the largest expected error (or estimate, see `select`), until the
+    budget is used up. Gradient flows through exact scores to queries and keys, through estimates also to A and B,
+    not through the choice.
 
     Queries are processed in chunks; with more than one, a chunk is computed again in the backward pass, so
     memory is O(n·chunk_size).
@@ -138,10 +140,7 @@ class EigenTopKAttention(EstimatedScores):
         self.select = require_choice("attention.select", select, SELECTS)
         self.scoring = require_choice("attention.scoring", scoring, SCORINGS)
         self.chunk_size = require_positive("attention.chunk_size", chunk_size)
-        if not auxiliary_loss_weight >= 0.0:
-            raise ValueError(f"attention.auxiliary_loss_weight must be at least 0, got {auxiliary_loss_weight!r}.")
-        self.auxiliary_loss_weight = auxiliary_loss_weight
-        self.share = share
+        self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.basis = ContentBasis(
             num_heads,
             self.num_key_value_heads,
@@ -235,7 +234,7 @@ class EigenTopKAttention(EstimatedScores):
         rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
         if self.scoring == "dense":
             selected = self._chosen_pairs(rank_by, keep, n_k)
-            exact = at_least_float32(grouped_matmul(query, key.mT)).mul_(scale)
+            exact = at_least_float32(grouped_matmul(query * scale, key.mT))
             exact = exact if bias is None else exact + bias
             scores = exact if selected is None else torch.where(selected, exact, estimate)
         else:

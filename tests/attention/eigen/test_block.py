@@ -227,3 +227,9 @@ def test_no_samples_queries_or_keys(samples, n_q, n_k):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         build(**options)
+
+
+@pytest.mark.parametrize(("keep", "blocks", "exact"), [(0.15, 400, 60), (0.3, 170, 51), (0.125, 64, 8)])
+def test_a_share_of_many_blocks_is_not_rounded_up_by_its_last_digit(keep, blocks, exact):
+    mechanism = build_attention("eigen_block", num_heads=1, head_dim=2, keep=keep, block_size=2)
+    assert mechanism.cost(2 * blocks).exact_pairs == exact * 2 * 2 * blocks

@@ -347,3 +347,19 @@ def test_more_exact_tiles_leave_less_error(rest):
 def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"block_size": 8}, {"scoring": "gather"}], ids=str)
+def test_scores_beyond_half_precision_before_their_scale_stay_finite(options):
+    mechanism = build_attention("eigen_topk", num_heads=1, head_dim=64, keep=0.5, **options).half()
+    large = torch.full((1, 1, 16, 64), 33.0, dtype=torch.half)  # q·k = 69,696; float16 ends at 65,504
+    value = torch.randn(1, 1, 16, 64).half()
+    output, _ = mechanism(large, large, value)
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [-1, "a", float("nan"), True])
+def test_a_weight_of_the_auxiliary_loss_that_is_none_is_refused(weight):
+    for name, options in (("eigen_topk", {}), ("eigen_row", {"max_length": 8})):
+        with pytest.raises(ValueError, match=r"attention\.auxiliary_loss_weight must be a number of at least 0"):
+            build_attention(name, num_heads=H, head_dim=D, auxiliary_loss_weight=weight, **options)

@@ -102,7 +102,7 @@ def feature_attention(
 def feature_weights(log_query: Tensor, log_key: Tensor, mask: AttentionMask) -> Tensor:
     """The normalised weights of `feature_attention` as one (b, h, n_q, n_k) array, for looking at them."""
     keep = mask.dense_keep(log_query.shape[-2], log_key.shape[-2], log_query.device)
-    return masked_softmax(_log_products(log_query, log_key), keep)
+    return masked_softmax(log_products(log_query, log_key), keep)
 
 
 def divide_or_zero(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _causal_sums(log_query: Tensor, log_key: Tensor, value: Tensor, mask: Attent
 def _state_and_chunk(log_query: Tensor, top: Tensor, state: Tensor, log_key: Tensor, value: Tensor) -> Tensor:
     """The sums of one chunk: over all keys in `state`, and over the chunk's own keys j ≤ i."""
     far = log_query + top  # (b, h, c, m)
-    near = _log_products(log_query, log_key)  # (b, h, c, c)
+    near = log_products(log_query, log_key)  # (b, h, c, c)
     closed = (near <= _lowest(near) / 2) | ~causal_keep(near.shape[-2], near.shape[-1], 0, near.device)
     near = near.masked_fill(closed, _lowest(near))
     row_top = _maximum(torch.cat((far, near), dim=-1).detach(), -1)  # over what the row may see, so nothing leaks
@@ -189,13 +189,15 @@ def _add_keys(top: Tensor, state: Tensor, log_key: Tensor, value: Tensor) -> tup
     return new_top, state * rescale + phi.transpose(-2, -1) @ value
 
 
-def _log_products(log_query: Tensor, log_key: Tensor) -> Tensor:
-    """log Σ_f exp(a_if + b_jf), (b, h, n_q, n_k), each side divided by its own largest feature meanwhile.
+def log_products(log_query: Tensor, log_key: Tensor) -> Tensor:
+    """log Σ_f exp(a_if + b_jf) for (..., n_q, m) and (..., n_k, m): (..., n_q, n_k).
+
+    Each side is divided by its own largest feature meanwhile.
 
     Where the products of a pair underflow nevertheless, the pair keeps a small weight in place of none, so
     that a query whose pairs all do so still has weights, and finite gradients.
     """
-    top_query, top_key = _maximum(log_query, -1), _maximum(log_key, -1)  # (b, h, n, 1)
+    top_query, top_key = _maximum(log_query, -1), _maximum(log_key, -1)  # (..., n, 1)
     products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-2, -1)
     floor = torch.finfo(products.dtype).tiny * 1e8
     return (products + floor).log() + top_query + top_key.transpose(-2, -1)

@@ -21,7 +21,7 @@ from approx_attn.attention.base import (
     require_at_least,
     require_positive,
 )
-from approx_attn.attention.linear import divide_or_zero
+from approx_attn.attention.linear import divide_or_zero, log_products
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.performer import log_positive_features, random_directions
 from approx_attn.attention.registry import register_attention
@@ -202,15 +202,6 @@ class ScatterbrainAttention(AttentionMechanism):
 def lowest(x: Tensor) -> float:
     """Logarithm of the weight of a closed pair: finite, and far enough from the end that sums stay finite."""
     return torch.finfo(x.dtype).min / 4
-
-
-def log_products(log_query: Tensor, log_key: Tensor) -> Tensor:
-    """log Σ_f exp(a_if + b_jf) for (..., n_q, m) and (..., n_k, m): (..., n_q, n_k)."""
-    top_query = log_query.detach().amax(dim=-1, keepdim=True)
-    top_key = log_key.detach().amax(dim=-1, keepdim=True)
-    products = (log_query - top_query).exp() @ (log_key - top_key).exp().transpose(-2, -1)
-    smallest = torch.finfo(products.dtype).tiny  # where all products underflow
-    return (products + smallest).log() + top_query + top_key.transpose(-2, -1)
 
 
 def scan(log_keys: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,19 @@ def test_cost_counts_the_products(causal, n):
     assert 2 * mechanism.cost(n, causal=causal).multiply_adds == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_products_of_features_that_underflow_send_finite_gradients(need_weights):
+    """Queries and keys that point away from each other: a feature that is large for one is tiny for the other."""
+    mechanism = build(window=1)
+    query = torch.zeros(1, 2, 40, 4)
+    query[..., 0] = 80.0
+    tensors = [x.requires_grad_() for x in (query, -query, torch.randn(1, 2, 40, 4))]
+    output, _ = mechanism(*tensors, need_weights=need_weights)
+    (1e4 * output).square().sum().backward()  # loud, as a loss scaled for 16 bits is
+    assert output.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in tensors)
+
+
 def test_each_layer_draws_its_own_directions():
     assert torch.equal(build().projection, build().projection)
     assert not torch.equal(build().projection, build(layer_index=1).projection)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 
@@ -42,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     verb, *rest = arguments
-    if verb not in available_verbs():
-        print(f"error: {verb!r} is not a verb{suggestion(verb, available_verbs())}", file=sys.stderr)
+    if verb not in VERBS:
+        print(f"error: {verb!r} is not a verb{suggestion(verb, VERBS)}", file=sys.stderr)
         return 2
     return run_verb(verb, rest)
 
@@ -55,15 +54,10 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     return run(sys.argv[1:] if arguments is None else arguments)
 
 
-def available_verbs() -> list[str]:
-    """The verbs whose module is installed."""
-    return [verb for verb, (path, _) in VERBS.items() if importlib.util.find_spec(path.partition(":")[0])]
-
-
 def usage() -> str:
     """The help page."""
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {VERBS[verb][1]}" for verb in available_verbs()]
+    lines = [f"  {verb:<{width}}  {VERBS[verb][1]}" for verb in VERBS]
     return "\n".join(
         [
             "usage: approx-attn <verb> [key=value ...]",
@@ -89,6 +83,9 @@ def list_mechanisms(arguments: Sequence[str] = ()) -> int:
     """`approx-attn list`: the registry as a table; `approx-attn list <name>`: the options of one mechanism."""
     from approx_attn.attention import available_attention
 
+    if {"-h", "--help"} & set(arguments):
+        print("usage: approx-attn list [<name> ...]: the mechanisms, or the options of some")
+        return 0
     for name in arguments:
         if name not in available_attention():
             print(f"error: attention={name} is unknown{suggestion(name, available_attention())}", file=sys.stderr)

@@ -93,8 +93,10 @@ class Comparison:
         name: folder below the results folder.
         runs: variant label -> seed -> run.
         reference: label that differences and ratios are relative to.
+        metric: the test figure that is compared.
         folder: where the table goes.
         command: what to type to get it again.
+        repeats, warm_up: measured and unmeasured rounds of training steps; without repeats none are measured.
     """
 
     name: str
@@ -209,6 +211,13 @@ def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
     for item in passed_on:
         if item.key_or_group == "seed":
             raise ConfigError("seed is set by the comparison; write seeds=[...].")
+        if item.key_or_group in ("launcher", "hydra/launcher"):
+            raise ConfigError(
+                f"{item.key_or_group} is not used by compare, which trains one run after the other; start the runs "
+                "with train -m launcher=... resume=true, and compare finds them."
+            )
+        if item.key_or_group == "resume" and item.value() is not True:
+            raise ConfigError(f"resume must be true in compare, which finds what has been run, got {item.value()!r}.")
         if item.is_sweep_override() and not _is_option(item):
             raise ConfigError(f"{item.key_or_group} cannot be swept in a comparison; only attention options can.")
     return own, passed_on

@@ -170,6 +170,8 @@ def _explain_unknown_key(key: str, overrides: Sequence[str], config_name: str) -
     accepted = {str(k) for k in siblings if not str(k).startswith("_") and str(k) != HYDRA_GROUPS}
     if not parent:
         accepted |= set(groups)
+    if not accepted:
+        return f"{key} replaces nothing here; write +{key}=... to add it."
     choice = OmegaConf.select(node, f"hydra.runtime.choices.{parent}") if parent else None
     owner = f" of {parent}={choice}" if choice else ""
     return f"{key} is not a key{owner}{suggestion(name, accepted)}"

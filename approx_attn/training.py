@@ -92,9 +92,10 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
 
     Raises:
         ConfigError: a configuration that cannot be run; nothing has been written.
-        DivergedError: the loss became NaN or infinite; the record says `failed` and why.
+        DivergedError: the loss became NaN or infinite, or exploded; the record says `failed` and why.
         DiskFullError: no space is left; the run can be continued.
         Stopped: a signal ended the run, which can be continued.
+        ProcessError: one of several processes that train together failed.
     """
     container = check_config(config)
     container["resume"] = container["resume"] or was_requeued()
@@ -113,10 +114,10 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
             known = record.read_json(folder / record.RESULT_FILE) or {}
             return TrainResult(folder, known["metrics"], known, resumed=resumed)
         with distributed.joined(trainer):
-            folder, finished = distributed.agree(lambda: find_run(container))
+            folder, _ = distributed.agree(lambda: find_run(container))
             with distributed.first_only(lambda: record.run_lock(folder)):
-                if container["resume"]:  # another process may have finished it while this one waited for the lock
-                    _, finished = distributed.agree(lambda: find_run(container))
+                # Another process may have finished it while this one waited for the lock.
+                finished = distributed.agree(lambda: record.read_result(folder) if record.is_finished(folder) else None)
                 if finished is not None:
                     return TrainResult(folder, finished["metrics"], finished, resumed=True)
                 return _run(container, folder, data, task, build_trainer(container, folder))

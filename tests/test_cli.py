@@ -26,8 +26,7 @@ TINY = [
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    assert all(verb in text for verb in cli.available_verbs())
-    assert {"train", "evaluate", "list"} <= set(cli.available_verbs())
+    assert all(verb in text for verb in cli.VERBS)
 
 
 def test_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +93,22 @@ def test_scripts_are_doors_to_the_verbs(script: str, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: foo is not a key")
     assert "Traceback" not in done.stderr
+
+
+def test_help_of_list_is_no_mechanism(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["list", "--help"]) == 0
+    assert "usage: approx-attn list" in capsys.readouterr().out
+
+
+def test_what_compare_cannot_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, message in (
+        ("launcher=slurm", "launcher is not used by compare"),
+        ("resume=false", "resume must be true"),
+    ):
+        assert cli.main(["compare", "data=digits", "attention=[exact]", word]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_evaluate_replaces_is_added_with_a_plus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "checkpoint=x.ckpt", "data.path=y"]) == 2
+    assert "write +data.path=... to add it" in capsys.readouterr().err

@@ -23,7 +23,7 @@ class AttentionMask:
     Attributes:
         key_keep: (batch, n_k) bool, False for padded keys.
         query_keep: (batch, n_q) bool, False for padded queries. Never forbids a pair: their output is
-            not read by anyone, but mechanisms that pool queries must leave them out.
+            not read by anyone, but mechanisms that pool queries must leave them out (see `real_queries`).
         causal: query i uses key j only if j <= i + query_offset.
         query_offset: position of the first query among the keys. 0 aligns upper-left as
             `scaled_dot_product_attention(is_causal=True)` does; n_k - n_q aligns lower-right, as
@@ -97,6 +97,16 @@ class AttentionMask:
     def is_structured(self) -> bool:
         """True when padding and causality say everything, so no n_q x n_k array is needed."""
         return self.pair_keep is None and self.bias is None
+
+    def real_queries(self, n_q: int) -> Tensor | None:
+        """(batch, n_q) bool or None: the queries that mechanisms which pool queries may use.
+
+        Where `query_keep` is missing and queries are as many as keys and start with them, they are taken for the
+        same tokens: this is how self-attention with a key padding mask arrives from most callers.
+        """
+        if self.query_keep is None and self.key_keep is not None and self.query_offset == 0:
+            return self.key_keep if self.key_keep.shape[-1] == n_q else None
+        return self.query_keep
 
     def query_positions(self, n_q: int, device: torch.device) -> Tensor:
         """(n_q,) int64: the position of each query on the axis of the keys."""

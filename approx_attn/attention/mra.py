@@ -33,9 +33,11 @@ class MRAAttention(AttentionMechanism):
     The blocks with the largest scores, over the whole matrix of a head, are computed exactly. In the others
     every pair has the weight exp of the block's score (`rest="coarse"`), or none (`rest="drop"`). One softmax
     normaliser covers both. The mean of a block of queries reads queries that come later, so it is not causal.
+    Means are over `mask.query_keep`; where that is missing, queries as many as the keys are taken for the same
+    tokens, so for cross-attention give it.
 
     Args:
-        keep: exact blocks: share of all blocks (float), or key blocks per query block on average (int).
+        keep: exact blocks: share of all blocks (float), or keys per query on average (int), rounded up to blocks.
         block_size: b, queries and keys on a side of a block; the last one may be smaller.
         rest: what the other blocks contribute, `coarse` or `drop`.
     """
@@ -84,7 +86,7 @@ class MRAAttention(AttentionMechanism):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        queries = cut(query, mask.query_keep, self.block_size)
+        queries = cut(query, mask.real_queries(query.shape[-2]), self.block_size)
         keys = cut(key, mask.key_keep, self.block_size)
         values = cut(value, mask.key_keep, self.block_size)
         coarse = at_least_float32((queries.mean * scale) @ keys.mean.transpose(-2, -1))  # (b, h, n_bq, n_bk)
@@ -106,13 +108,15 @@ class MRAAttention(AttentionMechanism):
         coarse = (coarse[..., None, :] - top[..., None]).exp()  # (b, h, n_bq, block, n_bk)
         coarse = coarse.masked_fill(~keep_coarse[..., None, :], 0.0)
 
-        total = (coarse * keys.length[:, None, None, None, :]).sum(dim=-1)  # (b, h, n_bq, block)
-        total = total.scatter_add(2, index, exact.sum(dim=-1))
-        coarse, exact = (apply_dropout(w, dropout_p).to(value.dtype) for w in (coarse, exact))
-        output = at_least_float32(coarse @ values.x.sum(dim=-2)[:, :, None])  # (b, h, n_bq, block, d_v)
+        # Normalised before the products with the values, which could overflow in 16 bits.
+        coarse = coarse * keys.length[:, None, None, None, :]  # of all keys of a block together
+        total = coarse.sum(dim=-1).scatter_add(2, index, exact.sum(dim=-1))
+        total = total.masked_fill(total == 0, 1.0)[..., None]  # (b, h, n_bq, block, 1)
+        weights = (coarse / total, exact / take(total, row))
+        coarse, exact = (apply_dropout(w, dropout_p).to(value.dtype) for w in weights)
+        output = at_least_float32(coarse @ values.mean[:, :, None])  # (b, h, n_bq, block, d_v)
         near = at_least_float32(exact @ take(values.x, column))  # (b, h, m, block, d_v)
         output = output.scatter_add(2, index[..., None].expand_as(near), near)
-        output = output / total.masked_fill(total == 0, 1.0)[..., None]
         return output.flatten(2, 3)[:, :, : query.shape[-2]], None
 
     def _rest(self, coarse: Tensor, row: Tensor, column: Tensor, is_open: Tensor) -> Tensor:
@@ -140,9 +144,9 @@ class MRAAttention(AttentionMechanism):
         best = ranked.topk(self._budget(n_bq, n_bk), dim=-1).indices  # (b, h, m)
         rows, columns = has_queries.sum(dim=-1), has_keys.sum(dim=-1)  # (b | 1,)
         if isinstance(self.keep, int):
-            count = rows * columns.clamp(max=self.keep)
+            count = rows * columns.clamp(max=self._blocks_per_query(self.keep))
         else:
-            count = (rows * columns * self.keep).round().long().clamp(min=1)
+            count = ((rows * columns).double() * self.keep).round().long().clamp(min=1)
         count = torch.minimum(count, rows * columns)[:, None, None]
         is_open = torch.arange(best.shape[-1], device=best.device) < count  # (b | 1, 1, m)
         return best // n_bk, best % n_bk, is_open.expand(best.shape)
@@ -150,21 +154,25 @@ class MRAAttention(AttentionMechanism):
     def _budget(self, n_bq: int, n_bk: int) -> int:
         """Blocks computed exactly of n_bq × n_bk."""
         if isinstance(self.keep, int):
-            return n_bq * min(self.keep, n_bk)
+            return n_bq * min(self._blocks_per_query(self.keep), n_bk)
         return resolve_count(self.keep, n_bq * n_bk)
+
+    def _blocks_per_query(self, keep: int) -> int:
+        """Key blocks that hold `keep` keys."""
+        return -(-keep // self.block_size)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
         b, d, d_v = self.block_size, self.head_dim, self.value_dim
         n_bq, n_bk = -(-n_q // b), -(-n_k // b)
-        exact = self._budget(n_bq, n_bk) * b * b  # multiply-adds count the padding of the last block
-        coarse = n_bq * n_bk
+        coarse, blocks = n_bq * n_bk, self._budget(n_bq, n_bk)
+        exact = blocks * b * b  # multiply-adds count the padding of the last block
         return Cost(
-            exact_pairs=self.num_heads * min(exact, pairs),
+            exact_pairs=self.num_heads * round(blocks / coarse * n_q * n_k),  # of blocks of the mean size
             total_pairs=self.num_heads * pairs,
             score_multiply_adds=self.num_heads * (coarse + exact) * d,
             value_multiply_adds=self.num_heads * (coarse * b + exact) * d_v,
-            state=self.num_heads * (coarse * (b + 1) + exact + self._budget(n_bq, n_bk) * b * (2 * d + 2 * d_v)),
+            state=self.num_heads * (coarse * (b + 1) + exact + blocks * b * (2 * d + 2 * d_v)),
         )
 
     def extra_repr(self) -> str:

@@ -84,9 +84,7 @@ class NystromformerAttention(AttentionMechanism):
             raise ValueError(
                 f"attention.conv_kernel needs as many queries as keys, got {n_q} and {n_k}; set it to null."
             )
-        query_keep = mask.query_keep
-        if query_keep is None and n_q == n_k:
-            query_keep = mask.key_keep
+        query_keep = mask.real_queries(n_q)
         with torch.autocast(query.device.type, enabled=False):  # a pseudo-inverse is no matter for 16 bits
             q, k, v = (at_least_float32(x) for x in (query * scale, key, value))
             query_landmarks, query_full = segment_means(q, query_keep, self.num_landmarks)  # (b, h, m, d), (b, 1, m)

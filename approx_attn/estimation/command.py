@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     return run_plain("estimate", lambda: _estimate_and_report(arguments), arguments)
 
 
-def settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def split_words(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The keys of `configs/estimate.yaml`, and the words of the training run.
 
     Raises:
@@ -129,7 +129,7 @@ def settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _estimate_and_report(arguments: Sequence[str]) -> None:
-    own, words = settings(arguments)
+    own, words = split_words(arguments)
     memory = own.pop("memory")
     config = compose_config([*words, "progress_bar=false"])
     result = estimate(plain(config), **own)

@@ -50,6 +50,9 @@ def write_comparison(
     if budgets is not None:
         save_figure(budgets, folder / "budgets.png")
     report = Report(f"Comparison: {name}", command)
+    runs = [run for by_seed in records.values() for run in by_seed.values() if run and "environment" in run]
+    if runs:
+        report.subtitle += f" · {_machine(runs[0]['environment'])}"
     section = report.section("Table")
     columns = comparison_columns(metric)
     section.table([c.header for c in columns], [[c.show(row) for c in columns] for row in rows], caption)
@@ -212,8 +215,6 @@ def _add_runs(report: Report, records: Records) -> None:
                 continue
             content = f"{result['command']}\n\n{json.dumps(result['config'], indent=2)}"
             section.details(f"{name}, seed {seed}: {result['status']}, {result['run_dir']}", content)
-            if result["status"] == "finished" and seed == next(iter(by_seed)) and name == next(iter(records)):
-                report.subtitle += f" · {_machine(result['environment'])}"
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

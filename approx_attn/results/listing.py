@@ -190,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
     return run_plain("runs", lambda: _list_or_prune(arguments), arguments)
 
 
-def settings(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_words(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys of `configs/runs.yaml`, and the filters by keys of the configuration.
 
     Raises:
@@ -256,7 +256,7 @@ def _order(run: RunEntry, sort: str) -> tuple[Any, ...]:
 
 
 def _list_or_prune(arguments: Sequence[str]) -> None:
-    own, filters = settings(arguments)
+    own, filters = split_words(arguments)
     runs = chosen_runs(own, filters)
     console = wide_console()
     if own["prune"]:

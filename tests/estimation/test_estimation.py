@@ -14,7 +14,7 @@ from approx_attn.attention import build_attention
 from approx_attn.configuration import load_config
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.estimation import Estimate, estimate
-from approx_attn.estimation.command import settings
+from approx_attn.estimation.command import split_words
 from approx_attn.estimation.duration import operations, planned
 from approx_attn.estimation.figures import verdict
 from approx_attn.estimation.memory import extrapolated
@@ -124,11 +124,11 @@ def test_bad_words_are_one_sentence(words: list[str], message: str, capsys: pyte
 
 
 def test_words_are_shared_out() -> None:
-    own, words = settings(["data=digits", "steps=3", "data.batch_size=8"])
+    own, words = split_words(["data=digits", "steps=3", "data.batch_size=8"])
     assert own["steps"] == 3
     assert words == ["data=digits", "data.batch_size=8"]
     with pytest.raises(ConfigError, match="cannot be read"):
-        settings(["steps"])
+        split_words(["steps"])
 
 
 @pytest.mark.parametrize("name", ["exact", "topk", "sliding_window", "linear"])

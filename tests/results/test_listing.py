@@ -42,7 +42,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def listed(root: Path, *words: str) -> list[str]:
-    own, filters = listing.settings([f"folder={root}", *words])
+    own, filters = listing.split_words([f"folder={root}", *words])
     return [f"{run.attention} {run.seed} {run.status}" for run in listing.chosen_runs(own, filters)]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from approx_attn.callbacks.finite_loss import DivergedError
 from approx_attn.configuration import compose_config, plain
 from approx_attn.evaluation import evaluate, load_task
 from approx_attn.instantiation import ConfigError
+from approx_attn.results import record
 from approx_attn.tasks import ClassificationTask, SequenceTask
 from approx_attn.training import train
 
@@ -61,19 +65,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_run_folder_holds_everything(run: Any) -> None:
-    record = json.loads((run.run_dir / "result.json").read_text())
-    assert record["status"] == "finished"
-    assert record["metrics"] == run.metrics
+    kept = json.loads((run.run_dir / "result.json").read_text())
+    assert kept["status"] == "finished"
+    assert kept["metrics"] == run.metrics
     assert 0.0 <= run.metrics["test/accuracy"] <= 1.0
-    assert record["steps"] == 8
-    assert record["parameters"] == sum(p.numel() for p in run.task.model.parameters())
-    assert 0 < record["cost"]["exact_pairs"] < record["cost"]["total_pairs"]
-    assert {"name": record["name"], "attention": record["attention"], "seed": record["seed"]} == {
+    assert kept["steps"] == 8
+    assert kept["parameters"] == sum(p.numel() for p in run.task.model.parameters())
+    assert 0 < kept["cost"]["exact_pairs"] < kept["cost"]["total_pairs"]
+    assert {"name": kept["name"], "attention": kept["attention"], "seed": kept["seed"]} == {
         "name": "digits",
         "attention": "topk",
         "seed": 1,
     }
-    assert yaml.safe_load((run.run_dir / "config.yaml").read_text()) == record["config"]
+    assert yaml.safe_load((run.run_dir / "config.yaml").read_text()) == kept["config"]
     assert "val/accuracy" in (run.run_dir / "metrics.csv").read_text()
     predictions = np.load(run.run_dir / "test_predictions.npz")
     assert len(predictions["prediction"]) == len(predictions["label"]) == 360
@@ -112,6 +116,29 @@ def test_finished_run_is_reported_and_not_run_again(run: Any) -> None:
     assert result.metrics == run.metrics
     assert result.task is None
     assert (run.run_dir / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_how_batches_are_served_does_not_change_a_run(run: Any) -> None:
+    settings = dict(run.record["config"])
+    served = {**settings, "data": {**settings["data"], "num_workers": 1}}
+    assert train({**served, "resume": True}).run_dir == run.run_dir
+    again = train(served)
+    assert again.run_dir != run.run_dir
+    assert again.metrics == run.metrics
+
+
+def test_an_equal_run_that_ended_while_this_one_waited_is_not_trained_over(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def held_by_another(folder: Path) -> Iterator[None]:
+        shutil.copytree(run.run_dir, folder)
+        yield
+
+    monkeypatch.setattr(record, "run_lock", held_by_another)
+    result = train({**run.record["config"], "paths": {"runs": str(tmp_path), "run_dir": None}})
+    assert result.task is None
+    assert result.metrics == run.metrics
 
 
 @pytest.mark.parametrize("data", ["digits", "mqar"])
@@ -159,8 +186,8 @@ def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> No
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
     with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
         train(settings)
-    (record,) = tmp_path.glob("digits/exact/*/result.json")
-    failure = json.loads(record.read_text())
+    (path,) = tmp_path.glob("digits/exact/*/result.json")
+    failure = json.loads(path.read_text())
     assert failure["status"] == "failed"
     assert "step" in failure["error"]
 

@@ -30,6 +30,9 @@ OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", 
 
 OBSERVING_CALLBACKS = frozenset({"resumable"})
 
+# Options of data modules that say how batches are made, not what is in them.
+SERVING_DATA = frozenset({"num_workers", "num_proc", "cache_dir"})
+
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
 
 
@@ -43,6 +46,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
     callbacks = deciding.get("callbacks") or {}
     if OBSERVING_CALLBACKS & callbacks.keys():
         deciding["callbacks"] = {key: value for key, value in callbacks.items() if key not in OBSERVING_CALLBACKS}
+    if isinstance(deciding.get("data"), Mapping):
+        deciding["data"] = {key: value for key, value in deciding["data"].items() if key not in SERVING_DATA}
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 

@@ -26,6 +26,9 @@ def test_the_hash_follows_what_decides_the_outcome():
     same = {**dict(reversed(CONFIG.items())), "paths": {"run_dir": "b"}, "seed": 2}
     assert config_hash(CONFIG) == config_hash(same)
     assert config_hash(CONFIG) != config_hash({**CONFIG, "attention": {"keep": 0.5}})
+    served = {**CONFIG, "data": {"batch_size": 8, "num_workers": 4, "num_proc": 2, "cache_dir": "elsewhere"}}
+    assert config_hash({**CONFIG, "data": {"batch_size": 8}}) == config_hash(served)
+    assert config_hash({**CONFIG, "data": {"batch_size": 4}}) != config_hash(served)
 
 
 def test_folders_differ_by_seed_and_configuration(tmp_path):

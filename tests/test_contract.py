@@ -274,8 +274,6 @@ def test_products_that_overflow_16_bits_before_the_scale(name, case, need_weight
     """33·33·64 is more than float16 holds; the score, an eighth of it, is not."""
     if need_weights and not attention_class(name).capabilities.returns_weights:
         pytest.skip("returns no weights, tested below")
-    if name == "eigen_topk":
-        pytest.skip("multiplies its scores by the scale afterwards")
     mechanism = build(name, case, torch.float16, head_dim=64)
     signs = torch.ones(1, HEADS, 19, 1).masked_fill(torch.arange(19)[:, None] % 3 == 0, -1.0)
     loud = (33.0 * signs).expand(-1, -1, -1, 64).half()
@@ -348,6 +346,20 @@ def test_padded_equals_unpadded(name, case, causal):
             mask=AttentionMask(causal=causal),
         )
         assert_close(together[sample : sample + 1, :, :length], alone)
+
+
+@each_case("padding_mask")
+def test_padded_queries_count_for_nothing_where_only_keys_are_said_to_be_padded(name, case):
+    """As self-attention arrives from callers that know a key padding mask and no other."""
+    if name in ("eigen_block", "eigen_topk"):
+        pytest.skip("pools whatever queries `query_keep` does not name")
+    mechanism = build(name, case)
+    query, key, value = inputs(22)
+    mask = padding(22, (22, 13))
+    padded = ~mask.query_keep[:, None, :, None]
+    expected = call(mechanism, query, key, value, mask=mask)
+    got = call(mechanism, query.masked_fill(padded, 7.0), key, value, mask=replace(mask, query_keep=None))
+    assert_close(got.masked_fill(padded, 0.0), expected.masked_fill(padded, 0.0))
 
 
 @each_case("padding_mask")

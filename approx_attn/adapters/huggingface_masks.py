@@ -103,6 +103,8 @@ def mask_from_interface(
     is_self_attention = n_q <= n_k and not AttentionLayer(name, module, "interface", None).is_cross
     if mask.key_keep is not None and is_self_attention:
         mask = replace(mask, query_keep=mask.key_keep[:, n_k - n_q :] if not mask.causal else _query_keep(mask, n_q))
+    elif mask.key_keep is not None and n_q == n_k:  # which could be taken for the same tokens
+        mask = replace(mask, query_keep=torch.ones_like(mask.key_keep))
     return key, value, mask
 
 

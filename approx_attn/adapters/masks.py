@@ -71,6 +71,8 @@ def mask_from_drop_masks(
         structure = structured(pair_keep, batch)
     if structure.key_keep is not None:
         key_keep = structure.key_keep if key_keep is None else key_keep & structure.key_keep
+    if key_keep is not None and not is_self_attention and n_q == n_k:  # which could be taken for the same tokens
+        query_keep = torch.ones(batch, n_q, dtype=torch.bool, device=device)
     return replace(structure, key_keep=key_keep, query_keep=query_keep, bias=pair_bias)
 
 

@@ -242,6 +242,9 @@ def test_queries_of_cross_attention_are_not_padded():
     layer(*make_inputs(layer), **make_masks(["bool_padding"]))
     assert layer.attention.seen.key_keep is not None
     assert layer.attention.seen.query_keep is None
+    as_many = torch.randn(N_KEY, BATCH, EMBED_DIM), *make_inputs(layer)[1:]
+    layer(*as_many, **make_masks(["bool_padding"]))
+    assert layer.attention.seen.query_keep.all()  # said, as these could be taken for the tokens of the keys
 
 
 def test_fully_masked_query_gives_zeros_and_finite_gradients():

@@ -102,6 +102,15 @@ def test_chunks_of_queries_are_rows_of_the_whole():
     assert torch.equal(part.query_positions(3, DEVICE), mask.query_positions(7, DEVICE)[3:6])
 
 
+def test_queries_are_taken_for_the_tokens_of_the_keys_unless_said_otherwise():
+    keep, other = torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])
+    assert torch.equal(AttentionMask(key_keep=keep).real_queries(3), keep)
+    assert torch.equal(AttentionMask(key_keep=keep, query_keep=other).real_queries(3), other)
+    assert AttentionMask().real_queries(3) is None
+    assert AttentionMask(key_keep=keep).real_queries(2) is None
+    assert AttentionMask(key_keep=keep, causal=True, query_offset=1).real_queries(3) is None
+
+
 def test_masked_softmax_of_a_closed_row():
     scores = torch.randn(2, 4, requires_grad=True)
     keep = torch.tensor([[True, True, False, True], [False] * 4])

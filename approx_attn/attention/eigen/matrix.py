@@ -46,7 +46,8 @@ class EigenMatrixAttention(AttentionMechanism):
     offset per row (flat prior, eliminated by centring each row's evidence; softmax ignores it, but observed and
     estimated scores of a row must have it in common). Given the exact scores on the pairs Ω, one r × r system per
     matrix gives the posterior mean of c. Observed pairs keep their exact score; padded keys and padded queries are
-    never evidence; a row with nothing observed takes M + Σ c_ρ E_ρ as it is.
+    never evidence; a row with nothing observed takes M + Σ c_ρ E_ρ as it is. Where `mask.query_keep` is missing,
+    queries as many as the keys are taken for the same tokens, so for cross-attention give it.
 
     Under a causal mask row i may know only rows up to i: the evidence is summed over the rows before, and every
     row solves its own system. Queries decoded with a cache know only the queries given with them.
@@ -235,8 +236,9 @@ class EigenMatrixAttention(AttentionMechanism):
             evidence = observed[None, None]
             if keep is not None:
                 evidence = evidence & keep
-            if mask.query_keep is not None:
-                evidence = evidence & mask.query_keep[:, None, :, None]
+            real = mask.real_queries(n_q)
+            if real is not None:
+                evidence = evidence & real[:, None, :, None]
             table, noise = self._basis(n_q, n_k, mask.query_offset, exact.dtype)  # (g, n_q, n_k, r + 1)
             estimate = reconstruct_matrix(exact, evidence.to(exact.dtype), table, noise, mask.causal)
             weights = masked_softmax(torch.where(observed, exact, estimate), keep)

@@ -86,6 +86,8 @@ class MRAAttention(AttentionMechanism):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
+        if mask.query_keep is not None:  # whatever stands there must not reach a gradient, not even as 0 · NaN
+            query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
         queries = cut(query, mask.real_queries(query.shape[-2]), self.block_size)
         keys = cut(key, mask.key_keep, self.block_size)
         values = cut(value, mask.key_keep, self.block_size)
@@ -183,7 +185,7 @@ class Blocks(NamedTuple):
     """A sequence cut into blocks.
 
     Attributes:
-        x: (b, h, n_blocks, block, d), zeros where not kept.
+        x: (b, h, n_blocks, block, d), zeros after the last position.
         mean: (b, h, n_blocks, d) over the kept positions, in the type of x.
         length: (b | 1, n_blocks) number of kept positions, in at least float32.
         keep: (b | 1, n_blocks, block) bool.
@@ -199,12 +201,12 @@ def cut(x: Tensor, keep: Tensor | None, block_size: int) -> Blocks:
     """Cut (b, h, n, d) into blocks of `block_size`; `keep` is (b, n) bool or None for all."""
     if keep is None:
         keep = torch.ones(1, x.shape[-2], dtype=torch.bool, device=x.device)
-    x = x.masked_fill(~keep[:, None, :, None], 0.0)
     missing = -x.shape[-2] % block_size
     x = F.pad(x, (0, 0, 0, missing)).unflatten(-2, (-1, block_size))
     keep = F.pad(keep, (0, missing)).unflatten(-1, (-1, block_size))
     count = keep.sum(dim=-1, dtype=at_least_float32(x).dtype)  # (b | 1, n_blocks)
-    mean = at_least_float32(x).sum(dim=-2) / count.clamp(min=1)[:, None, :, None]
+    kept = at_least_float32(x).masked_fill(~keep[:, None, :, :, None], 0.0)
+    mean = kept.sum(dim=-2) / count.clamp(min=1)[:, None, :, None]
     return Blocks(x, mean.to(x.dtype), count, keep)
 
 

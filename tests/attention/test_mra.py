@@ -35,13 +35,44 @@ def test_keeping_the_rest_is_nearer_to_exact_than_dropping_it():
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(16, 16), (13, 22)])
-@pytest.mark.parametrize("keep", [0.25, 2, 1.0])
+@pytest.mark.parametrize("keep", [0.25, 6, 1.0])
 def test_cost_counts_the_products(n_q, n_k, keep):
     mechanism = build(keep=keep)
     tensors = [x[:1] for x in draw(n_q, n_k)]
     with FlopCounterMode(display=False) as counter:
         mechanism(*tensors)
     assert 2 * mechanism.cost(n_q, n_k).multiply_adds == counter.get_total_flops()
+
+
+def test_a_number_of_keys_is_rounded_up_to_blocks():
+    tensors = draw(14, 20)
+    (one, same), two = (build(keep=keep)(*tensors)[0] for keep in (1, 4)), build(keep=5)(*tensors)[0]
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, two)
+    whole, _ = build(keep=20)(*tensors)
+    torch.testing.assert_close(whole, ExactAttention(2, 4)(*tensors)[0])
+    assert build(keep=20).cost(14, 20).exact_share == 1.0
+    assert build(keep=5).cost(16, 20).exact_pairs == 2 * 16 * 8
+
+
+def test_exact_pairs_leave_the_padding_of_the_last_block_out():
+    """Half of the blocks of 17 keys, of which the last block holds one: not all pairs."""
+    assert build(keep=0.5, block_size=16).cost(17).exact_share == pytest.approx(0.5, abs=0.01)
+    assert build(keep=1.0, block_size=16).cost(17).exact_share == 1.0
+
+
+def test_shares_of_blocks_are_rounded_in_double():
+    """A share that is just above 2.5 of 30 blocks is 2.5 in float32, which rounds to 2 and not to 3."""
+    tensors = draw(20, 24)
+    three, just_above = (build(keep=keep, rest="drop")(*tensors)[0] for keep in (3 / 30, 2.5 / 30 + 1e-9))
+    assert torch.equal(three, just_above)
+
+
+def test_values_off_zero_do_not_overflow_in_16_bits():
+    query, key, value = (x.expand(-1, -1, 4096, -1) for x in draw(1, 1))
+    value = (value + 20).half()
+    output, _ = build(block_size=64)(query.half(), key.half(), value)
+    torch.testing.assert_close(output, value, rtol=2e-3, atol=0.0)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

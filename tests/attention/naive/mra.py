@@ -1,11 +1,13 @@
 """MRA-2 from its formula: a dense matrix of weights, filled block by block."""
 
+import math
+
 import torch
 
 CASES = {
     "default": {"block_size": 4},
     "wide blocks": {"keep": 0.5},
-    "count": {"keep": 2, "block_size": 3},
+    "count": {"keep": 5, "block_size": 3},
     "drop": {"block_size": 4, "rest": "drop", "keep": 0.6},
 }
 POOLS_QUERIES = True
@@ -29,7 +31,8 @@ def naive(mechanism, query, key, value, mask, scale):
         pairs = [(i, j) for i in q_blocks for j in k_blocks]
         score = [(scale * q[i].mean(0) @ k[j].mean(0)).item() for i, j in pairs]
         if isinstance(mechanism.keep, int):
-            budget = len(q_blocks) * min(mechanism.keep, len(k_blocks))
+            per_query = math.ceil(mechanism.keep / mechanism.block_size)
+            budget = len(q_blocks) * min(per_query, len(k_blocks))
         else:
             budget = max(1, round(mechanism.keep * len(pairs)))
         chosen = sorted(range(len(pairs)), key=lambda x: -score[x])[:budget]

@@ -19,7 +19,7 @@ from approx_attn.results.table import ComparisonRow, Metric
 Cost = Callable[[ComparisonRow], float | None]
 
 # Told apart by shape first, so that a grey print loses nothing. Colours: Okabe and Ito's colour-blind safe set.
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 
 
@@ -66,13 +66,14 @@ def curves(rows: Sequence[ComparisonRow]) -> list[Curve]:
 def comparison_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> Figure:
     """Test figure against measured step time, multiply-adds and memory, with the frontier drawn through.
 
-    Mechanisms without a finished run are left out.
+    Mechanisms without a finished run are left out, and costs that are known of none.
     """
     panels: list[tuple[str, Cost]] = [
         ("training step time, relative to the reference", lambda r: r.step_time),
         ("attention multiply-adds, relative to the reference", lambda r: r.multiply_adds),
         ("peak memory of a training step, MiB", lambda r: None if r.memory is None else r.memory / 2**20),
     ]
+    panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)] or panels[1:2]
     figure, axes = _panels(panels, metric, f"{title} (mean over seeds; bars: standard deviation; dashed: frontier)")
     for axis, (_, cost) in zip(axes, panels, strict=True):
         for index, curve in enumerate(curves(rows)):
@@ -112,7 +113,7 @@ def _panels(panels: Sequence[tuple[str, Cost]], metric: Metric, title: str) -> t
     """A figure with one panel per cost beside one another, titled and labelled, still empty."""
     figure = Figure(figsize=(4.5 * len(panels), 4.6) if len(panels) > 2 else (11, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, len(panels), sharey=True))
+    axes = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     for axis, (label, _) in zip(axes, panels, strict=True):
         axis.set_xlabel(label)
         axis.grid(True, color="0.9", linewidth=0.8)
@@ -130,9 +131,14 @@ def plain_text(text: str) -> str:
 
 def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    if handles:
-        columns = min(len(handles), 6)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    entry = 0.6 + 0.09 * max(map(len, handles))  # inches: its marker, and letters of 10 points
+    columns = max(1, min(len(handles), 6, int(width / entry)))
+    rows = math.ceil(len(handles) / columns)
+    figure.set_size_inches(width, height + 0.22 * max(rows - 2, 0))  # a long legend takes no room from the panels
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw(axis: Axes, curve: Curve, cost: Cost, metric: Metric, index: int, line: bool) -> None:

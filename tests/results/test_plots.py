@@ -67,7 +67,7 @@ def test_wide_budgets_have_a_logarithmic_axis_marked_at_them():
 
 def test_the_frontier_leaves_out_what_is_beaten(tmp_path):
     figure = comparison_figure([row("a", 0.8, 0.5), row("b", 0.7, 0.6), row("c", 0.6, 0.1)], ACCURACY, "frontier")
-    multiply_adds = figure.axes[1]
+    (multiply_adds,) = figure.axes
     (frontier,) = (line for line in multiply_adds.lines if line.get_linestyle() == "--")
     assert list(zip(frontier.get_xdata(), frontier.get_ydata(), strict=True)) == [
         pytest.approx((0.1, 60.0)),
@@ -75,3 +75,16 @@ def test_the_frontier_leaves_out_what_is_beaten(tmp_path):
     ]
     save_figure(figure, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_long_legend_lies_within_the_figure_and_costs_of_nobody_have_no_panel():
+    rows = [row("exact", is_reference=True), *(row(f"mechanism_number_{n} keep=0.125 block_size=8") for n in range(30))]
+    figure = comparison_figure(rows, ACCURACY, "many")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["attention multiply-adds, relative to the reference"]
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 < box.x1 <= page.x1
+    assert figure.axes[0].get_window_extent().height > 0.4 * page.height
+    looks = {(line.get_marker(), line.get_color()) for line, _, _ in figure.axes[0].containers}
+    assert len(looks) == len(rows)

@@ -294,6 +294,19 @@ def test_structure_of_masks_survives():
     assert all(torch.equal(mask.query_keep, mask.key_keep) for mask in seen[2:])
 
 
+def test_queries_of_cross_attention_are_not_taken_for_the_keys():
+    inputs = make_inputs("bart", "right")
+    inputs["decoder_input_ids"] = inputs["input_ids"]  # of the same length, and yet not the same tokens
+    model, seen = convert(build("bart"), "topk", layers="cross"), []
+    with torch.no_grad(), capture_attention_inputs(model, lambda *call: seen.append(call[4])):
+        model(**inputs)
+    crossed = [mask for mask in seen[2:] if not mask.causal]  # after those of the encoder
+    assert len(crossed) == 2
+    for mask in crossed:
+        assert not mask.key_keep.all()
+        assert mask.query_keep.all()
+
+
 def test_cache_decoding_equals_one_pass():
     model, tokens = convert(build("llama"), "sliding_window", window=3), make_inputs("llama")["input_ids"]
     with torch.no_grad():

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from approx_attn.attention.base import require_positive
 from approx_attn.attention.registry import AttentionSpec
-from approx_attn.models.transformer import Transformer
+from approx_attn.models.transformer import Transformer, attention_mechanisms
 
 
 class EncoderClassifier(nn.Module):
     """Encoder, mean over the real tokens, linear head.
 
     With `two_towers` two sequences are encoded by the same encoder to x₀ and x₁, and the head is a small
-    network on [x₀, x₁, x₀·x₁, x₀ − x₁].
+    network on [x₀, x₁, x₀·x₁, x₀ − x₁]. The auxiliary loss of a mechanism is then its mean over the two.
 
     Args:
         vocab_size, max_length: of the data.
@@ -94,7 +94,12 @@ class EncoderClassifier(nn.Module):
             raise ValueError(f"tokens_b must be given with model.two_towers=true only, which is {self.two_towers}.")
         x = mean_over_tokens(self.encoder(tokens, keep), keep)  # (b, dim)
         if tokens_b is not None:
+            mechanisms = attention_mechanisms(self.encoder)
+            first_losses = [mechanism.auxiliary_loss for mechanism in mechanisms]
             y = mean_over_tokens(self.encoder(tokens_b, keep_b), keep_b)
+            for mechanism, first in zip(mechanisms, first_losses, strict=True):  # the second pass replaced them
+                if first is not None and mechanism.auxiliary_loss is not None:
+                    mechanism.auxiliary_loss = 0.5 * (first + mechanism.auxiliary_loss)
             x = torch.cat([x, y, x * y, x - y], dim=-1)  # (b, 4·dim)
         return self.head(x)
 

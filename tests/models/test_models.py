@@ -7,6 +7,7 @@ import torch
 
 from approx_attn.attention import attention_class, available_attention
 from approx_attn.models import EncoderClassifier, LanguageModel, attention_mechanisms
+from approx_attn.models.transformer import auxiliary_loss
 
 LENGTH = 12
 CAUSAL = [name for name in available_attention() if attention_class(name).capabilities.causal]
@@ -75,6 +76,21 @@ def test_two_towers_use_both_sequences() -> None:
         model(a, keep)
     with pytest.raises(ValueError, match="two_towers"):
         classifier()(a, keep, b, keep)
+
+
+def test_auxiliary_loss_is_of_both_towers() -> None:
+    model = classifier(two_towers=True, depth=2, attention={"name": "eigen_row", "auxiliary_loss_weight": 1.0}).train()
+    a, keep = tokens_and_keep(0)
+    b, _ = tokens_and_keep(1)
+    a, b = a % 10, b % 10 + 10  # no token in both
+    model(a, keep, b, keep)
+    loss = auxiliary_loss(attention_mechanisms(model))
+    assert loss is not None
+    loss.backward()
+    gradient = model.encoder.token_embedding.weight.grad
+    assert gradient is not None
+    assert (gradient[:10] != 0).any()
+    assert (gradient[10:] != 0).any()
 
 
 def test_every_layer_has_its_own_mechanism_and_index() -> None:

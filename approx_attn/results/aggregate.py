@@ -116,11 +116,13 @@ def _correct(result: dict[str, Any] | None) -> NDArray[np.bool_] | None:
         return arrays["prediction"] == arrays["label"]
 
 
-def _cost(finished: Mapping[int, dict[str, Any]]) -> dict[str, int] | None:
-    return next((record["cost"] for record in finished.values()), None)
+def _cost(finished: Mapping[int, dict[str, Any]]) -> dict[str, float] | None:
+    """Mean over seeds, since some mechanisms learn what they compute."""
+    costs = [record["cost"] for record in finished.values()]
+    return {part: float(np.mean([cost[part] for cost in costs])) for part in costs[0]} if costs else None
 
 
-def _multiply_adds(cost: Mapping[str, int]) -> int:
+def _multiply_adds(cost: Mapping[str, float]) -> float:
     return cost["score_multiply_adds"] + cost["value_multiply_adds"]
 
 

@@ -169,6 +169,13 @@ def detectable_gap(std: float, count: int, wanted_power: float = 0.8) -> float:
 
 
 def pareto_frontier(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
-    """Which points no other point beats: lower or equal cost and higher or equal gain, one of them strictly."""
+    """Which points no other point beats: lower or equal cost and higher or equal gain, one of them strictly.
+
+    A point that is no number neither beats nor stands unbeaten.
+    """
     points = list(zip(costs, gains, strict=True))
-    return [not any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in points) for cost, gain in points]
+    return [
+        not (math.isnan(cost) or math.isnan(gain))
+        and not any(c <= cost and g >= gain and (c < cost or g > gain) for c, g in points)
+        for cost, gain in points
+    ]

@@ -152,3 +152,8 @@ def test_mcnemar_counts_only_discordant_items():
 
 def test_pareto_frontier_keeps_the_unbeaten():
     assert pareto_frontier([1, 2, 3, 2], [0.5, 0.9, 0.8, 0.7]) == [True, True, False, False]
+
+
+def test_pareto_frontier_leaves_out_what_is_no_number():
+    nan = float("nan")
+    assert pareto_frontier([1, 2, nan, 3], [0.5, nan, 0.9, 0.7]) == [True, False, False, True]

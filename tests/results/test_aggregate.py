@@ -19,10 +19,10 @@ def test_costs_that_differ_by_seed_are_averaged():
     """As those of a mechanism that learns which pairs it computes; a run that failed has no part."""
     records = {
         "exact": {0: finished_run(100, 1000), 1: finished_run(100, 1000), 2: finished_run(100, 1000)},
-        "gates": {0: finished_run(20, 400), 1: finished_run(40, 800), 2: {"status": "failed", "error": "out of memory"}},
+        "gates": {0: finished_run(20, 400), 1: finished_run(40, 800), 2: {"status": "failed", "error": "no memory"}},
     }
     exact, gates = comparison_rows(records, "exact", "accuracy", {})
     assert exact.exact_share == exact.multiply_adds == 1.0
     assert gates.exact_share == pytest.approx(0.3)
     assert gates.multiply_adds == pytest.approx(0.6)
-    assert gates.missing == {2: "out of memory"}
+    assert gates.missing == {2: "no memory"}

@@ -26,6 +26,7 @@ from approx_attn.attention.registry import register_attention
 from approx_attn.attention.topk import topk_attention
 
 MOMENTUM = 0.99  # of the running covariance: it remembers about the last 100 training passes
+EIGH_MULTIPLY_ADDS = 9  # times d³, all eigenvectors of a symmetric matrix (Golub and Van Loan, §8.3)
 
 
 @register_attention("low_rank_topk")
@@ -40,8 +41,9 @@ class LowRankTopKAttention(AttentionMechanism):
         rank: r, clamped to head_dim.
         keep: k, as a share of the keys that a query may use or as a number of keys.
         basis: where the covariance comes from. `running`: a moving average over training passes, held in
-            the checkpoint; until the first one, the first r dimensions. `input`: each sequence's own keys,
-            which needs no training but would let a query's choice depend on later keys, so not causal.
+            the checkpoint; until the first one, the first r dimensions. The directions are found when it has
+            changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's own
+            keys, which needs no training but would let a query's choice depend on later keys, so not causal.
         scoring: `dense` computes whole chunks of exact scores and uses those that were chosen, which is fastest
             where matrix products are; `gather` computes only the chosen ones. `cost` counts what is performed.
         chunk_size: queries handled at once; bounds the memory at chunk_size·n numbers per head (`gather`:
@@ -49,7 +51,7 @@ class LowRankTopKAttention(AttentionMechanism):
     """
 
     capabilities = Capabilities(has_parameters=True)
-    cost_formula = "n²·(r + d), with scoring=gather n²·r + n·k·d"
+    cost_formula = "n²·(r + d), with scoring=gather n²·r + n·k·d, with basis=input n·d² + 9·d³ more"
     covariance: Tensor
 
     def __init__(
@@ -89,6 +91,8 @@ class LowRankTopKAttention(AttentionMechanism):
             # that the first training pass outweighs it.
             start = torch.diag(torch.linspace(1.0, 0.5, head_dim)) * 1e-6
             self.register_buffer("covariance", start.repeat(num_heads, 1, 1))  # (h, d, d)
+        self._found: tuple[Tensor, Tensor] | None = None  # the latest covariance, and its directions (1, h, d, r)
+        self._of_training_pass: Tensor | None = None  # directions that the latest training pass used
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -126,13 +130,18 @@ class LowRankTopKAttention(AttentionMechanism):
     def _directions(self, key: Tensor, mask: AttentionMask) -> Tensor:
         """(b | 1, h, d, r): the principal directions; updates the running covariance when training.
 
-        The update counts from the next pass on, so that no sample is touched by its neighbours in a batch.
+        The update counts from the next pass on, so that no sample is touched by its neighbours in a batch. A pass
+        that activation checkpointing computes again in the backward pass is the same pass as before: it has the
+        same directions, and no update.
         """
         if self.basis == "input":
             scatter, count = key_scatter(key, mask.key_keep)
             return principal_directions(scatter / count.clamp(min=1), self.rank)
-        directions = principal_directions(self.covariance, self.rank)[None]
+        if self.training and self._of_training_pass is not None and in_backward_pass():
+            return self._of_training_pass
+        directions = self._running_directions()
         if self.training:
+            self._of_training_pass = directions
             scatter, count = key_scatter(key, mask.key_keep)
             scatter, count = scatter.sum(dim=0), count.sum(dim=0)  # (h, d, d), (1, 1, 1)
             if dist.is_available() and dist.is_initialized():  # over the batches of all processes that train together
@@ -140,7 +149,17 @@ class LowRankTopKAttention(AttentionMechanism):
                 dist.all_reduce(count)
             now = scatter / count.clamp(min=1)  # (h, d, d)
             self.covariance.lerp_(now.to(self.covariance.dtype), 1.0 - MOMENTUM)
+            self._found = None
         return directions
+
+    def _running_directions(self) -> Tensor:
+        """(1, h, d, r) of the running covariance, found again where it is another than at the latest pass."""
+        if torch.compiler.is_compiling():  # whose code may not depend on what the covariance is
+            return principal_directions(self.covariance, self.rank)[None]
+        # By its numbers: training, loading and moves to other devices and types all change it in ways of their own.
+        if self._found is None or not equal_tensors(self._found[0], self.covariance):
+            self._found = self.covariance.clone(), principal_directions(self.covariance, self.rank)[None]
+        return self._found[1]
 
     def _refuse_own_keys_under_a_causal_mask(self) -> None:
         if self.basis == "input":
@@ -159,14 +178,15 @@ class LowRankTopKAttention(AttentionMechanism):
         if self.scoring == "gather":
             exact = sum((stop - start) * min(k, keys) for start, stop, keys in chunks)
         gathered = k * d if self.scoring == "gather" else 0
-        basis = n_k * d * d if self.basis == "input" else 0
+        basis_state = d * d + d * r if self.basis == "input" else 2 * d * d + d * r  # running: and what they are of
+        basis = n_k * d * d + EIGH_MULTIPLY_ADDS * d**3 if self.basis == "input" else 0
         return Cost(
             exact_pairs=self.num_heads * kept_pairs(self.keep, n_q, n_k, causal),
             total_pairs=self.num_heads * pairs,
             score_multiply_adds=self.num_heads * ((n_q + n_k) * d * r + estimated * r + exact * d + basis),
             value_multiply_adds=self.num_heads * estimated * self.value_dim,
             state=self.num_heads
-            * (d * d + (n_q + n_k) * r + 2 * n_q * k + min(self.chunk_size, n_q) * (2 * n_k + gathered)),
+            * (basis_state + (n_q + n_k) * r + 2 * n_q * k + min(self.chunk_size, n_q) * (2 * n_k + gathered)),
         )
 
     def extra_repr(self) -> str:
@@ -186,6 +206,18 @@ def key_scatter(key: Tensor, key_keep: Tensor | None) -> tuple[Tensor, Tensor]:
         count = keep.sum(dim=-2, keepdim=True)  # (b, 1, 1, 1)
         centred = (key - (key * keep).sum(dim=-2, keepdim=True) / count.clamp(min=1)) * keep
         return centred.transpose(-2, -1) @ centred, count
+
+
+def equal_tensors(a: Tensor, b: Tensor) -> bool:
+    """Whether they are the same numbers, of the same type and on the same device."""
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd is computing gradients right now, which is when activation checkpointing repeats a pass."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1  # PyTorch has no public name for it; its own FSDP asks so, too
 
 
 def principal_directions(covariance: Tensor, rank: int) -> Tensor:

@@ -45,7 +45,7 @@ class ScatterbrainAttention(AttentionMechanism):
     """
 
     capabilities = Capabilities(arbitrary_mask=False)
-    cost_formula = "n·(2w + m)·d"
+    cost_formula = "n·(3w·(d + m) + m·d)"
     projection: Tensor
 
     def __init__(
@@ -191,7 +191,10 @@ class ScatterbrainAttention(AttentionMechanism):
             state=m * d
             + self.num_heads
             * (
-                2 * rows * band.span + (n_q + n_k + sides * rows) * m + sides * (segments + band.n_blocks) * m * columns
+                2 * rows * band.span
+                + band.n_blocks * band.span * (d + m + columns)  # the slices beside each block of queries
+                + (n_q + n_k + sides * rows) * m
+                + sides * (segments + band.n_blocks) * m * columns
             ),
         )
 

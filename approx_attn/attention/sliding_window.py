@@ -51,7 +51,7 @@ class SlidingWindowAttention(AttentionMechanism):
     """
 
     capabilities = Capabilities()
-    cost_formula = "n·(2w + g + r·b)·d"
+    cost_formula = "n·(3w + g + r·b)·d"
 
     def __init__(
         self,
@@ -271,7 +271,10 @@ class SlidingWindowAttention(AttentionMechanism):
         state = sum(b.n_blocks * b.block * (b.span + min(n_global, b.n_k)) for b in bands)  # masks, of all heads alike
         computed = state + rows * n_k
         exact = self.num_heads * exact
-        if self.random.count > 0:
+        if self.random.count == 0:  # slices of keys and values beside each block of queries
+            slices = sum(b.n_blocks * (b.span + min(n_global, b.n_k)) for b in bands)
+            state += self.num_heads * slices * (self.head_dim + self.value_dim)
+        else:
             mask, device = AttentionMask(causal=causal, query_offset=offset), torch.device("cpu")
             index, is_open = self.random.choose(self.num_heads, n_q, n_k, mask, device)
             _, keep = self._random_pairs(band, mask, n_global, index, is_open)

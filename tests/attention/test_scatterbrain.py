@@ -93,6 +93,20 @@ def test_cost_counts_the_products(causal, n):
     assert 2 * mechanism.cost(n, causal=causal).multiply_adds == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_state_holds_the_largest_arrays(causal):
+    mechanism, sizes = build(head_dim=64, num_features=6, window=30), {}
+    tensors = [x[:1].requires_grad_() for x in draw(200, 200, 64)]
+
+    def note(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        mechanism(*tensors, AttentionMask(causal=causal))
+    assert sum(sorted(sizes.values())[-2:]) <= mechanism.cost(200, causal=causal).state
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_products_of_features_that_underflow_send_finite_gradients(need_weights):
     """Queries and keys that point away from each other: a feature that is large for one is tiny for the other."""

@@ -98,6 +98,20 @@ def test_cost_counts_the_products(causal, global_tokens):
     assert 2 * mechanism.cost(70, causal=causal).multiply_adds == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_state_holds_the_largest_arrays(causal):
+    mechanism, sizes = build_attention("sliding_window", num_heads=2, head_dim=64, window=8, global_tokens=3), {}
+    tensors = [x[:1].requires_grad_() for x in draw(200, 200, 64)]
+
+    def note(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        mechanism(*tensors, AttentionMask(causal=causal))
+    assert sum(sorted(sizes.values())[-2:]) <= mechanism.cost(200, causal=causal).state
+
+
 @pytest.mark.parametrize("options", [{"keep": 0.3}, {"keep": 0.3, "global_tokens": 5}])
 @pytest.mark.parametrize(("n_q", "n_k", "offset"), [(40, 40, 0), (23, 40, 17), (40, 40, -6)])
 def test_parts_with_windows_of_their_own_width_change_nothing(options, n_q, n_k, offset, monkeypatch):

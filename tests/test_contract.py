@@ -202,10 +202,12 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
     masks = {"none": AttentionMask()}
     if can.padding_mask:
         masks["padding"] = AttentionMask(key_keep=key_keep, query_keep=query_keep)
+        masks["left padding"] = AttentionMask(key_keep=key_keep.flip(-1), query_keep=query_keep.flip(-1))
     if can.causal:
         masks["causal"] = AttentionMask(causal=True)
         masks["causal, lower right"] = AttentionMask(causal=True, query_offset=n_k - n_q)
     if can.causal and can.padding_mask:
+        masks["causal and left padding"] = replace(masks["left padding"], causal=True)
         masks["causal and padding"] = AttentionMask(key_keep=key_keep, query_keep=query_keep, causal=True)
     if can.arbitrary_mask and getattr(REFERENCES[name], "EXTRA_MASKS", True):
         pairs = torch.rand(BATCH, 1, n_q, n_k, generator=generator) < 0.7
@@ -360,6 +362,54 @@ def test_padded_queries_count_for_nothing_where_only_keys_are_said_to_be_padded(
     expected = call(mechanism, query, key, value, mask=mask)
     got = call(mechanism, query.masked_fill(padded, 7.0), key, value, mask=replace(mask, query_keep=None))
     assert_close(got.masked_fill(padded, 0.0), expected.masked_fill(padded, 0.0))
+
+
+TIED_TO_POSITIONS = {  # mechanisms, or cases of theirs, and what they have that left padding moves tokens away from
+    "dct": "a basis over positions",
+    "differentiable_mask-absolute": "a gate per pair of positions",
+    "eigen_block": "blocks that start at fixed positions",
+    "eigen_linear-six": "sections of fixed positions",
+    "eigen_linear-random, shared": "sections of fixed positions",
+    "eigen_matrix": "a basis over positions",
+    "eigen_row": "a basis over positions",
+    "eigen_topk-absolute": "a prior score per position",
+    "eigen_topk-window": "global tokens at the first positions",
+    "eigen_topk-tiles": "tiles that start at fixed positions",
+    "eigen_topk-tiles_first": "tiles that start at fixed positions",
+    "eigen_topk-tiles_drop": "tiles that start at fixed positions",
+    "eigen_topk-tiles_mean": "tiles that start at fixed positions",
+    "gaussian-grid": "a grid that starts at the first position",
+    "linformer": "a column of the projections per position",
+    "mean-default": "an average per pair of positions",
+    "mra": "blocks that start at fixed positions",
+    "positional-default": "a score per pair of positions",
+    "sliding_window-random": "random blocks that start at fixed positions",
+}
+
+
+@each_case("padding_mask")
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_left_padded_equals_unpadded(name, case, causal):
+    """As generation in batches pads."""
+    mechanism = build(name, case)
+    if causal and not mechanism.capabilities.causal:
+        pytest.skip("not causal")
+    for tied in (name, f"{name}-{case}"):
+        if tied in TIED_TO_POSITIONS:
+            pytest.skip(f"has {TIED_TO_POSITIONS[tied]}")
+    query, key, value = inputs(22)
+    kept = (22, 13)
+    keep = padding(22, kept).key_keep.flip(-1)
+    mask = AttentionMask(key_keep=keep, query_keep=keep, causal=causal)
+    garbage = ~keep[:, None, :, None]
+    together = call(mechanism, *(x.masked_fill(garbage, float("nan")) for x in (query, key, value)), mask=mask)
+    for sample, length in enumerate(kept):
+        alone = call(
+            mechanism,
+            *(x[sample : sample + 1, :, 22 - length :] for x in (query, key, value)),
+            mask=AttentionMask(causal=causal),
+        )
+        assert_close(together[sample : sample + 1, :, 22 - length :], alone)
 
 
 @each_case("padding_mask")

@@ -28,9 +28,9 @@ class LinformerAttention(AttentionMechanism):
     """softmax(s·Q(EK)ᵀ)(FV) with learned projections E, F (m × n) along the key axis.
 
     E and F are laid out for `max_length` keys; a shorter input uses their first columns, a longer one is
-    refused. Padded keys and values are zero before the projection, so padding changes nothing. A projected
-    key mixes all positions, so neither a causal nor an arbitrary mask can be kept, and there are no weights
-    over single keys to return.
+    refused. Padded keys and values are zero before the projection, so padding on the right changes nothing; on
+    the left it moves tokens to other columns, which changes the result. A projected key mixes all positions, so
+    neither a causal nor an arbitrary mask can be kept, and there are no weights over single keys to return.
 
     Args:
         num_keys: m, the number of projected keys: a share of `max_length`, or a number.

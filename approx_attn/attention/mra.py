@@ -34,7 +34,8 @@ class MRAAttention(AttentionMechanism):
     every pair has the weight exp of the block's score (`rest="coarse"`), or none (`rest="drop"`). One softmax
     normaliser covers both. The mean of a block of queries reads queries that come later, so it is not causal.
     Means are over `mask.query_keep`; where that is missing, queries as many as the keys are taken for the same
-    tokens, so for cross-attention give it.
+    tokens, so for cross-attention give it. Blocks are cut at fixed positions: padding on the right changes nothing,
+    padding on the left moves tokens between blocks.
 
     Args:
         keep: exact blocks: share of all blocks (float), or keys per query on average (int), rounded up to blocks.

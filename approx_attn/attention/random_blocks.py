@@ -20,8 +20,9 @@ class RandomBlocks:
     """`count` random key blocks for the queries that stand in one block of positions, in each head.
 
     The choice is a fixed function of seed, head and position, not of the lengths: of all blocks of keys in a
-    fixed random order, the first ones that hold usable keys. So an input comes out the same padded or not,
-    and a token of a causal text the same whatever follows.
+    fixed random order, the first ones before the last usable key. So an input comes out the same whether padded
+    on the right or not, and a token of a causal text the same whatever follows. Padding on the left moves
+    tokens into other blocks, of which others are chosen.
 
     Attributes:
         count: r, key blocks per query block.
@@ -100,15 +101,21 @@ class RandomBlocks:
         n_q = positions.shape[-2]
         rows = is_open.repeat_interleave(self.block_size, dim=-1)[..., None, :]  # (b | 1, h, n_query_blocks, 1, e)
         rows = rows.expand(*rows.shape[:-2], self.block_size, -1)
-        keep = self.merge_queries(rows, n_q, mask.query_offset) & (positions < n_k)
-        allowed = mask.dense_keep(n_q, n_k, positions.device) if not mask.is_structured else None
-        if allowed is not None:
-            return keep & gather_pairs(allowed, positions)
-        if mask.key_keep is not None:
-            keep = keep & gather_pairs(mask.key_keep[:, None, None, :], positions)
-        if mask.causal:
-            keep = keep & (positions <= mask.query_positions(n_q, positions.device)[:, None])
-        return keep
+        return self.merge_queries(rows, n_q, mask.query_offset) & allowed_at(mask, positions, n_k)
+
+
+def allowed_at(mask: AttentionMask, positions: Tensor, n_k: int) -> Tensor:
+    """What a mask over n_k keys says of the keys (b | 1, h | 1, n_q, e) of each query; False for those past the end."""
+    n_q = positions.shape[-2]
+    keep = positions < n_k
+    allowed = mask.dense_keep(n_q, n_k, positions.device) if not mask.is_structured else None
+    if allowed is not None:
+        return keep & gather_pairs(allowed, positions)
+    if mask.key_keep is not None:
+        keep = keep & gather_pairs(mask.key_keep[:, None, None, :], positions)
+    if mask.causal:
+        keep = keep & (positions <= mask.query_positions(n_q, positions.device)[:, None])
+    return keep
 
 
 def gather_pairs(x: Tensor, positions: Tensor) -> Tensor:

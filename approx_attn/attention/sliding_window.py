@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.band import Band, kept_at, pairs_at
+from approx_attn.attention.band import Band
 from approx_attn.attention.base import (
     AttentionMechanism,
     Capabilities,
@@ -21,7 +21,7 @@ from approx_attn.attention.base import (
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.query_chunks import crop_keys, query_chunks
-from approx_attn.attention.random_blocks import RandomBlocks, gather_pairs
+from approx_attn.attention.random_blocks import RandomBlocks, allowed_at, gather_pairs
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.window import Window
 
@@ -36,7 +36,8 @@ class SlidingWindowAttention(AttentionMechanism):
     """Query i attends to the keys within a window around its position, to global tokens, and to random blocks.
 
     A global token is seen by every query and, unless the attention is causal, sees every key. A query far
-    from every key (queries outnumber keys) gets zeros.
+    from every key (queries outnumber keys) gets zeros. With padding on the left the first real tokens are global,
+    but random blocks lie elsewhere than without.
 
     Args:
         keep: width of the window. A share means the widest window that holds at most this share of the pairs
@@ -44,7 +45,7 @@ class SlidingWindowAttention(AttentionMechanism):
             that a token's result does not depend on what follows. A whole number means keys per query:
             half of them on either side, or all before it under a causal mask.
         window: half-width w of the window in place of `keep`: keys at most w positions away.
-        global_tokens: number of leading tokens that are global. They come on top of the window.
+        global_tokens: number of leading tokens that are global, padding left out. They come on top of the window.
         random_blocks: number of random blocks of keys for each block of queries and head, on top of both.
         block_size: tokens in a random block.
         seed: of the random blocks; each layer draws its own.
@@ -107,11 +108,15 @@ class SlidingWindowAttention(AttentionMechanism):
             output, weights = self._in_segments(query, key, value, mask, scale, dropout_p), None
         rows = self._global_queries(band.n_q, mask.causal, mask.query_offset)
         if rows > 0:
-            top, top_weights = exact_attention_with_weights(
-                query[:, :, :rows], key, value, mask.queries(0, rows), scale, dropout_p
+            index = first_kept(mask.real_queries(band.n_q), band.n_q, rows, query.device)
+            part = AttentionMask(
+                key_keep=mask.key_keep,
+                pair_keep=take_queries(mask.pair_keep, index),
+                bias=take_queries(mask.bias, index),
             )
-            output = torch.cat([top, output[:, :, rows:]], dim=-2)
-            weights = None if weights is None else torch.cat([top_weights, weights[:, :, rows:]], dim=-2)
+            top, top_weights = exact_attention_with_weights(take(query, index), key, value, part, scale, dropout_p)
+            output = put(output, index, top)
+            weights = None if weights is None else put(weights, index, top_weights)
         return output, weights
 
     def _in_segments(
@@ -136,16 +141,16 @@ class SlidingWindowAttention(AttentionMechanism):
     ) -> Tensor:
         """Window and global tokens by PyTorch's fused kernel, with blocks in place of heads: (b·h, n_blocks, ...)."""
         n_global = min(self.global_tokens, band.n_k)
-        pairs = [self._near_pairs(band, mask, n_global, query.device)]
+        pairs = [self._near_pairs(band, mask, query.device)]
         keys, values = band.key_blocks(key), band.key_blocks(value)  # (b, h, n_blocks, span, d)
         if n_global > 0:
-            pairs.append(self._global_pairs(band, mask, n_global, query.device))
+            index = first_kept(mask.key_keep, band.n_k, n_global, query.device)  # (b | 1, g)
+            pairs.append(self._global_pairs(band, mask, index))
             everywhere = (key.shape[0], self.num_heads, band.n_blocks, n_global, -1)
-            keys = torch.cat([keys, key[:, :, None, :n_global].expand(everywhere)], dim=-2)
-            values = torch.cat([values, value[:, :, None, :n_global].expand(everywhere)], dim=-2)
-        shape = torch.broadcast_shapes(*(keep.shape[:-1] for _, keep in pairs))
-        keep = torch.cat([keep.expand(*shape, -1) for _, keep in pairs], dim=-1)
-        bias = None if pairs[0][0] is None else torch.cat([bias for bias, _ in pairs if bias is not None], dim=-1)
+            keys = torch.cat([keys, take(key, index)[:, :, None].expand(everywhere)], dim=-2)
+            values = torch.cat([values, take(value, index)[:, :, None].expand(everywhere)], dim=-2)
+        keep = side_by_side([keep for _, keep in pairs])
+        bias = None if pairs[0][0] is None else side_by_side([bias for bias, _ in pairs if bias is not None])
         # The lowest finite number, not minus infinity: a query without keys stays finite, and is cleared below.
         additive = torch.zeros((), dtype=query.dtype, device=query.device) if bias is None else bias.to(query.dtype)
         additive = additive.masked_fill(~keep, torch.finfo(query.dtype).min)  # (b | 1, h | 1, n_blocks, block, keys)
@@ -179,22 +184,21 @@ class SlidingWindowAttention(AttentionMechanism):
         query = query * scale  # first: in 16 bits a product may overflow where its score does not
         queries = band.query_blocks(query)  # (b, h, n_blocks, block, d)
         near = queries @ band.key_blocks(key).transpose(-2, -1)  # (b, h, n_blocks, block, span)
-        wide = queries @ key[:, :, None, :n_global].transpose(-2, -1)  # (b, h, n_blocks, block, g)
+        index_global = first_kept(mask.key_keep, n_k, n_global, query.device)  # (b | 1, g)
+        wide = queries @ take(key, index_global)[:, :, None].transpose(-2, -1)  # (b, h, n_blocks, block, g)
         scores, widths = [near, wide], [band.span, n_global]
-        pairs = [
-            self._near_pairs(band, mask, n_global, query.device),
-            self._global_pairs(band, mask, n_global, query.device),
-        ]
+        pairs = [self._near_pairs(band, mask, query.device), self._global_pairs(band, mask, index_global)]
         if self.random.count > 0:
             index, is_open = self.random.choose(self.num_heads, n_q, n_k, mask, query.device)
             chosen = self.random.query_blocks(query, offset) @ self.random.take(key, index).transpose(-2, -1)
             chosen = self.random.merge_queries(chosen, n_q, offset)  # (b, h, n_q, e)
             scores.append(band.query_blocks(chosen))
-            pairs.append(self._random_pairs(band, mask, n_global, index, is_open))
+            pairs.append(self._random_pairs(band, mask, index, is_open))
             widths.append(self.random.width)
         weights = self._weights(scores, pairs)  # (b, h, n_blocks, block, span + g + e)
         parts = apply_dropout(weights, dropout_p).to(value.dtype).split(widths, dim=-1)
-        output = band.merge_queries(parts[0] @ band.key_blocks(value) + parts[1] @ value[:, :, None, :n_global])
+        everywhere = take(value, index_global)[:, :, None]  # (b, h, 1, g, d_v)
+        output = band.merge_queries(parts[0] @ band.key_blocks(value) + parts[1] @ everywhere)
         if self.random.count > 0:
             chosen = self.random.query_blocks(band.merge_queries(parts[2]), offset)
             output = output + self.random.merge_queries(chosen @ self.random.take(value, index), n_q, offset)
@@ -202,7 +206,8 @@ class SlidingWindowAttention(AttentionMechanism):
             return output, None
 
         dense = band.dense(parts[0])  # (b, h, n_q, n_k)
-        dense = torch.cat([dense[..., :n_global] + band.merge_queries(parts[1]), dense[..., n_global:]], dim=-1)
+        wide = band.merge_queries(parts[1])  # (b, h, n_q, g)
+        dense = dense.scatter_add(-1, index_global[:, None, None].expand(wide.shape), wide)
         if self.random.count > 0:
             positions = self.random.positions(index, n_q, offset).clamp(max=n_k - 1)
             chosen = band.merge_queries(parts[2])
@@ -221,27 +226,35 @@ class SlidingWindowAttention(AttentionMechanism):
 
     # -- which pairs are used: (bias or None, keep), in the layout of the band. No pair counts twice. --------
 
-    def _near_pairs(
-        self, band: Band, mask: AttentionMask, n_global: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor]:
+    def _near_pairs(self, band: Band, mask: AttentionMask, device: torch.device) -> tuple[Tensor | None, Tensor]:
         """(b | 1, h | 1, n_blocks, block, span): keys in the window that are not global."""
         keep = self.window.keep(band, mask, device)
-        return band.bias(mask), keep & (band.key_positions(device) >= n_global)[:, None, :]
+        if self.global_tokens > 0:
+            positions = band.key_positions(device).clamp(0, band.n_k - 1)  # (n_blocks, span)
+            keep = keep & ~self._is_global(mask, band.n_k, device)[:, positions][:, None, :, None]
+        return band.bias(mask), keep
 
-    def _global_pairs(
-        self, band: Band, mask: AttentionMask, n_global: int, device: torch.device
-    ) -> tuple[Tensor | None, Tensor]:
-        """(b | 1, h | 1, n_blocks, block | 1, g): global keys."""
-        positions = torch.arange(n_global, device=device).expand(band.n_blocks, -1)  # (n_blocks, g)
+    def _global_pairs(self, band: Band, mask: AttentionMask, index: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(b | 1, h | 1, n_blocks, block, g): global keys, at the positions (b | 1, g)."""
+        positions = index[:, None, None].expand(-1, -1, band.n_q, -1)  # (b | 1, 1, n_q, g)
         bias = mask.finite_bias()
-        return None if bias is None else pairs_at(band, bias, positions), kept_at(band, mask, positions)
+        if bias is not None:
+            bias = band.query_blocks(gather_pairs(bias, positions))
+        return bias, band.query_blocks(allowed_at(mask, positions, band.n_k))
+
+    def _is_global(self, mask: AttentionMask, n_k: int, device: torch.device) -> Tensor:
+        """(b | 1, n_k) bool: the first keys that are not padded."""
+        if mask.key_keep is None:
+            return torch.arange(n_k, device=device)[None] < self.global_tokens
+        return mask.key_keep & (mask.key_keep.cumsum(dim=-1) <= self.global_tokens)
 
     def _random_pairs(
-        self, band: Band, mask: AttentionMask, n_global: int, index: Tensor, is_open: Tensor
+        self, band: Band, mask: AttentionMask, index: Tensor, is_open: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """(b | 1, h, n_blocks, block, e): keys of random blocks that are neither in the window nor global."""
         positions = self.random.positions(index, band.n_q, band.query_offset)  # (b | 1, h, n_q, e)
-        keep = self.random.keep(positions, is_open, band.n_k, mask) & (positions >= n_global)
+        is_global = self._is_global(mask, band.n_k, index.device)[:, None, None]  # (b | 1, 1, 1, n_k)
+        keep = self.random.keep(positions, is_open, band.n_k, mask) & ~gather_pairs(is_global, positions)
         queries = mask.query_positions(band.n_q, index.device)  # (n_q,)
         before, after = (x[:, None, 0, :, None] for x in self.window.reach_at(queries[None], mask, band.n_k))
         distance = positions - queries[:, None]
@@ -252,7 +265,7 @@ class SlidingWindowAttention(AttentionMechanism):
         return bias, band.query_blocks(keep)
 
     def _global_queries(self, n_q: int, causal: bool, query_offset: int) -> int:
-        """Leading queries that see every key; under a causal mask the global keys are all they may see."""
+        """Number of queries that see every key; under a causal mask the global keys are all they may see."""
         return 0 if causal else max(0, min(self.global_tokens - query_offset, n_q))
 
     # -- cost ------------------------------------------------------------------------------------------------
@@ -277,7 +290,7 @@ class SlidingWindowAttention(AttentionMechanism):
         else:
             mask, device = AttentionMask(causal=causal, query_offset=offset), torch.device("cpu")
             index, is_open = self.random.choose(self.num_heads, n_q, n_k, mask, device)
-            _, keep = self._random_pairs(band, mask, n_global, index, is_open)
+            _, keep = self._random_pairs(band, mask, index, is_open)
             exact += int(band.merge_queries(keep)[:, :, rows:].sum())
             computed += index.shape[2] * self.random.block_size * self.random.width
             gathered = (band.n_blocks * band.span + index.shape[2] * self.random.width) * (
@@ -291,3 +304,39 @@ class SlidingWindowAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * computed * self.value_dim,
             state=state,
         )
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """Arrays (..., e) that broadcast to one another but for e, along the last axis."""
+    shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*shape, -1) for part in parts], dim=-1)
+
+
+def first_kept(keep: Tensor | None, n: int, count: int, device: torch.device) -> Tensor:
+    """(b | 1, count) int64: the first kept positions of each sample, followed by others where it has fewer.
+
+    Args:
+        keep: (b, n) bool, or None for all.
+    """
+    if keep is None:
+        return torch.arange(count, device=device)[None]
+    return (~keep).byte().argsort(dim=-1, stable=True)[:, :count]
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """(b, h, n, d) and (b | 1, r) -> (b, h, r, d)."""
+    return x.gather(2, index[:, None, :, None].expand(*x.shape[:2], -1, x.shape[-1]))
+
+
+def put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """(b, h, n, d) with the rows (b, h, r, d) in the places (b | 1, r)."""
+    return x.scatter(2, index[:, None, :, None].expand_as(rows), rows.to(x.dtype))
+
+
+def take_queries(part: Tensor | None, index: Tensor) -> Tensor | None:
+    """The rows (b | 1, r) of a part of a mask that is broadcastable to (b, h, n_q, n_k)."""
+    if part is None or part.dim() < 2 or part.shape[-2] == 1:
+        return part
+    part = part[(None,) * (4 - part.dim())]
+    part = part.expand(max(part.shape[0], index.shape[0]), -1, -1, -1)
+    return part.gather(2, index[:, None, :, None].expand(*part.shape[:2], -1, part.shape[-1]))

@@ -33,12 +33,15 @@ def pattern(mechanism, mask, batch, n_q, n_k):
     rows = []
     for b in range(batch):
         kept = torch.ones(n_k, dtype=torch.bool) if mask.key_keep is None else mask.key_keep[b]
+        real = torch.ones(n_q, dtype=torch.bool) if mask.query_keep is None else mask.query_keep[b]
+        is_global = kept & (kept.cumsum(0) <= mechanism.global_tokens)
         for i in range(n_q):
             position = i + mask.query_offset
             usable = int((kept & (j <= position)).sum() if mask.causal else kept.sum())
             before, after = reach(mechanism, usable, mask.causal)
-            row = (j - position >= -before) & (j - position <= after) | (j < mechanism.global_tokens)
-            rows.append(row | (position < mechanism.global_tokens and not mask.causal))
+            row = (j - position >= -before) & (j - position <= after) | is_global
+            rank = int(real[:i].sum()) + mask.query_offset
+            rows.append(row | (rank < mechanism.global_tokens and bool(real[i]) and not mask.causal))
     near = torch.stack(rows).view(batch, 1, n_q, n_k)
     if mechanism.random.count == 0:
         return near

@@ -353,8 +353,6 @@ def test_padded_equals_unpadded(name, case, causal):
 @each_case("padding_mask")
 def test_padded_queries_count_for_nothing_where_only_keys_are_said_to_be_padded(name, case):
     """As self-attention arrives from callers that know a key padding mask and no other."""
-    if name in ("eigen_block", "eigen_topk"):
-        pytest.skip("pools whatever queries `query_keep` does not name")
     mechanism = build(name, case)
     query, key, value = inputs(22)
     mask = padding(22, (22, 13))
@@ -373,7 +371,6 @@ TIED_TO_POSITIONS = {  # mechanisms, or cases of theirs, and what they have that
     "eigen_matrix": "a basis over positions",
     "eigen_row": "a basis over positions",
     "eigen_topk-absolute": "a prior score per position",
-    "eigen_topk-window": "global tokens at the first positions",
     "eigen_topk-tiles": "tiles that start at fixed positions",
     "eigen_topk-tiles_first": "tiles that start at fixed positions",
     "eigen_topk-tiles_drop": "tiles that start at fixed positions",

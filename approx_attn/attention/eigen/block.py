@@ -192,7 +192,7 @@ class EigenBlockAttention(HasContentBasis):
         query, tilt = _to_blocks(query, b_q), _to_blocks(tilt, b_q)  # (b, h, Q, b_q, ·)
         key, value = _to_blocks(key, b_k), _to_blocks(value, b_k)  # (b, h_kv, K, b_k, ·)
         key_open = _open_blocks(mask.key_keep, n_k, b_k, key.device)  # (b | 1, K, b_k) or None
-        query_open = _open_blocks(mask.query_keep, n_q, b_q, key.device)  # (b | 1, Q, b_q) or None
+        query_open = _open_blocks(mask.real_queries(n_q), n_q, b_q, key.device)  # (b | 1, Q, b_q) or None
 
         if key_open is None:
             count = key.new_full((1, 1, key.shape[2]), b_k)

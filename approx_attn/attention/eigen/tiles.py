@@ -81,7 +81,7 @@ class TileLayout(NamedTuple):
         """The mask over padded queries and keys; padding is closed."""
         before, behind = self.lead, self.rows * self.b_q - self.n_q
         right = (self.columns + self.spare) * self.b_k - self.n_k
-        key_keep, query_keep = mask.key_keep, mask.query_keep
+        key_keep, query_keep = mask.key_keep, mask.real_queries(self.n_q)
         if key_keep is None and right:
             key_keep = torch.ones(1, self.n_k, dtype=torch.bool, device=device)
         if query_keep is None and before + behind:

@@ -73,7 +73,7 @@ class EigenTopKAttention(EstimatedScores):
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
             alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
         window: keys at a distance of at most this from the query are exact; 0 for no window at all.
-        global_tokens: leading keys that are exact for every query.
+        global_tokens: leading keys that are exact for every query; padding does not count, but in tiles.
         rest: what pairs without an exact score get. `keep`: their estimate. `mean`: the mean estimated weight of
             all of them in the row, so that their total weight stays. `drop`: nothing.
         select: `error` chooses by ŝ_ij + log ‖(k_j − k̄)(I − B Aᵀ)‖, the expected error of leaving the pair at its
@@ -284,7 +284,9 @@ class EigenTopKAttention(EstimatedScores):
         c, seen = worth.shape[-2:]
         if self.window > 0 or self.global_tokens > 0:
             positions = torch.arange(seen, device=worth.device)
-            first = (positions < self.global_tokens).expand(c, seen)
+            first = positions < self.global_tokens
+            if mask.key_keep is not None:
+                first = (mask.key_keep[:, :seen].cumsum(-1) <= self.global_tokens)[:, None, None]
             if self.window > 0:
                 distance = positions - mask.query_positions(c, worth.device)[:, None]
                 first = first | (distance.abs() <= self.window)

@@ -32,7 +32,8 @@ def naive(mechanism, query, key, value, mask, scale):
     b, h, n_q, _ = query.shape
     n_k = key.shape[2]
     key_keep = torch.ones(b, n_k, dtype=torch.bool) if mask.key_keep is None else mask.key_keep
-    query_keep = torch.ones(b, n_q, dtype=torch.bool) if mask.query_keep is None else mask.query_keep
+    query_keep = mask.real_queries(n_q)
+    query_keep = torch.ones(b, n_q, dtype=torch.bool) if query_keep is None else query_keep
     output = torch.zeros(b, h, n_q, value.shape[-1], dtype=query.dtype)
     for sample in range(b):
         for head in range(h):

@@ -40,17 +40,20 @@ def naive(mechanism, query, key, value, mask, scale):
     apart = torch.ones(b, h, n_q, n_k, dtype=torch.bool) if apart is None else apart.expand(b, h, n_q, n_k)
     bias = mask.finite_bias()
     bias = torch.zeros(b, h, n_q, n_k) if bias is None else bias.expand(b, h, n_q, n_k)
-    query_keep = torch.ones(b, n_q, dtype=torch.bool) if mask.query_keep is None else mask.query_keep
+    query_keep = mask.real_queries(n_q)
+    query_keep = torch.ones(b, n_q, dtype=torch.bool) if query_keep is None else query_keep
     output = torch.zeros(b, h, n_q, value.shape[-1], dtype=query.dtype)
     for s in range(b):
         for head in range(h):
-            one = OneHead(mechanism, head, query[s, head], key[s, head], value[s, head], mask, scale)
+            real = torch.ones(n_k, dtype=torch.bool) if mask.key_keep is None else mask.key_keep[s]
+            one = OneHead(mechanism, head, query[s, head], key[s, head], value[s, head], mask, scale, real)
             output[s, head] = one.attend(keep[s, head], apart[s, head], bias[s, head], query_keep[s])
     return output
 
 
 class OneHead:
-    def __init__(self, mechanism, head, query, key, value, mask, scale):
+    def __init__(self, mechanism, head, query, key, value, mask, scale, real):
+        self.leading = real.cumsum(0) <= mechanism.global_tokens
         self.options, self.head, self.mask, self.scale = mechanism, head, mask, scale
         self.query, self.key, self.value = query, key, value
         basis = mechanism.basis
@@ -82,18 +85,19 @@ class OneHead:
 
     def choose(self, i, usable, bias):
         worth = self.estimate(i, usable, bias) + self.hidden[usable].log()
-        worth[self.first(i, usable)] = float("inf")
+        worth[self.leading[usable] | self.near(i, usable)] = float("inf")
         budget = self.options.keep
         budget = budget if isinstance(budget, int) else max(1, round(budget * len(usable)))
         chosen = torch.zeros(len(usable), dtype=torch.bool)
         chosen[worth.argsort(descending=True)[: max(budget, int((worth == float("inf")).sum()))]] = True
         return chosen
 
-    def first(self, i, keys):
-        first = keys < self.options.global_tokens
-        if self.options.window:
-            first = first | ((keys - i - self.mask.query_offset).abs() <= self.options.window)
-        return first
+    def near(self, i, keys):
+        distance = (keys - i - self.mask.query_offset).abs()
+        return (distance <= self.options.window) & (self.options.window > 0)
+
+    def always(self, i, keys):
+        return (keys < self.options.global_tokens) | self.near(i, keys)
 
     def choose_tiles(self, keep, apart, bias, query_keep):
         """(n_q, n_k) bool. Blocks are cut over all positions; padding is in them but counts for nothing."""
@@ -113,7 +117,7 @@ class OneHead:
                 seen += not causal or int(block[0]) <= at
                 full = torch.arange(index * b_k, (index + 1) * b_k)
                 places = [
-                    self.first(i, full[full <= i + offset] if causal else full) for i in range(start, start + b_q)
+                    self.always(i, full[full <= i + offset] if causal else full) for i in range(start, start + b_q)
                 ]
                 on_diagonal = causal and (index + 1) * b_k > at + 1
                 if on_diagonal or any(bool(place.any()) for place in places):

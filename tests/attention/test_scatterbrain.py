@@ -94,19 +94,11 @@ def test_cost_counts_the_products(causal, n):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_state_holds_the_largest_arrays(causal):
-    mechanism, sizes = build(head_dim=64, num_features=6, window=30), {}
+def test_state_holds_the_largest_arrays(causal, kept_arrays):
+    mechanism = build(head_dim=64, num_features=6, window=30)
     tensors = [x[:1].requires_grad_() for x in draw(200, 200, 64)]
-
-    def note(x):
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        mechanism(*tensors, AttentionMask(causal=causal))
-    for tensor in tensors:
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    assert sum(sorted(sizes.values())[-2:]) <= mechanism.cost(200, causal=causal).state
+    sizes = kept_arrays(mechanism, tensors, AttentionMask(causal=causal))
+    assert sum(sizes[-2:]) <= mechanism.cost(200, causal=causal).state
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

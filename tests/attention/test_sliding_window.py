@@ -99,19 +99,11 @@ def test_cost_counts_the_products(causal, global_tokens):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_state_holds_the_largest_arrays(causal):
-    mechanism, sizes = build_attention("sliding_window", num_heads=2, head_dim=64, window=8, global_tokens=3), {}
+def test_state_holds_the_largest_arrays(causal, kept_arrays):
+    mechanism = build_attention("sliding_window", num_heads=2, head_dim=64, window=8, global_tokens=3)
     tensors = [x[:1].requires_grad_() for x in draw(200, 200, 64)]
-
-    def note(x):
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        mechanism(*tensors, AttentionMask(causal=causal))
-    for tensor in tensors:
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    assert sum(sorted(sizes.values())[-2:]) <= mechanism.cost(200, causal=causal).state
+    sizes = kept_arrays(mechanism, tensors, AttentionMask(causal=causal))
+    assert sum(sizes[-2:]) <= mechanism.cost(200, causal=causal).state
 
 
 @pytest.mark.parametrize("options", [{"keep": 0.3}, {"keep": 0.3, "global_tokens": 5}])

@@ -209,6 +209,14 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
     if can.causal and can.padding_mask:
         masks["causal and left padding"] = replace(masks["left padding"], causal=True)
         masks["causal and padding"] = AttentionMask(key_keep=key_keep, query_keep=query_keep, causal=True)
+    if can.window:
+        masks["window"] = AttentionMask(window=3)
+        masks["window of queries behind the keys"] = AttentionMask(window=5, query_offset=n_k - n_q)
+        if can.causal:
+            masks["causal window"] = AttentionMask(causal=True, window=4)
+        if can.causal and can.padding_mask:
+            masks["causal window and left padding"] = replace(masks["left padding"], causal=True, window=6)
+            masks["window and padding"] = replace(masks["padding"], window=6)
     if can.arbitrary_mask and getattr(REFERENCES[name], "EXTRA_MASKS", True):
         pairs = torch.rand(BATCH, 1, n_q, n_k, generator=generator) < 0.7
         bias = torch.randn(1, HEADS, n_q, n_k, generator=generator)
@@ -218,6 +226,8 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
             masks["everything"] = AttentionMask(
                 key_keep=key_keep, query_keep=query_keep, causal=True, pair_keep=pairs, bias=bias.double()
             )
+            if can.window:
+                masks["everything in a window"] = replace(masks["everything"], window=7)
     return masks
 
 
@@ -293,6 +303,9 @@ def test_full_budget_equals_exact(name):
         masks["padding"] = padding(17, (17, 11))
     if cls.capabilities.causal:
         masks["causal"] = AttentionMask(causal=True)
+    if cls.capabilities.window:
+        masks["window"] = AttentionMask(window=4)
+        masks["causal window"] = AttentionMask(causal=cls.capabilities.causal, window=4)
     if cls.capabilities.arbitrary_mask:
         masks["pairs"] = AttentionMask(pair_keep=inputs(17)[0] @ inputs(17)[1].transpose(-2, -1) > -1.0)
     options = cls.full_budget(17, DIM)
@@ -452,6 +465,20 @@ def test_no_causal_leak(name, case, padded):
                 assert (gradient[:, :, i + 1 :] == 0).all()
 
 
+@each_case("window")
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_gradient_from_outside_a_window(name, case, causal):
+    mechanism = build(name, case, causal=causal).train()
+    query, key, value = (x.requires_grad_() for x in inputs(20))
+    output = call(mechanism, query, key, value, mask=AttentionMask(causal=causal, window=4))
+    for i in (0, 7, 19):
+        gradients = torch.autograd.grad(output[:, :, i].sum(), (key, value), retain_graph=True, allow_unused=True)
+        for gradient in gradients:
+            if gradient is not None:
+                outside = (torch.arange(20) - i).abs() >= 4
+                assert (gradient[:, :, outside] == 0).all()
+
+
 @each_case("causal")
 def test_causal_output_does_not_depend_on_the_length(name, case):
     """The first tokens of a longer text come out as the shorter text alone: decoding equals one pass."""
@@ -502,6 +529,8 @@ def test_query_without_a_key_gives_zeros(name, case):
         masks["pairs"] = (AttentionMask(pair_keep=pairs), (slice(None), 5))
         closed = torch.zeros(14, 14).masked_fill(~pairs[0, 0], float("-inf"))
         masks["bias"] = (AttentionMask(bias=closed[None, None]), (slice(None), 5))
+    if can.window and can.cross:
+        masks["window"] = (AttentionMask(window=2, query_offset=-3), (slice(None), slice(0, 2)))
     if can.causal and can.cross:
         masks["offset"] = (AttentionMask(causal=True, query_offset=-3), (slice(None), slice(0, 3)))
     for label, (mask, (sample, row)) in masks.items():
@@ -712,6 +741,12 @@ def test_refuses_arbitrary_masks(name):
     ):
         with pytest.raises(ValueError, match=f"attention={name} "):
             call(mechanism, *inputs(8), mask=mask)
+
+
+@each_name("window", present=False)
+def test_refuses_windows(name):
+    with pytest.raises(ValueError, match=f"attention={name} does not support a window of 3 keys in the mask"):
+        call(build(name, first_case(name)), *inputs(8), mask=AttentionMask(window=3))
 
 
 @each_name("returns_weights", present=False)

@@ -98,7 +98,8 @@ class Problem:
     def __repr__(self) -> str:
         shapes = [tuple(tensor.shape) for tensor in self.tensors]
         masks = [key for key, part in vars(self.mask).items() if part is not None and part is not False]
-        return f"{self.words} {shapes} {self.tensors[0].dtype} {masks} offset {self.mask.query_offset} {self.lengths}"
+        where = f"offset {self.mask.query_offset} window {self.mask.window}"
+        return f"{self.words} {shapes} {self.tensors[0].dtype} {masks} {where} {self.lengths}"
 
 
 def option_values(name: str) -> st.SearchStrategy[dict[str, Any]]:
@@ -154,6 +155,8 @@ def problems(draw: st.DrawFn, name: str) -> Problem | str:
     if causal:
         offset = draw(st.sampled_from([0, n_k - n_q])) if can.cross else 0
         mask = replace(mask, causal=True, query_offset=offset)
+    if can.window and draw(st.booleans()):
+        mask = replace(mask, window=draw(st.integers(1, 40)))
     if can.arbitrary_mask and draw(st.booleans()):
         pairs = torch.rand(draw(st.sampled_from([1, batch])), 1, n_q, n_k, generator=generator)
         mask = replace(mask, pair_keep=pairs < draw(st.floats(0.0, 1.0)))
@@ -245,7 +248,7 @@ def check_padding(problem: Problem, output: Tensor) -> None:
     for sample, length in enumerate(problem.lengths):
         if length and mask.query_offset == 0:
             alone = (x[sample : sample + 1, :, :length] for x in problem.tensors)
-            short = solve(problem, *alone, mask=AttentionMask(causal=mask.causal))
+            short = solve(problem, *alone, mask=AttentionMask(causal=mask.causal, window=mask.window))
             close(output[sample : sample + 1, :, :length], short, "padded and unpadded")
 
 

@@ -198,6 +198,7 @@ def needed_capabilities(query: Tensor, key: Tensor, mask: AttentionMask) -> set[
         "cross": query.shape[-2] != key.shape[-2],
         "padding_mask": mask.key_keep is not None,
         "arbitrary_mask": not mask.is_structured,
+        "window": mask.window is not None,
     }
     return {capability for capability, wanted in asked.items() if wanted}
 

@@ -7,6 +7,7 @@ out here as it is in the mechanisms.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,14 +25,14 @@ class RowMoments(PositionMoments):
     """Mean and covariance of single score rows of one layer, with a shortcut where no pair is closed singly.
 
     A row is s·q_i·Kᵀ, so the outer products of all rows of a sequence add up to s²·K(QᵀQ)Kᵀ: n²·d multiply-adds
-    instead of n³, and no score is ever formed. Padding only takes rows out of Q and K. Causal masks, patterns
+    instead of n³, and no score is ever formed. Padding only takes rows out of Q and K. Causal masks, windows, patterns
     and position biases go the long way.
     """
 
     @torch.no_grad()
     def update(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float) -> None:
         """Add a batch: query (b, h, n_q, d), key (b, h_kv, n_k, d)."""
-        if mask.causal or not mask.is_structured or self.alignment != "absolute":
+        if mask.causal or mask.window is not None or not mask.is_structured or self.alignment != "absolute":
             super().update(query, key, mask, scale)
             return
         h, n_k = query.shape[1], key.shape[-2]
@@ -89,11 +90,10 @@ class MatrixSample:
         same_size = not self.parts or self.parts[0][1].shape[-2] == key.shape[-2]
         if wanted <= 0 or not same_size:
             return
-        mask = AttentionMask(
+        mask = replace(
+            mask,
             key_keep=_first(mask.key_keep, wanted),
             query_keep=_first(mask.query_keep, wanted),
-            causal=mask.causal,
-            query_offset=mask.query_offset,
             pair_keep=_first(mask.pair_keep, wanted),
             bias=_first(mask.bias, wanted),
         )

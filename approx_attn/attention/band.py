@@ -172,6 +172,9 @@ def kept_at(band: Band, mask: AttentionMask, positions: Tensor) -> Tensor:
     keep = torch.ones_like(positions, dtype=torch.bool)[None, None, :, None, :]
     if mask.causal:
         keep = keep & (positions[:, None, :] <= band.query_positions(positions.device)[:, :, None])
+    if mask.window is not None:
+        distance = positions[:, None, :] - band.query_positions(positions.device)[:, :, None]
+        keep = keep & (distance.abs() < mask.window)
     if mask.key_keep is not None:
         keep = keep & mask.key_keep[:, nearest][:, None, :, None, :]  # (b, 1, n_blocks, 1, e)
     if not mask.is_structured:

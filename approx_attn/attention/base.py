@@ -32,6 +32,7 @@ class Capabilities:
         returns_weights: can return the (batch, heads, n_q, n_k) weights it applied.
         has_parameters: holds learned parameters, so it must be built once and kept, not once per call.
         grouped_query: takes fewer key/value heads than query heads without copies being made for it.
+        window: honours `mask.window`.
     """
 
     causal: bool = True
@@ -43,6 +44,7 @@ class Capabilities:
     returns_weights: bool = True
     has_parameters: bool = False
     grouped_query: bool = False
+    window: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,10 @@ class AttentionMechanism(nn.Module):
         raise NotImplementedError
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        """Cost of one sequence, all heads. `key_length` defaults to `query_length`, `causal` to `self.causal`."""
+        """Cost of one sequence, all heads. `key_length` defaults to `query_length`, `causal` to `self.causal`.
+
+        Of a mask without padding and without a window.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -242,6 +247,8 @@ class AttentionMechanism(nn.Module):
             raise ValueError(self._refusal("causal attention", "causal"))
         if n_q != n_k and not can.cross:
             raise ValueError(self._refusal(f"{n_q} queries over {n_k} keys", "cross"))
+        if mask.window is not None and not can.window:
+            raise ValueError(self._refusal(f"a window of {mask.window} keys in the mask", "window"))
         if mask.key_keep is not None and not can.padding_mask:
             raise ValueError(self._refusal("a key padding mask", "padding_mask"))
         if not mask.is_structured and not can.arbitrary_mask:

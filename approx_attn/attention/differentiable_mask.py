@@ -35,7 +35,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
         initial_open: probability with which every gate is open at the start.
     """
 
-    capabilities = Capabilities(has_parameters=True)
+    capabilities = Capabilities(has_parameters=True, window=True)
     cost_formula = "n²·d"
 
     def __init__(

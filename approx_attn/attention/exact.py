@@ -14,14 +14,20 @@ from approx_attn.attention.base import (
     repeat_heads,
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.query_chunks import crop_keys
 from approx_attn.attention.registry import register_attention
+
+LEAST_CHUNK, MOST_CHUNK = 128, 1024  # queries at once in a window: small products are slow, large masks take memory
 
 
 @register_attention("exact")
 class ExactAttention(AttentionMechanism):
-    """softmax(s·Q·Kᵀ + mask)·V through `torch.nn.functional.scaled_dot_product_attention`."""
+    """softmax(s·Q·Kᵀ + mask)·V through `torch.nn.functional.scaled_dot_product_attention`.
 
-    capabilities = Capabilities(grouped_query=True)
+    With a window w in the mask it takes chunks of queries over the keys in their windows, n·w pairs in all.
+    """
+
+    capabilities = Capabilities(grouped_query=True, window=True)
     cost_formula = "n²·d"
 
     def attend(
@@ -36,10 +42,41 @@ class ExactAttention(AttentionMechanism):
     ) -> tuple[Tensor, Tensor | None]:
         if need_weights:
             return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
+        if mask.window is not None:
+            return self._in_window(query, key, value, mask, mask.window, scale, dropout_p), None
+        return self._fused(query, key, value, mask, scale, dropout_p), None
+
+    def _in_window(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        window: int,
+        scale: float,
+        dropout_p: float,
+    ) -> Tensor:
+        """Queries in chunks, each over the keys that any of its queries may see."""
+        n_q, n_k, size = query.shape[-2], key.shape[-2], min(max(window, LEAST_CHUNK), MOST_CHUNK)
+        outputs = []
+        for start in range(0, n_q, size):
+            stop = min(start + size, n_q)
+            first, last = start + mask.query_offset, stop - 1 + mask.query_offset  # positions of its queries
+            begin = max(0, min(first - window + 1, n_k - 1))
+            end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
+            part = crop_keys(mask.queries(start, stop), end, begin)
+            inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
+            outputs.append(self._fused(*inputs, part, scale, dropout_p))
+        return torch.cat(outputs, dim=-2)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
+    ) -> Tensor:
         n_q, n_k = query.shape[-2], key.shape[-2]
         only_causal = mask.causal and mask.is_structured and mask.key_keep is None and mask.query_offset == 0
+        only_causal = only_causal and mask.window is None
         additive = None if only_causal else mask.additive(n_q, n_k, query.dtype, query.device)
-        output = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -49,7 +86,6 @@ class ExactAttention(AttentionMechanism):
             scale=scale,
             enable_gqa=self.num_key_value_heads != self.num_heads,
         )
-        return output, None
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         _, _, pairs = self._pairs(query_length, key_length, causal)

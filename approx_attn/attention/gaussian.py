@@ -31,7 +31,7 @@ class GaussianAttention(AttentionMechanism):
             None: from positions and `grid_width`.
     """
 
-    capabilities = Capabilities(has_parameters=True)
+    capabilities = Capabilities(has_parameters=True, window=True)
     cost_formula = "n² (and n²·d_v for the values)"
     log_sigma: Tensor
     coordinates: Tensor | None

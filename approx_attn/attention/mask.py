@@ -3,12 +3,13 @@
 PyTorch alone has four conventions (boolean keep-masks in `scaled_dot_product_attention`, boolean
 drop-masks in `nn.MultiheadAttention`, additive float masks, `is_causal`); Hugging Face adds another.
 Every adapter translates its own into an `AttentionMask`, and mechanisms read nothing else, so a mask
-is interpreted once and structure (padding, causality) is never lost in a dense array.
+is interpreted once and structure (padding, causality, a window) is never lost in a dense array.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class AttentionMask:
         query_offset: position of the first query among the keys. 0 aligns upper-left as
             `scaled_dot_product_attention(is_causal=True)` does; n_k - n_q aligns lower-right, as
             decoding with a key-value cache needs. Also tells position bases where the queries stand.
+        window: query i at position p = i + query_offset uses key j only if |p - j| < window; with `causal` these
+            are the last `window` keys up to its own.
         pair_keep: (batch | 1, heads | 1, n_q, n_k) bool, an arbitrary pattern.
         bias: float, broadcastable to (batch, heads, n_q, n_k), added to the scaled scores. Minus
             infinity, or the lowest finite number of its type, closes a pair.
@@ -39,8 +42,13 @@ class AttentionMask:
     query_offset: int = 0
     pair_keep: Tensor | None = None
     bias: Tensor | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and (
+            isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1
+        ):
+            raise ValueError(f"mask.window must be a whole number of at least 1 or None, got {self.window!r}.")
         for name in ("key_keep", "query_keep", "pair_keep"):
             part = getattr(self, name)
             if part is not None and part.dtype != torch.bool:
@@ -67,11 +75,12 @@ class AttentionMask:
 
     @classmethod
     def from_dense(cls, keep: Tensor) -> AttentionMask:
-        """Recover padding and causality from a dense keep-mask, so that structured mechanisms can run.
+        """Recover padding, causality and a window from a dense keep-mask, so that structured mechanisms can run.
 
         Args:
             keep: (batch, heads | 1, n_q, n_k) bool. Recognised: key padding, lower-right aligned
-                causality, and both together; anything else is kept as an arbitrary pattern.
+                causality, a lower-right aligned window, and these together; anything else is kept as an
+                arbitrary pattern. Keys that no query uses count as padded.
 
         Looks at the values, which waits for the device: for adapters that get nothing better.
         """
@@ -86,16 +95,21 @@ class AttentionMask:
             causal = causal_keep(n_q, n_k, offset, keep.device)
             if bool((keep == (key_keep & causal)).all()):
                 return cls(key_keep=padding, causal=True, query_offset=offset)
+            for parts in _windows_around(keep, offset):
+                window = cls(key_keep=padding, query_offset=offset, **parts)
+                expected = window.dense_keep(n_q, n_k, keep.device)
+                if expected is not None and bool((keep == expected).all()):
+                    return window
         return cls(pair_keep=keep)
 
     @property
     def is_trivial(self) -> bool:
         """True when every pair is kept and nothing is added."""
-        return self.key_keep is None and not self.causal and self.pair_keep is None and self.bias is None
+        return self.key_keep is None and not self.causal and self.window is None and self.is_structured
 
     @property
     def is_structured(self) -> bool:
-        """True when padding and causality say everything, so no n_q x n_k array is needed."""
+        """True when padding, causality and a window say everything, so no n_q x n_k array is needed."""
         return self.pair_keep is None and self.bias is None
 
     def real_queries(self, n_q: int) -> Tensor | None:
@@ -112,6 +126,21 @@ class AttentionMask:
         """(n_q,) int64: the position of each query on the axis of the keys."""
         return torch.arange(n_q, device=device) + self.query_offset
 
+    def sums_over_keys(self, x: Tensor, n_q: int) -> Tensor:
+        """For every query the sum over the keys that causality and window leave it: (..., n_k, d) -> (..., n_q | 1, d).
+
+        Linear in length. A window takes the difference of two running sums, rounded as those are.
+        """
+        if not self.causal and self.window is None:
+            return x.sum(dim=-2, keepdim=True)
+        n_k, position = x.shape[-2], self.query_positions(n_q, x.device)
+        sums = torch.nn.functional.pad(x.cumsum(dim=-2), (0, 0, 1, 0))  # sums[k] is over k keys
+        stop = position + (1 if self.causal or self.window is None else self.window)
+        total = sums.index_select(-2, stop.clamp(0, n_k))
+        if self.window is None:
+            return total
+        return total - sums.index_select(-2, (position - self.window + 1).clamp(0, n_k))
+
     def dense_keep(self, n_q: int, n_k: int, device: torch.device) -> Tensor | None:
         """(batch | 1, heads | 1, n_q | 1, n_k) bool with every boolean part joined; None if all is kept.
 
@@ -123,6 +152,9 @@ class AttentionMask:
         if self.causal:
             causal = causal_keep(n_q, n_k, self.query_offset, device)
             keep = causal if keep is None else keep & causal
+        if self.window is not None:
+            near = near_keep(n_q, n_k, self.query_offset, self.window, device)
+            keep = near if keep is None else keep & near
         if self.pair_keep is not None:
             keep = self.pair_keep if keep is None else keep & self.pair_keep
         if self.bias is not None:
@@ -170,6 +202,26 @@ class AttentionMask:
 def causal_keep(n_q: int, n_k: int, query_offset: int, device: torch.device) -> Tensor:
     """(n_q, n_k) bool: key j <= query i + query_offset."""
     return torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(query_offset)
+
+
+def near_keep(n_q: int, n_k: int, query_offset: int, window: int, device: torch.device) -> Tensor:
+    """(n_q, n_k) bool: key j is less than `window` away from query i at position i + query_offset."""
+    everything = torch.ones(n_q, n_k, dtype=torch.bool, device=device)
+    return everything.tril(query_offset + window - 1).triu(query_offset - window + 1)
+
+
+def _windows_around(keep: Tensor, offset: int) -> list[dict[str, Any]]:
+    """`causal` and `window` of the narrowest windows that hold every kept pair of (batch, heads, n_q, n_k)."""
+    kept = keep.flatten(0, 1).any(dim=0)  # (n_q, n_k)
+    used = kept.any(dim=-1)
+    if not bool(used.any()):
+        return []
+    n_k, position = kept.shape[-1], torch.arange(kept.shape[0], device=keep.device) + offset
+    before = position - kept.byte().argmax(dim=-1)
+    after = n_k - 1 - kept.flip(-1).byte().argmax(dim=-1) - position
+    first, last = int(before[used].max()), int(after[used].max())
+    causal = [{"causal": True, "window": first + 1}] if last <= 0 <= first else []
+    return [*causal, {"window": max(first, last) + 1}]
 
 
 def masked_softmax(scores: Tensor, keep: Tensor | None) -> Tensor:

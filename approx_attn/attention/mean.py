@@ -26,7 +26,7 @@ class MeanAttention(PositionalAttention):
         trainable: go on learning from the averages (as logarithms), or keep them fixed.
     """
 
-    capabilities = Capabilities(has_parameters=True, needs_calibration=True)
+    capabilities = Capabilities(has_parameters=True, needs_calibration=True, window=True)
     cost_formula = "0 (n²·d_v for the values)"
 
     def __init__(

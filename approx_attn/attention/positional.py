@@ -30,7 +30,7 @@ class PositionalAttention(AttentionMechanism):
             2·max_length − 1 per head.
     """
 
-    capabilities = Capabilities(has_parameters=True)
+    capabilities = Capabilities(has_parameters=True, window=True)
     cost_formula = "0 (n²·d_v for the values)"
 
     def __init__(

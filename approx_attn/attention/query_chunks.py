@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,17 +68,16 @@ def query_chunks(n_q: int, n_k: int, chunk_size: int, causal: bool, query_offset
     return chunks
 
 
-def crop_keys(mask: AttentionMask, keys: int) -> AttentionMask:
-    """The mask over the first `keys` keys only."""
+def crop_keys(mask: AttentionMask, keys: int, first: int = 0) -> AttentionMask:
+    """The mask over keys first..keys-1 only."""
 
     def columns(part: Tensor | None) -> Tensor | None:
-        return part if part is None or part.shape[-1] == 1 else part[..., :keys]
+        return part if part is None or part.shape[-1] == 1 else part[..., first:keys]
 
-    return AttentionMask(
-        key_keep=None if mask.key_keep is None else mask.key_keep[:, :keys],
-        query_keep=mask.query_keep,
-        causal=mask.causal,
-        query_offset=mask.query_offset,
+    return replace(
+        mask,
+        key_keep=None if mask.key_keep is None else mask.key_keep[:, first:keys],
         pair_keep=columns(mask.pair_keep),
+        query_offset=mask.query_offset - first,
         bias=columns(mask.bias),
     )

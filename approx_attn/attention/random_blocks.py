@@ -115,6 +115,8 @@ def allowed_at(mask: AttentionMask, positions: Tensor, n_k: int) -> Tensor:
         keep = keep & gather_pairs(mask.key_keep[:, None, None, :], positions)
     if mask.causal:
         keep = keep & (positions <= mask.query_positions(n_q, positions.device)[:, None])
+    if mask.window is not None:
+        keep = keep & ((positions - mask.query_positions(n_q, positions.device)[:, None]).abs() < mask.window)
     return keep
 
 

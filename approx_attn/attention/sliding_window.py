@@ -51,7 +51,7 @@ class SlidingWindowAttention(AttentionMechanism):
         seed: of the random blocks; each layer draws its own.
     """
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(window=True)
     cost_formula = "n·(3w + g + r·b)·d"
 
     def __init__(
@@ -101,7 +101,8 @@ class SlidingWindowAttention(AttentionMechanism):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        band = self.window.band(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset)
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        band = self.window.band(n_q, n_k, mask.causal, mask.query_offset, limit=mask.window)
         if need_weights or self.random.count > 0:
             output, weights = self._by_parts(query, key, value, mask, scale, dropout_p, need_weights, band)
         else:
@@ -109,9 +110,13 @@ class SlidingWindowAttention(AttentionMechanism):
         rows = self._global_queries(band.n_q, mask.causal, mask.query_offset)
         if rows > 0:
             index = first_kept(mask.real_queries(band.n_q), band.n_q, rows, query.device)
+            pair_keep = take_queries(mask.pair_keep, index)
+            if mask.window is not None:
+                near = near_rows(index + mask.query_offset, n_k, mask.window)
+                pair_keep = near if pair_keep is None else pair_keep & near
             part = AttentionMask(
                 key_keep=mask.key_keep,
-                pair_keep=take_queries(mask.pair_keep, index),
+                pair_keep=pair_keep,
                 bias=take_queries(mask.bias, index),
             )
             top, top_weights = exact_attention_with_weights(take(query, index), key, value, part, scale, dropout_p)
@@ -125,7 +130,7 @@ class SlidingWindowAttention(AttentionMechanism):
         outputs = []
         for start, stop, seen in self._segments(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset):
             part = crop_keys(mask.queries(start, stop), seen)
-            band = self.window.band(stop - start, seen, mask.causal, part.query_offset)
+            band = self.window.band(stop - start, seen, mask.causal, part.query_offset, limit=mask.window)
             inputs = (query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen])
             outputs.append(self._fused(*inputs, part, scale, dropout_p, band))
         return torch.cat(outputs, dim=-2)
@@ -331,6 +336,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """(b, h, n, d) with the rows (b, h, r, d) in the places (b | 1, r)."""
     return x.scatter(2, index[:, None, :, None].expand_as(rows), rows.to(x.dtype))
+
+
+def near_rows(positions: Tensor, n_k: int, window: int) -> Tensor:
+    """(b | 1, r) positions of queries -> (b | 1, 1, r, n_k) bool: which keys are less than `window` away."""
+    return (torch.arange(n_k, device=positions.device) - positions[:, None, :, None]).abs() < window
 
 
 def take_queries(part: Tensor | None, index: Tensor) -> Tensor | None:

@@ -39,7 +39,7 @@ class TopKAttention(AttentionMechanism):
         chunk_size: queries scored at once; bounds the memory of a pass at chunk_size·n scores per head.
     """
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(window=True)
     cost_formula = "n²·d"
 
     def __init__(

@@ -22,7 +22,7 @@ class UniformAttention(AttentionMechanism):
     head at once; an arbitrary mask takes the n_q × n_k array.
     """
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(window=True)
     cost_formula = "0 (n·d_v for the values)"
 
     def attend(
@@ -45,8 +45,8 @@ class UniformAttention(AttentionMechanism):
         if mask.key_keep is not None:
             counts = counts * mask.key_keep[:, None, :, None]
         value = value * apply_dropout(torch.ones_like(value[..., :1]), dropout_p)
-        sums = _running_sums if mask.causal else _total_sums
-        totals = sums(torch.cat((value, counts), dim=-1), n_q, mask.query_offset)  # (b, h, n_q, d_v + 1)
+        columns = torch.cat((value, counts), dim=-1)
+        totals = mask.sums_over_keys(columns, n_q).expand(-1, -1, n_q, -1)  # (b, h, n_q, d_v + 1)
         return divide_or_zero(totals[..., :-1], totals[..., -1:]), None
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
@@ -58,15 +58,3 @@ class UniformAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * (n_q + n_k) * self.value_dim,  # one sum and one division each
             state=self.num_heads * n_k * (self.value_dim + 1),
         )
-
-
-def _total_sums(value: Tensor, n_q: int, query_offset: int) -> Tensor:
-    """(b, h, n_q, d): for every query the sum over all keys of (b, h, n_k, d)."""
-    return value.sum(dim=-2, keepdim=True).expand(-1, -1, n_q, -1)
-
-
-def _running_sums(value: Tensor, n_q: int, query_offset: int) -> Tensor:
-    """(b, h, n_q, d): for query i the sum over keys j ≤ i + query_offset of (b, h, n_k, d)."""
-    sums = torch.nn.functional.pad(value.cumsum(dim=-2), (0, 0, 1, 0))  # sums[k] is over k keys
-    seen = torch.arange(1, n_q + 1, device=value.device) + query_offset
-    return sums.index_select(-2, seen.clamp(0, value.shape[-2]))

@@ -57,9 +57,13 @@ class Window:
             half = max(0, math.floor(root + 1e-9))
         return half, 0 if causal else half
 
-    def band(self, n_q: int, n_k: int, causal: bool, query_offset: int, block: int | None = None) -> Band:
-        """The band that holds the window of every query."""
+    def band(
+        self, n_q: int, n_k: int, causal: bool, query_offset: int, block: int | None = None, limit: int | None = None
+    ) -> Band:
+        """The band that holds the window of every query, no wider than the window of a mask (`limit`, or None)."""
         before, after = self.widest(n_k, causal)
+        if limit is not None:
+            before, after = min(before, limit - 1), min(after, limit - 1)
         return Band.around(n_q, n_k, before, after, query_offset=query_offset, block=block)
 
     def keep(self, band: Band, mask: AttentionMask, device: torch.device) -> Tensor:

@@ -31,6 +31,24 @@ def test_equals_sdpa_with_grouped_heads():
     torch.testing.assert_close(output, F.scaled_dot_product_attention(QUERY, key, value, enable_gqa=True))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k", "window"), [(300, 300, 1), (300, 300, 150), (200, 290, 20), (290, 3, 100)])
+def test_chunks_of_a_window_equal_one_dense_pass(n_q, n_k, window, causal):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, 8, generator=generator) for n in (n_q, n_k, n_k))
+    key_keep = torch.arange(n_k) < torch.tensor([n_k, n_k // 2])[:, None]
+    mask = AttentionMask(key_keep=key_keep, causal=causal, query_offset=n_k - n_q if n_k > 3 else 0, window=window)
+    mechanism = ExactAttention(4, 8)
+    whole, _ = mechanism(query, key, value, mask, need_weights=True)
+    torch.testing.assert_close(mechanism(query, key, value, mask)[0], whole)
+
+
+def test_a_window_holds_no_array_of_all_pairs(kept_arrays):
+    tensors = [torch.randn(1, 4, 2000, 8, requires_grad=True) for _ in range(3)]
+    sizes = kept_arrays(ExactAttention(4, 8), tensors, AttentionMask(causal=True, window=100))
+    assert sum(sizes) < 2000 * 2000 / 4
+
+
 def test_cost_counts_the_products():
     mechanism = ExactAttention(4, 8)
     with FlopCounterMode(display=False) as counter:

@@ -48,6 +48,29 @@ def test_causal_offset(offset):
             assert bool(keep[i, j]) == (j <= i + offset)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k", "offset"), [(6, 6, 0), (3, 7, 4), (4, 3, -2)])
+def test_window_is_about_positions(n_q, n_k, offset, causal):
+    mask = AttentionMask(causal=causal, query_offset=offset, window=3)
+    assert mask.is_structured
+    assert not mask.is_trivial
+    keep = mask.dense_keep(n_q, n_k, DEVICE)
+    for i in range(n_q):
+        for j in range(n_k):
+            near = -3 < j - (i + offset) < (1 if causal else 3)
+            assert bool(keep[i, j]) == near, (i, j)
+    additive = mask.additive(n_q, n_k, torch.float32, DEVICE)
+    assert torch.equal(additive == 0, keep)
+    x = torch.randn(2, n_k, 4, dtype=torch.float64)
+    torch.testing.assert_close(mask.sums_over_keys(x, n_q), keep.double() @ x)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True, "3"])
+def test_a_window_that_is_no_number_of_keys_is_refused(window):
+    with pytest.raises(ValueError, match=r"mask.window must be a whole number of at least 1 or None, got "):
+        AttentionMask(window=window)
+
+
 def test_additive_equals_what_sdpa_takes():
     bias = torch.randn(1, 2, 4, 4)
     additive = AttentionMask(bias=bias, causal=True).additive(4, 4, torch.float64, DEVICE)
@@ -82,8 +105,24 @@ def test_from_dense_recovers_structure():
     assert found.causal
     assert found.query_offset == 4
     assert found.key_keep is None
-    arbitrary = torch.rand(1, 1, 6, 6) > 0.5
+    arbitrary = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     assert torch.equal(AttentionMask.from_dense(arbitrary).pair_keep, arbitrary)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "padded"), [(7, None), (7, "left"), (7, "right"), (3, None)])
+def test_from_dense_recovers_a_window(n_q, padded, causal):
+    kept = torch.ones(2, 7, dtype=torch.bool)
+    if padded is not None:
+        kept[1, slice(0, 2) if padded == "left" else slice(5, 7)] = False
+    expected = AttentionMask(key_keep=kept, causal=causal, query_offset=7 - n_q, window=3).dense_keep(n_q, 7, DEVICE)
+    found = AttentionMask.from_dense(expected)
+    assert found.is_structured
+    assert (found.causal, found.window) == (causal, 3)
+    assert torch.equal(found.dense_keep(n_q, 7, DEVICE).expand_as(expected), expected)
+    hole = expected.clone()
+    hole[1, 0, -1, -3] = False  # no longer the same for all queries that see this key
+    assert not AttentionMask.from_dense(hole).is_structured
 
 
 def test_chunks_of_queries_are_rows_of_the_whole():
@@ -92,6 +131,7 @@ def test_chunks_of_queries_are_rows_of_the_whole():
         query_keep=torch.rand(2, 7) > 0.2,
         causal=True,
         query_offset=2,
+        window=4,
         pair_keep=torch.rand(1, 3, 7, 9) > 0.3,
         bias=torch.randn(2, 1, 1, 9),
     )

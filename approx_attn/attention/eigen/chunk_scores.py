@@ -104,6 +104,8 @@ def sampled_keep(mask: AttentionMask, i: Tensor, j: Tensor, like: Tensor) -> Ten
         keep = keep & mask.query_keep[:, None, i, None]
     if mask.causal:
         keep = keep & (j <= i[:, None] + mask.query_offset)
+    if mask.window is not None:
+        keep = keep & ((j - i[:, None] - mask.query_offset).abs() < mask.window)
     for part in (mask.pair_keep, None if mask.bias is None else mask.bias > torch.finfo(mask.bias.dtype).min):
         if part is not None:
             rows = i if part.shape[-2] > 1 else torch.zeros_like(i)

@@ -92,17 +92,15 @@ class EstimatedScores(HasContentBasis):
     def _row_offset(
         self, query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor, mask: AttentionMask
     ) -> Tensor:
-        """What makes the row mean of the estimates exact, for padding and causality: (b, h, n_q, 1)."""
+        """What makes the row mean of the estimates exact, for padding, causality and a window: (b, h, n_q, 1)."""
         n_q, n_k = query.shape[-2], key.shape[-2]
         both = torch.cat([grouped_to_query_heads(key, self.num_heads), key_low], dim=-1)  # (b, h, n_k, d + r)
         both = at_least_float32(both)
         used = both.new_ones(1, 1, n_k, 1) if mask.key_keep is None else mask.key_keep[:, None, :, None].to(both.dtype)
-        if mask.causal:
-            last = mask.query_positions(n_q, query.device).clamp(0, n_k - 1)
-            total = (both * used).cumsum(-2)[..., last, :]  # (b, h, n_q, d + r)
-            count = used.cumsum(-2)[..., last, :]
-        else:
-            total, count = (both * used).sum(-2, keepdim=True), used.sum(-2, keepdim=True)
+        total, count = (
+            mask.sums_over_keys(both * used, n_q),
+            mask.sums_over_keys(used, n_q),
+        )  # (b, h, n_q | 1, d + r | 1)
         mean_key, mean_low = (total / count.clamp_min(1.0)).split([self.head_dim, key_low.shape[-1]], dim=-1)
         return (query * mean_key).sum(-1, keepdim=True) - (query_low * mean_low).sum(-1, keepdim=True)
 

@@ -87,7 +87,7 @@ class EigenRowAttention(AttentionMechanism):
         ValueError: no `max_length`, an impossible option, or `rank` above the number of observed keys.
     """
 
-    capabilities = Capabilities(has_parameters=True)
+    capabilities = Capabilities(has_parameters=True, window=True)
     cost_formula = "n²·d + n·r·d (common columns); n·m·(d + r²) + n²·r (causal, window, relative)"
 
     def __init__(
@@ -248,7 +248,7 @@ class EigenRowAttention(AttentionMechanism):
     ) -> tuple[Tensor, Tensor | None]:
         self.auxiliary_loss = None
         columns = self.columns(key.shape[-2])
-        if self._has_common_rows and not mask.causal and mask.is_structured and not need_weights:
+        if self._rows_share(mask) and not mask.causal and not need_weights:
             return self._attend_to_interpolated_keys(query, key, value, mask, scale, dropout_p, columns), None
         return self._attend_by_rows(query, key, value, mask, scale, dropout_p, need_weights, columns)
 
@@ -256,6 +256,10 @@ class EigenRowAttention(AttentionMechanism):
     def _has_common_rows(self) -> bool:
         """Without a causal mask, every row is reconstructed by the same linear map."""
         return self.alignment == "absolute" and self.window == 0
+
+    def _rows_share(self, mask: AttentionMask) -> bool:
+        """Rows that see equally many of the columns see the same ones, so that they have the same system."""
+        return self._has_common_rows and mask.is_structured and mask.window is None
 
     def _attend_to_interpolated_keys(
         self,
@@ -294,7 +298,7 @@ class EigenRowAttention(AttentionMechanism):
             length = self._axis_length(query.shape[-2], n_k, mask.query_offset)
             prior = self.position.prior(length, at_least_float32(query[:0]).dtype)
             table = prior_table(prior)  # (g, P, r + 2)
-        rows_share = self._has_common_rows and mask.is_structured
+        rows_share = self._rows_share(mask)
         for block in self._blocks(query.shape[-2], n_k, mask.causal, mask.query_offset, columns):
             rows = mask.queries(block.start, block.stop)
             keep = rows.dense_keep(block.stop - block.start, n_k, query.device)

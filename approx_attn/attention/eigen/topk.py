@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class EigenTopKAttention(EstimatedScores):
         seed: of the random start; None follows the seed of the run.
     """
 
-    capabilities = Capabilities(has_parameters=True, grouped_query=True)
+    capabilities = Capabilities(has_parameters=True, grouped_query=True, window=True)
     cost_formula = "n²·(r + d), with scoring=gather n²·r + n·t·d"
 
     def __init__(
@@ -185,6 +186,8 @@ class EigenTopKAttention(EstimatedScores):
             attend: Callable[..., tuple[Tensor, Tensor]] = self._attend_pairs
         else:
             layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
+            if mask.window is not None:
+                layout = layout._replace(spare=1)  # blocks of queries have unequally many tiles in it
             chunks = self._tile_chunks(layout, inputs)
             attend = self._attend_tiles
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
@@ -211,7 +214,7 @@ class EigenTopKAttention(EstimatedScores):
             key_low=layout.pad_keys(inputs.key_low),
             hidden=None if inputs.hidden is None else layout.pad_keys(inputs.hidden.mT).mT,
             value=layout.pad_keys(inputs.value),
-            mask=layout.pad_mask(inputs.mask, inputs.query.device),
+            mask=replace(layout.pad_mask(inputs.mask, inputs.query.device), window=inputs.mask.window),
         )
         chunks = []
         for begin, stop in layout.chunks(self.chunk_size):
@@ -255,6 +258,9 @@ class EigenTopKAttention(EstimatedScores):
         own = mask.queries(lead, e)
         keep = mask.dense_keep(e, seen, query.device)
         own_keep = keep if keep is None or keep.shape[-2] == 1 else keep[..., lead:, :]
+        if mask.window is not None and own_keep is not None:  # no tile for the padding behind the last query
+            rows = torch.arange(c, device=query.device)[:, None] + blocks[0] * layout.b_q
+            own_keep = own_keep & (rows < layout.n_q)
         estimate = self._estimate(inputs, keep, scale)  # (b, h, lead + c, seen)
         places = layout.places(*blocks, seen // layout.b_k, query.device)
         probes = crop_keys(mask.queries(0, c), seen)

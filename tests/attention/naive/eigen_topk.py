@@ -122,8 +122,8 @@ class OneHead:
                 on_diagonal = causal and (index + 1) * b_k > at + 1
                 if on_diagonal or any(bool(place.any()) for place in places):
                     first.append(index)
-            far = [i for i in usable if not causal or (i + 1) * b_k <= at + 1]
-            worth = dict.fromkeys(usable, 0.0)
+            far = [i for i in range(len(blocks)) if not causal or (i + 1) * b_k <= at + 1]
+            worth = dict.fromkeys(range(len(blocks)), 0.0)
             for probe in probes:
                 if far and 0 <= probe < n_q and query_keep[probe]:
                     self.add_worth(worth, probe, [blocks[i] for i in far], far, apart[probe], bias[probe])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_overlay,
+    sliding_window_causal_mask_function,
+    sliding_window_overlay,
+)
 
 from approx_attn.adapters.layers import AttentionLayer
 from approx_attn.adapters.masks import split_additive_mask, structured
@@ -18,8 +25,8 @@ from approx_attn.attention import AttentionMask
 def mask_function(dense_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
     """A mask function of transformers that makes the mask of another one and keeps what it was made of.
 
-    Where padding and causality say everything, the mask carries them as an `AttentionMask` in an attribute,
-    so that no layer has to find them out again.
+    Where padding, causality and a sliding window say everything, the mask carries them as an `AttentionMask` in an
+    attribute, so that no layer has to find them out again.
     """
 
     def attention_mask_with_structure(
@@ -42,20 +49,44 @@ def mask_function(dense_mask: Callable[..., Tensor | None]) -> Callable[..., Ten
             attention_mask=attention_mask,
             **kwargs,
         )
-        plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-        if dense is None or not plain or torch.compiler.is_compiling():  # where an attribute would not reach the layers
+        if dense is None or torch.compiler.is_compiling():  # where an attribute would not reach the layers
+            return dense
+        known = _causality_and_window(mask_function)
+        if known is None:
             return dense
         key_keep = None
         if attention_mask is not None:
             key_keep = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
             key_keep = nn.functional.pad(key_keep, (0, kv_length - key_keep.shape[1]))  # a static cache not yet filled
             key_keep = None if bool(key_keep.all()) else key_keep
-        causal = mask_function is causal_mask_function
-        structure = AttentionMask(key_keep, causal=causal, query_offset=int(q_offset) - kv_offset if causal else 0)
+        (causal, window), offset = known, int(q_offset) - kv_offset
+        farthest = max(offset + q_length - 1, 0 if causal else kv_length - 1 - offset)  # of a query and a key
+        if window is not None and window > farthest:  # which mechanisms without windows need not refuse
+            window = None
+        if not causal and window is None:
+            offset = 0
+        structure = AttentionMask(key_keep, causal=causal, query_offset=offset, window=window)
         dense.approx_attn_structure = (structure, _version(dense))  # type: ignore[attr-defined]
         return dense
 
     return attention_mask_with_structure
+
+
+def _causality_and_window(mask_function: Callable) -> tuple[bool, int | None] | None:
+    """(causal, `AttentionMask.window`) of a mask function of transformers; None where they do not say everything."""
+    if mask_function in (causal_mask_function, bidirectional_mask_function):
+        return mask_function is causal_mask_function, None
+    if getattr(mask_function, "__code__", None) is not sliding_window_causal_mask_function(1).__code__:
+        return None  # not two parts joined by `and_masks`
+    parts = inspect.getclosurevars(mask_function).nonlocals["mask_functions"]
+    if len(parts) != 2 or parts[1] not in (causal_mask_function, bidirectional_mask_function):
+        return None
+    overlay, causal = parts[0], parts[1] is causal_mask_function
+    # One leaves the last w keys up to a query's own, the other keys at a distance of w on either side.
+    for factory, exclusive in ((sliding_window_overlay, 0), (sliding_window_bidirectional_overlay, 1)):
+        if getattr(overlay, "__code__", None) is factory(1).__code__ and causal != bool(exclusive):
+            return causal, inspect.getclosurevars(overlay).nonlocals["sliding_window"] + exclusive
+    return None
 
 
 def mask_from_interface(
@@ -102,7 +133,8 @@ def mask_from_interface(
         mask = replace(mask, bias=position_bias if mask.bias is None else mask.bias + position_bias)
     is_self_attention = n_q <= n_k and not AttentionLayer(name, module, "interface", None).is_cross
     if mask.key_keep is not None and is_self_attention:
-        mask = replace(mask, query_keep=mask.key_keep[:, n_k - n_q :] if not mask.causal else _query_keep(mask, n_q))
+        placed = mask.causal or mask.window is not None
+        mask = replace(mask, query_keep=_query_keep(mask, n_q) if placed else mask.key_keep[:, n_k - n_q :])
     elif mask.key_keep is not None and n_q == n_k:  # which could be taken for the same tokens
         mask = replace(mask, query_keep=torch.ones_like(mask.key_keep))
     return key, value, mask

@@ -59,6 +59,9 @@ MODERNBERT = SIZES | {
     "sep_token_id": 2,
     "reference_compile": False,
 }
+GEMMA3 = LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
+SLIDING_QWEN2 = LLAMA_LIKE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 CLIP = {"text_config": SIZES, "vision_config": VISION, "projection_dim": 16}
 T5 = {
     "vocab_size": VOCABULARY,
@@ -89,11 +92,14 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA_LIKE),
     "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 4}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA_LIKE),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3),
+    "qwen2 sliding": ("Qwen2ForCausalLM", "Qwen2Config", SLIDING_QWEN2),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }
-GENERATORS = ["gpt2", "llama", "mistral", "qwen2", "t5", "bart", "whisper"]
+GENERATORS = ["gpt2", "llama", "mistral", "qwen2", "gemma3", "qwen2 sliding", "t5", "bart", "whisper"]
+WINDOWS = {"mistral": [4, 4], "gemma3": [4, None], "qwen2 sliding": [None, 4], "modernbert": [None, 3]}  # by layer
 FULL = [name for name in available_attention() if attention_class(name).full_budget(LENGTH, 8) is not None]
 CAUSAL = [name for name in available_attention() if attention_class(name).capabilities.causal]
 
@@ -150,8 +156,7 @@ def outputs(model, inputs):
 ARBITRARY = "arbitrary or additive"
 REFUSED = {  # what a family needs and a mechanism may refuse
     "t5": (ARBITRARY,),
-    "mistral": (ARBITRARY, "causal"),
-    "modernbert": (ARBITRARY,),
+    **dict.fromkeys(WINDOWS, ("a window of",)),
 }
 
 
@@ -294,6 +299,27 @@ def test_structure_of_masks_survives():
     assert all(torch.equal(mask.query_keep, mask.key_keep) for mask in seen[2:])
 
 
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_sliding_windows_are_structure(family, padding):
+    inputs, model = make_inputs(family, padding), build(family)
+    expected, seen = outputs(model, inputs), []
+    convert(model, "eigen_topk", keep=1.0)
+    with torch.no_grad(), capture_attention_inputs(model, lambda *call: seen.append(call[4])):
+        got = outputs(model, inputs)
+    assert all(mask.is_structured for mask in seen)
+    assert [mask.window for mask in seen] == WINDOWS[family]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_are_refused_only_where_they_close_a_pair():
+    model, tokens = convert(build("mistral"), "performer"), make_inputs("mistral")["input_ids"]
+    keep = torch.tensor([[1] * 4, [0, 0, 1, 1]])
+    model(input_ids=tokens[:, :4], attention_mask=keep)
+    with pytest.raises(ValueError, match="attention=performer does not support a window of 4 keys in the mask"):
+        model(input_ids=tokens[:, :5])
+
+
 def test_queries_of_cross_attention_are_not_taken_for_the_keys():
     inputs = make_inputs("bart", "right")
     inputs["decoder_input_ids"] = inputs["input_ids"]  # of the same length, and yet not the same tokens
@@ -307,8 +333,9 @@ def test_queries_of_cross_attention_are_not_taken_for_the_keys():
         assert mask.query_keep.all()
 
 
-def test_cache_decoding_equals_one_pass():
-    model, tokens = convert(build("llama"), "sliding_window", window=3), make_inputs("llama")["input_ids"]
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_cache_decoding_equals_one_pass(family):
+    model, tokens = convert(build(family), "sliding_window", window=2), make_inputs(family)["input_ids"]
     with torch.no_grad():
         whole = model(input_ids=tokens).logits
         cache, steps = None, []
@@ -318,9 +345,10 @@ def test_cache_decoding_equals_one_pass():
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_static_cache_generates_the_same_tokens():
-    inputs = make_inputs("llama", "left")
-    model = convert(build("llama"), "topk", keep=3)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_static_cache_generates_the_same_tokens(family):
+    inputs = make_inputs(family, "left")
+    model = convert(build(family), "topk", keep=3)
     assert torch.equal(generate(model, inputs, cache_implementation="static"), generate(model, inputs))
 
 

@@ -74,7 +74,7 @@ class _Recorder(AttentionMechanism):
     """Hands its inputs to a callback and computes nothing."""
 
     name = "recorder"
-    capabilities = Capabilities()
+    capabilities = Capabilities(window=True)
 
     def __init__(self, record: Callable[[Tensor, Tensor, Tensor, AttentionMask, float], None], **shape: Any) -> None:
         super().__init__(**shape)

@@ -71,7 +71,7 @@ class ObservedAttention(AttentionMechanism):
     """
 
     name = "observed"
-    capabilities = Capabilities()
+    capabilities = Capabilities(window=True)
     cost_formula = "n²·d"
     weights: Tensor | None = None
     imposed: Tensor | None = None

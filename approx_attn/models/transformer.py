@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from approx_attn.adapters.multihead import MultiheadAttention
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.base import require_choice, require_positive
+from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 
@@ -121,13 +122,18 @@ class Transformer(nn.Module):
                 "shorten it (data.max_length) or train a model for longer ones."
             )
         x = self.dropout(self.token_embedding(tokens) + self.positions(length))  # (b, n, dim)
-        future = None
-        if self.causal:
-            future = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)  # True = masked out
+        future = self._future(length, tokens.device) if self.causal else None
         padding = None if keep is None else ~keep
         for block in self.blocks:
             x = block(x, future, padding)
         return self.norm(x)
+
+    def _future(self, length: int, device: torch.device) -> Tensor:
+        """(n, n) bool, True above the diagonal, for layers that read it."""
+        if any(isinstance(mechanism, ExactAttention) for mechanism in attention_mechanisms(self)):
+            return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)  # True = masked out
+        # Other layers know from `is_causal` and only ask that a mask is there: one number in place of n².
+        return torch.ones(1, 1, dtype=torch.bool, device=device).expand(length, length)
 
 
 class TransformerBlock(nn.Module):
@@ -146,7 +152,7 @@ class TransformerBlock(nn.Module):
         """(b, n, dim) -> (b, n, dim).
 
         Args:
-            future: (n, n) bool, True above the diagonal, in a causal model; else None.
+            future: (n, n) bool, True above the diagonal, in a causal model; else None. Exact layers alone read it.
             padding: (b, n) bool, True where padded; None if nothing is.
         """
         h = self.attention_norm(x)

@@ -421,6 +421,13 @@ def test_soft_capped_scores_are_refused_by_name():
         model(input_ids=make_inputs("llama")["input_ids"])
 
 
+def test_attention_sinks_are_refused_by_name():
+    sizes = LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    model = convert(transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)), "topk")
+    with pytest.raises(ValueError, match=r"topk does not support attention sinks \(s_aux\)"):
+        model(input_ids=make_inputs("llama")["input_ids"])
+
+
 def test_calibration_makes_the_estimate_better():
     torch.manual_seed(0)
     batches = [{"input_ids": torch.randint(3, VOCABULARY, (4, 16))} for _ in range(6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from approx_attn.attention import attention_class, available_attention
 from approx_attn.models import EncoderClassifier, LanguageModel, attention_mechanisms
@@ -55,6 +56,27 @@ def test_causal_model_does_not_see_later_tokens(name: str) -> None:
     assert logits.shape == (3, LENGTH, 20)
     torch.testing.assert_close(model(changed)[:, :8], logits[:, :8], atol=0, rtol=0)
     assert not torch.equal(model(changed)[:, 8:], logits[:, 8:])
+
+
+class LargestArray(TorchDispatchMode):
+    """Notes the size, in bytes, of the largest array that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for made in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(made, torch.Tensor):
+                self.size = max(self.size, made.untyped_storage().nbytes())
+        return result
+
+
+def test_causal_model_makes_no_array_of_all_pairs_of_its_own() -> None:
+    length = 2048
+    model = LanguageModel(20, length, dim=8, num_heads=1, feed_forward_dim=8, causal=True, attention="uniform")
+    with torch.no_grad(), LargestArray() as largest:
+        model(torch.ones(1, length, dtype=torch.int64))
+    assert largest.size < length * length
 
 
 def test_masked_language_model_sees_both_sides() -> None:

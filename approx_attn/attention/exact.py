@@ -43,49 +43,8 @@ class ExactAttention(AttentionMechanism):
         if need_weights:
             return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
         if mask.window is not None:
-            return self._in_window(query, key, value, mask, mask.window, scale, dropout_p), None
-        return self._fused(query, key, value, mask, scale, dropout_p), None
-
-    def _in_window(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        window: int,
-        scale: float,
-        dropout_p: float,
-    ) -> Tensor:
-        """Queries in chunks, each over the keys that any of its queries may see."""
-        n_q, n_k, size = query.shape[-2], key.shape[-2], min(max(window, LEAST_CHUNK), MOST_CHUNK)
-        outputs = []
-        for start in range(0, n_q, size):
-            stop = min(start + size, n_q)
-            first, last = start + mask.query_offset, stop - 1 + mask.query_offset  # positions of its queries
-            begin = max(0, min(first - window + 1, n_k - 1))
-            end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
-            part = crop_keys(mask.queries(start, stop), end, begin)
-            inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
-            outputs.append(self._fused(*inputs, part, scale, dropout_p))
-        return torch.cat(outputs, dim=-2)
-
-    def _fused(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
-    ) -> Tensor:
-        n_q, n_k = query.shape[-2], key.shape[-2]
-        only_causal = mask.causal and mask.is_structured and mask.key_keep is None and mask.query_offset == 0
-        only_causal = only_causal and mask.window is None
-        additive = None if only_causal else mask.additive(n_q, n_k, query.dtype, query.device)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=additive,
-            dropout_p=dropout_p,
-            is_causal=only_causal,
-            scale=scale,
-            enable_gqa=self.num_key_value_heads != self.num_heads,
-        )
+            return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
+        return fused_attention(query, key, value, mask, scale, dropout_p), None
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         _, _, pairs = self._pairs(query_length, key_length, causal)
@@ -96,6 +55,42 @@ class ExactAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * pairs * self.value_dim,
             state=0,
         )
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
+) -> Tensor:
+    """Exact attention by PyTorch's kernels, over all keys at once; key and value may have fewer heads."""
+    n_q, n_k = query.shape[-2], key.shape[-2]
+    upper_left = mask.causal and mask.query_offset == 0 and mask.window is None
+    only_causal = upper_left and mask.is_structured and mask.key_keep is None
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if only_causal else mask.additive(n_q, n_k, query.dtype, query.device),
+        dropout_p=dropout_p,
+        is_causal=only_causal,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def windowed_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, window: int, scale: float, dropout_p: float
+) -> Tensor:
+    """`fused_attention` of chunks of queries, each over the keys that the window leaves any of them."""
+    n_q, n_k, size = query.shape[-2], key.shape[-2], min(max(window, LEAST_CHUNK), MOST_CHUNK)
+    outputs = []
+    for start in range(0, n_q, size):
+        stop = min(start + size, n_q)
+        first, last = start + mask.query_offset, stop - 1 + mask.query_offset  # positions of its queries
+        begin = max(0, min(first - window + 1, n_k - 1))
+        end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
+        part = crop_keys(mask.queries(start, stop), end, begin)
+        inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
+        outputs.append(fused_attention(*inputs, part, scale, dropout_p))
+    return torch.cat(outputs, dim=-2)
 
 
 def exact_attention_with_weights(

@@ -379,6 +379,7 @@ TIED_TO_POSITIONS = {  # mechanisms, or cases of theirs, and what they have that
     "dct": "a basis over positions",
     "differentiable_mask-absolute": "a gate per pair of positions",
     "eigen_block": "blocks that start at fixed positions",
+    "eigen_cluster": "runs that start at fixed positions",
     "eigen_linear-six": "sections of fixed positions",
     "eigen_linear-random, shared": "sections of fixed positions",
     "eigen_matrix": "a basis over positions",

@@ -153,7 +153,7 @@ class ContentBasis(nn.Module):
 
     def query_coordinates(self, query: Tensor) -> Tensor:
         """q·A, without the scale: (b, h, n_q, d) -> (b, h, n_q, r)."""
-        self._require_ready()
+        self.require_ready()
         return query @ self.query_map.to(query.dtype)
 
     def key_coordinates(self, key: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class ContentBasis(nn.Module):
 
         A padded key that was cleared to zero gets the coordinates −k̄·B: leave it out by the mask.
         """
-        self._require_ready()
+        self.require_ready()
         key_map = self.key_map.to(key.dtype)
         key = key - self._mean_for(key.shape[1]).to(key.dtype)[:, None]  # (b, h_kv | h, n_k, d)
         if key.shape[1] == self.num_heads or self.share != "head":
@@ -173,7 +173,7 @@ class ContentBasis(nn.Module):
 
     def row_offset(self, query: Tensor) -> Tensor:
         """q·k̄, the part of the estimate that is constant in a row, without the scale: -> (b, h, n_q, 1)."""
-        self._require_ready()
+        self.require_ready()
         return query @ self._mean_for(self.num_heads).to(query.dtype)[:, :, None]
 
     def estimate(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -219,7 +219,8 @@ class ContentBasis(nn.Module):
         """k̄ for keys or queries with this many heads: (heads, d)."""
         return self.key_mean.repeat_interleave(heads // self.num_key_value_heads, dim=0)
 
-    def _require_ready(self) -> None:
+    def require_ready(self) -> None:
+        """Raise a `ValueError` if a calibrated basis has not been filled yet."""
         if not self.is_ready:
             raise ValueError(
                 "attention.basis_init=calibrated has no basis yet: give attention.basis=<file>, calibrate the model, "

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-SOURCE = Path(__file__).with_name("block_cpu.cpp")
+SOURCE = Path(__file__).with_name("cluster_cpu.cpp")
 SWITCH = "APPROX_ATTN_CPU_KERNEL"
 """Environment variable; 0 keeps to PyTorch's operators."""
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load() -> ModuleType | None:
-    """The operators of block_cpu.cpp (`forward`, `backward`, `probe_mass`), or None where they cannot be built.
+    """The operators of cluster_cpu.cpp (`cluster_forward`, `cluster_backward`), or None where they cannot be built.
 
     The first call on a machine compiles for about ten seconds and says so. Where nothing can be compiled a warning says
     why, once per process, and PyTorch's operators do the work, which takes about twice as long.
@@ -45,7 +45,7 @@ def load() -> ModuleType | None:
         reason = _first_error(error)
     except (OSError, RuntimeError, ImportError) as error:  # ImportError: PyTorch's build tools lack setuptools
         reason = str(error)
-    log.warning("The CPU kernel of eigen_block was not built (%s); the slower path is used.", reason)
+    log.warning("The CPU kernel of eigen_cluster was not built (%s); the slower path is used.", reason)
     return None
 
 
@@ -58,7 +58,7 @@ def _load() -> ModuleType:
         raise OSError(f"no compiler {name!r} was found; the environment variable CXX names another")
     library = _place(compiler)
     if not library.is_file():
-        log.warning("Building the CPU kernel of eigen_block, once for this machine (about 10 s) ...")
+        log.warning("Building the CPU kernel of eigen_cluster, once for this machine (about 10 s) ...")
         _build(compiler, library)
     torch.ops.load_library(library)
     return torch.ops.approx_attn_cpu
@@ -77,7 +77,7 @@ def _place(compiler: str) -> Path:
 
     what = (SOURCE.read_text(), compiler, *_flags(), platform.machine(), torch.__version__, sys.version)
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return Path(folder) / "approx_attn" / f"block_cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
+    return Path(folder) / "approx_attn" / f"cluster_cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
 
 
 def _flags() -> list[str]:

@@ -1,0 +1,175 @@
+"""Exact scores for the clusters of keys that matter to a query, low-rank moments for all others (`eigen_cluster`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
+from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.eigen.kernels.cluster import (
+    Layout,
+    cluster_attention,
+    cluster_weights,
+    products,
+    unpadded_plan,
+    work,
+)
+from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.registry import register_attention
+
+ORDERS = (0, 1, 2)
+
+
+@register_attention("eigen_cluster")
+class EigenClusterAttention(HasContentBasis):
+    """Every query scores the keys of a few clusters exactly and sees all other keys through the moments of theirs.
+
+    Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the content
+    basis, z_j = k_j·B, its halves at the median of the second, and so on, until clusters of `cluster_size` keys of like
+    content are left. With N, k̄ and v̄ the number and means of a cluster's keys, z̃ their coordinates about the mean,
+    Σ = mean z̃ᵀz̃, M = mean z̃ᵀv and a = s·q·A the coordinates of a query, a cluster enters the softmax with
+
+        logit s·q·k̄ + log N + g,    value v̄ + a·M        g = min(½ a Σ aᵀ, 2) from order 1 on, M at order 2 only
+
+    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations seen in
+    r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean score and the spread of scores in
+    a cluster: what the moments miss grows with both), enter key by key with their exact scores instead.
+
+    Under a causal mask or a window, clusters are used of runs that every query of a block of `block_size` positions may
+    see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends on
+    a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both maps
+    of the basis, not through cuts and choices.
+
+    The mean key needs no basis, since its score costs 1/L of the exact ones: the basis explains deviations within a
+    cluster and finds clusters of little deviation.
+
+    Args:
+        keep: exact keys of each query: a share of the keys that it may use, or a number of keys, rounded up to clusters.
+            Keys at the edges of a causal mask or window count in it, where they alone are more, they are all of them.
+            1.0 is exact attention. A number keeps the exact work of a query the same at any length.
+        cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
+        block_size: keys per run, and positions per query block.
+        order: terms of the expansion: 0, 1 or 2.
+        rank: r, clamped to head_dim.
+        share: basis per `head`, per `layer`, or one for the `model`.
+        basis_init: `random`, or `calibrated` (to be filled before use; implied by `basis`).
+        basis: file written by `approx_attn.calibrate` to start from, or None.
+        train_basis: whether A and B learn (at order 0 A is not used and B only cuts).
+        seed: of the random start; None follows the seed of the run.
+    """
+
+    capabilities = Capabilities(arbitrary_mask=False, window=True, has_parameters=True, grouped_query=True)
+    cost_formula = "n·t·d + (n²/L)·(d + r²/2 + d_v)"
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        max_length: int | None = None,
+        causal: bool = False,
+        layer_index: int = 0,
+        keep: float | int = 0.125,
+        cluster_size: int = 8,
+        block_size: int = 64,
+        order: int = 1,
+        rank: int = 8,
+        share: str = "head",
+        basis_init: str = "random",
+        basis: str | None = None,
+        train_basis: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_dim,
+            value_dim=value_dim,
+            num_key_value_heads=num_key_value_heads,
+            max_length=max_length,
+            causal=causal,
+            layer_index=layer_index,
+        )
+        self.keep = require_share_or_count("attention.keep", keep)
+        self.block_size = require_positive("attention.block_size", block_size)
+        self.cluster_size = require_positive("attention.cluster_size", cluster_size)
+        halves, rest = divmod(self.block_size, self.cluster_size)
+        if rest or halves & (halves - 1):
+            raise ValueError(
+                f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... of it, "
+                f"got {cluster_size}."
+            )
+        if isinstance(order, bool) or order not in ORDERS:
+            raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
+        self.order = order
+        self.basis = ContentBasis(
+            num_heads,
+            self.num_key_value_heads,
+            head_dim,
+            rank,
+            share=share,
+            init=basis_init,
+            train_basis=train_basis and order > 0,
+            seed=seed,
+        )
+        self.load_basis_file(basis)
+
+    @classmethod
+    def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
+        return {"keep": 1.0, "cluster_size": 2, "block_size": 4}
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        scale: float,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        # Exponentials of sums over clusters: float32 throughout, also under autocast.
+        with torch.autocast(query.device.type, enabled=False):
+            query, key, value = at_least_float32(query) * scale, at_least_float32(key), at_least_float32(value)
+            if mask.query_keep is not None:  # whatever stands in the padding, even NaN
+                query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
+            self.basis.require_ready()
+            maps = (
+                x.to(query.dtype).expand(self.num_heads, -1, -1) for x in (self.basis.query_map, self.basis.key_map)
+            )
+            inputs = (query, key, value, *maps, mask.key_keep, self.keep)
+            layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
+            if need_weights:
+                return cluster_weights(*inputs, layout, dropout_p)
+            return cluster_attention(*inputs, layout, dropout_p), None
+
+    def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
+        if not causal and window is None:
+            offset = 0  # positions do not matter then
+        return Layout(n_q, n_k, causal, offset, window or 0, self.block_size, self.cluster_size, self.order)
+
+    def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
+        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        layout = self._layout(n_q, n_k, causal, n_k - n_q, None)
+        plan = unpadded_plan(layout, self.keep)
+        done = work(layout, plan)
+        h, d, d_v, r = self.num_heads, self.head_dim, self.value_dim, self.basis.rank
+        (pair_scores, pair_values), (cluster_scores, cluster_values) = products(d, d_v, r, self.order)
+        pairs_computed = done.near + done.own
+        clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
+        moments = cluster_scores + cluster_values + 1  # numbers per cluster
+        maps = (n_q if self.order > 0 else 0) * r * d + n_k * r * d
+        of_moments = n_k * (cluster_scores - d + cluster_values - d_v)  # spread and tilt
+        block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
+        return Cost(
+            exact_pairs=h * min(done.exact, pairs),
+            total_pairs=h * pairs,
+            score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + maps + of_moments),
+            value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
+            state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
+        )

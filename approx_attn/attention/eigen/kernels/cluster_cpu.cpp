@@ -1,0 +1,844 @@
+// Attention over exact keys and cluster moments on the CPU: `cluster_attention` of kernels/cluster.py, forward and backward.
+//
+// A pass is two parallel regions: runs are cut into clusters, then blocks of queries (forward) or heads (backward) are
+// taken from one counter by ATen's threads, so that a thread that another process slows down takes fewer of them.
+// Everything of a block stays in the cache of its core: products are the BLAS's that PyTorch brings (single-threaded
+// inside of a parallel region), all between them is fused here.
+//
+// Letters: b samples, h heads, g = h / h_kv heads per key head, n keys in runs of R, clusters of L keys, C = clusters of
+// all runs, Q blocks of up to R queries, d and v features of keys and values (multiples of kLanes), r coordinates,
+// f = r (r + 1) / 2 pairs of them (0 at order 0), o = 1 + r value moments per cluster (1 below order 2).
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+// Column-major, as every BLAS has it; PyTorch's library exports the one that it was built with.
+extern "C" void sgemm_(
+    const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
+    const int*, const float*, float*, const int*);
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/cluster.py
+constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
+constexpr int64_t kLanes = 16;
+
+// -- vectors ------------------------------------------------------------------------------------------------------------
+
+typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Lanes __attribute__((vector_size(64)));
+
+inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline void store(float* x, Vector y) { *reinterpret_cast<Vector*>(x) = y; }
+
+// exp(x) for x <= 0, as 2^n · 2^f with a polynomial for 2^f; relative error below 3e-7. A call of the library's
+// exponential would keep the compiler from using vectors.
+inline float exp_nonpositive(float exponent) {
+  const float x = std::max(exponent, -87.0f) * 1.44269504088896f;
+  const float n = std::floor(x + 0.5f);
+  const float f = x - n;
+  float p = 1.535336188319500e-4f;
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  // Exactly zero where it is closed: numbers below the normal ones would slow all products down.
+  return exponent <= -87.0f ? 0.0f : p * power;
+}
+
+inline float maximum(const float* x, int64_t n) {
+  float highest = kLowest;
+#pragma omp simd reduction(max : highest)
+  for (int64_t i = 0; i < n; ++i) highest = x[i] > highest ? x[i] : highest;  // std::max would not use vectors
+  return highest;
+}
+
+// Turns x into exp(x − highest); returns the sum of these.
+inline float exponentials(float* x, int64_t n, float highest) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = exp_nonpositive(x[i] - highest);
+    sum += x[i];
+  }
+  return sum;
+}
+
+inline float dot(const float* x, const float* y, int64_t n) {
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// Two vectors of groups of `width` lanes into one of groups of half the width: each group's halves are added.
+template <int width, size_t... lane>
+inline Vector fold(Vector x, Vector y, std::index_sequence<lane...>) {
+  constexpr int half = width / 2;
+  const Lanes low = {static_cast<int32_t>((lane / half) % 2 * 16 + lane / width * width + lane % half)...};
+  return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + half);
+}
+
+// Products of one row x with 16 rows y, each of `width` vectors, one per lane.
+template <int width>
+inline Vector dots(const float* x, const float* const* y, int64_t vectors) {
+  const int64_t w = width ? width : vectors;
+  Vector sums[16];
+  for (int j = 0; j < 16; ++j) {
+    Vector sum = load(x) * load(y[j]);
+    for (int64_t i = 1; i < w; ++i) sum += load(x + 16 * i) * load(y[j] + 16 * i);
+    sums[j] = sum;
+  }
+  constexpr auto lanes = std::make_index_sequence<16>();
+  for (int j = 0; j < 8; ++j) sums[j] = fold<16>(sums[j], sums[j + 8], lanes);
+  for (int j = 0; j < 4; ++j) sums[j] = fold<8>(sums[j], sums[j + 4], lanes);
+  for (int j = 0; j < 2; ++j) sums[j] = fold<4>(sums[j], sums[j + 2], lanes);
+  return fold<2>(sums[0], sums[1], lanes);
+}
+
+// to += Σ_j weights[j] · rows[j]
+template <int width>
+inline void add_rows(float* to, const float* weights, const float* const* rows, int64_t count, int64_t vectors) {
+  if constexpr (width > 0) {
+    Vector sums[width];
+    for (int i = 0; i < width; ++i) sums[i] = load(to + 16 * i);
+    for (int64_t j = 0; j < count; ++j)
+      for (int i = 0; i < width; ++i) sums[i] += weights[j] * load(rows[j] + 16 * i);
+    for (int i = 0; i < width; ++i) store(to + 16 * i, sums[i]);
+  } else {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t i = 0; i < vectors; ++i) store(to + 16 * i, load(to + 16 * i) + weights[j] * load(rows[j] + 16 * i));
+  }
+}
+
+// rows[j] += weights[j] · x
+template <int width>
+inline void spread_row(float* const* rows, const float* weights, const float* x, int64_t count, int64_t vectors) {
+  const int64_t w = width ? width : vectors;
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < w; ++i) store(rows[j] + 16 * i, load(rows[j] + 16 * i) + weights[j] * load(x + 16 * i));
+}
+
+// Calls `body` with the number of vectors in a row as a constant where it is a usual one, else with 0.
+template <typename Body>
+inline void by_width(int64_t vectors, const Body& body) {
+  if (vectors == 1) return body(std::integral_constant<int, 1>());
+  if (vectors == 2) return body(std::integral_constant<int, 2>());
+  if (vectors == 4) return body(std::integral_constant<int, 4>());
+  if (vectors == 8) return body(std::integral_constant<int, 8>());
+  body(std::integral_constant<int, 0>());
+}
+
+// -- products of row-major matrices: c (m × n) = a · b + beta · c ----------------------------------------------------------
+
+void gemm(
+    char a_order, char b_order, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
+    int64_t b_stride, float beta, float* c, int64_t c_stride) {
+  if (m == 0 || n == 0 || k == 0) return;
+  const int rows = m, columns = n, inner = k, lda = a_stride, ldb = b_stride, ldc = c_stride;
+  const float one = 1.0f;
+  sgemm_(&b_order, &a_order, &columns, &rows, &inner, &one, b, &ldb, a, &lda, &beta, c, &ldc);
+}
+
+// a (m × k) · b (k × n)
+void product(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
+    float* c, int64_t c_stride) {
+  gemm('N', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+}
+
+// a (m × k) · b (n × k)ᵀ
+void product_bt(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
+    float* c, int64_t c_stride) {
+  gemm('N', 'T', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+}
+
+// a (k × m)ᵀ · b (k × n)
+void product_at(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
+    float* c, int64_t c_stride) {
+  gemm('T', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+}
+
+// -- the problem ---------------------------------------------------------------------------------------------------------
+
+const float* floats(const Tensor& x) {
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat, "cluster attention takes contiguous float32");
+  return x.const_data_ptr<float>();
+}
+
+struct Problem {
+  const float *query, *key, *value, *query_map, *key_map;
+  const bool* key_open;  // (b, n), null if all are
+  const int64_t* plan;   // (b | 1, Q, 5): far_first, far_last, near_first, near_last (runs), own (clusters)
+  int64_t b, h, h_kv, n_q, n, d, v, r, Q, plan_samples;
+  int64_t R, L, order, offset, window;
+  bool causal;
+
+  int64_t runs() const { return (n + R - 1) / R; }
+  int64_t per_run() const { return R / L; }
+  int64_t C() const { return runs() * per_run(); }
+  int64_t f() const { return order > 0 ? r * (r + 1) / 2 : 0; }
+  int64_t o() const { return order > 1 ? 1 + r : 1; }
+  const float* keys(int64_t head) const { return key + key_head(head) * n * d; }
+  const float* values(int64_t head) const { return value + key_head(head) * n * v; }
+  int64_t key_head(int64_t head) const { return head / h * h_kv + head % h / (h / h_kv); }  // head counts samples too
+  bool open(int64_t head, int64_t j) const { return j < n && (!key_open || key_open[head / h * n + j]); }
+};
+
+Problem unpack(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
+    const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
+    int64_t cluster, int64_t order) {
+  Problem p;
+  p.query = floats(query), p.key = floats(key), p.value = floats(value);
+  p.query_map = floats(query_map), p.key_map = floats(key_map);
+  TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == at::kLong, "cluster attention takes a contiguous plan");
+  p.plan = plan.const_data_ptr<int64_t>();
+  if (key_open.has_value()) TORCH_CHECK(key_open->is_contiguous(), "cluster attention takes contiguous masks");
+  p.key_open = key_open.has_value() ? key_open->const_data_ptr<bool>() : nullptr;
+  p.b = query.size(0), p.h = query.size(1), p.n_q = query.size(2), p.d = query.size(3);
+  p.h_kv = key.size(1), p.n = key.size(2), p.v = value.size(3), p.r = query_map.size(2);
+  p.plan_samples = plan.size(0), p.Q = plan.size(1);
+  p.causal = causal, p.offset = offset, p.window = window, p.R = run, p.L = cluster, p.order = order;
+  TORCH_CHECK(p.d % kLanes == 0 && p.v % kLanes == 0, "cluster attention takes features in multiples of 16");
+  return p;
+}
+
+// Runs `body(state, task)` for all tasks, each thread with a state of its own, in any order.
+template <typename State, typename Body>
+void for_each_task(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    State state;
+    for (int64_t task = next++; task < tasks; task = next++) body(state, task);
+  });
+}
+
+float* resized(std::vector<float>& x, int64_t n) {
+  if (static_cast<int64_t>(x.size()) < n) x.resize(n);
+  return x.data();
+}
+
+// -- clusters ------------------------------------------------------------------------------------------------------------
+
+struct Clusters {  // of all heads
+  int32_t* members;  // (b·h, C, L): keys, −1 where a slot is empty
+  float *centre, *values, *spread, *log_count;  // (b·h, C, d), (b·h, C, o, v), (b·h, C, f), (b·h, C)
+};
+
+struct RunScratch {
+  std::vector<float> coordinates, deviations, gradients;
+};
+
+// Coordinates (R × r) of the keys of a run; zeros beyond the last key.
+const float* run_coordinates(const Problem& p, int64_t head, int64_t run, RunScratch& scratch) {
+  float* z = resized(scratch.coordinates, p.R * p.r);
+  const int64_t count = std::min(p.R, p.n - run * p.R);
+  std::fill(z + count * p.r, z + p.R * p.r, 0.0f);
+  product(
+      count, p.r, p.d, p.keys(head) + run * p.R * p.d, p.d, p.key_map + head % p.h * p.d * p.r, p.r, 0.0f, z, p.r);
+  return z;
+}
+
+// Halves a run at the median of one coordinate after the other until clusters of L are left; empty slots go last, equal
+// coordinates by position.
+void cut(const Problem& p, int64_t head, int64_t run, const float* z, int32_t* members) {
+  for (int64_t j = 0; j < p.R; ++j) members[j] = p.open(head, run * p.R + j) ? j : j + p.R;  // marked as empty
+  for (int64_t size = p.R, axis = 0; size > p.L; size /= 2, axis = (axis + 1) % p.r) {
+    const auto before = [&](int32_t x, int32_t y) {
+      if ((x < p.R) != (y < p.R)) return x < p.R;
+      const float zx = x < p.R ? z[x * p.r + axis] : 0.0f, zy = y < p.R ? z[y * p.r + axis] : 0.0f;
+      return zx != zy ? zx < zy : x < y;
+    };
+    for (int64_t start = 0; start < p.R; start += size)
+      std::nth_element(members + start, members + start + size / 2, members + start + size, before);
+  }
+  for (int64_t j = 0; j < p.R; ++j) members[j] = members[j] < p.R ? run * p.R + members[j] : -1;
+}
+
+// Deviations (L × r) of the members' coordinates from their mean; returns how many members there are.
+int64_t cluster_deviations(const Problem& p, const int32_t* members, int64_t first, const float* z, float* deviations) {
+  float mean[64] = {};
+  int64_t count = 0;
+  for (int64_t l = 0; l < p.L; ++l) {
+    if (members[l] < 0) continue;
+    ++count;
+    for (int64_t x = 0; x < p.r; ++x) mean[x] += z[(members[l] - first) * p.r + x];
+  }
+  for (int64_t l = 0; l < p.L; ++l)
+    for (int64_t x = 0; x < p.r; ++x)
+      deviations[l * p.r + x] = members[l] < 0 ? 0.0f : z[(members[l] - first) * p.r + x] - mean[x] / count;
+  return count;
+}
+
+void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const float* z, int64_t first, const Clusters& to,
+                     RunScratch& scratch) {
+  const int64_t index = head * p.C() + cluster, f = p.f(), o = p.o();
+  const int32_t* members = to.members + index * p.L;
+  float* deviations = resized(scratch.deviations, p.L * p.r);
+  const int64_t count = cluster_deviations(p, members, first, z, deviations);
+  float *centre = to.centre + index * p.d, *values = to.values + index * o * p.v, *spread = to.spread + index * f;
+  std::fill(centre, centre + p.d, 0.0f), std::fill(values, values + o * p.v, 0.0f), std::fill(spread, spread + f, 0.0f);
+  to.log_count[index] = count ? std::log(static_cast<float>(count)) : kLowest;
+  if (!count) return;
+  const float share = 1.0f / count;
+  for (int64_t l = 0; l < p.L; ++l) {
+    if (members[l] < 0) continue;
+    const float *key = p.keys(head) + members[l] * p.d, *value = p.values(head) + members[l] * p.v;
+    const float* deviation = deviations + l * p.r;
+    for (int64_t i = 0; i < p.d; ++i) centre[i] += share * key[i];
+    for (int64_t i = 0; i < p.v; ++i) values[i] += share * value[i];
+    for (int64_t x = 1; x < o; ++x)
+      for (int64_t i = 0; i < p.v; ++i) values[x * p.v + i] += share * deviation[x - 1] * value[i];
+    for (int64_t x = 0, pair = 0; f && x < p.r; ++x)
+      for (int64_t y = x; y < p.r; ++y, ++pair) spread[pair] += (x == y ? 0.5f : 1.0f) * share * deviation[x] * deviation[y];
+  }
+}
+
+void make_clusters(const Problem& p, const Clusters& to) {
+  const int64_t runs = p.runs();
+  for_each_task<RunScratch>(p.b * p.h * runs, [&](RunScratch& scratch, int64_t task) {
+    const int64_t head = task / runs, run = task % runs, first = run * p.per_run();
+    const float* z = run_coordinates(p, head, run, scratch);
+    cut(p, head, run, z, to.members + (head * p.C() + first) * p.L);
+    for (int64_t cluster = first; cluster < first + p.per_run(); ++cluster)
+      cluster_moments(p, head, cluster, z, run * p.R, to, scratch);
+  });
+}
+
+// -- weights of a block of queries ---------------------------------------------------------------------------------------
+
+struct Range {
+  int64_t first, last;
+  int64_t size() const { return std::max<int64_t>(last - first, 0); }
+};
+
+// One block of queries of one head, and the arrays of its scores, rows of queries each.
+struct Block {
+  const Problem* p = nullptr;
+  int64_t head, first, count;  // of the queries
+  Range far, near[2];          // clusters; keys before and after the far runs
+  int64_t own;                 // clusters per query
+  std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_, tilted_;
+  float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
+  float *far_weights, *bonus, *near_weights, *own_weights;  // (count, far), (count, far), (count, near), (count, own · L)
+
+  int64_t near_size() const { return near[0].size() + near[1].size(); }
+  const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
+
+  void place(const Problem& problem, int64_t task) {
+    p = &problem;
+    head = task / p->Q;
+    const int64_t block = task % p->Q, aligned = (p->offset >= 0 ? p->offset : p->offset - p->R + 1) / p->R * p->R;
+    const int64_t start = aligned + block * p->R - p->offset;
+    first = std::max<int64_t>(start, 0), count = std::min(start + p->R, p->n_q) - first;
+    const int64_t* plan = p->plan + ((p->plan_samples == 1 ? 0 : head / p->h) * p->Q + block) * 5;
+    far = {plan[0] * p->per_run(), plan[1] * p->per_run()};
+    near[0] = {plan[2] * p->R, std::min(plan[0] * p->R, p->n)};
+    near[1] = {plan[1] * p->R, std::min(plan[3] * p->R, p->n)};
+    own = plan[4];
+    coordinates = resized(coordinates_, count * p->r), pairs = resized(pairs_, count * p->f());
+    far_weights = resized(far_, count * far.size()), bonus = resized(bonus_, count * far.size());
+    near_weights = resized(near_, count * near_size()), own_weights = resized(own_, count * rounded(own * p->L));
+  }
+
+  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+  int64_t own_stride() const { return rounded(own * p->L); }
+
+  bool allowed(int64_t query, int64_t key) const {
+    const int64_t position = query + p->offset;
+    if (p->causal && key > position) return false;
+    return !p->window || std::abs(position - key) < p->window;
+  }
+
+  // Scores of all far clusters and of the near keys, not yet of own clusters.
+  void scores(const Clusters& clusters) {
+    const int64_t C = p->C(), f = p->f(), r = p->r;
+    const float* map = p->query_map + head % p->h * p->d * r;
+    product(count, r, p->d, queries(), p->d, map, r, 0.0f, coordinates, r);
+    for (int64_t i = 0; f && i < count; ++i) {
+      const float* a = coordinates + i * r;
+      float* to = pairs + i * f;
+      for (int64_t x = 0; x < r; ++x)
+        for (int64_t y = x; y < r; ++y) *to++ = a[x] * a[y];
+    }
+    const int64_t at = head * C + far.first, size = far.size();
+    product_bt(count, size, p->d, queries(), p->d, clusters.centre + at * p->d, p->d, 0.0f, far_weights, size);
+    if (f) product_bt(count, size, f, pairs, f, clusters.spread + at * f, f, 0.0f, bonus, size);
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = far_weights + i * size;
+      const float *g = bonus + i * size, *log_count = clusters.log_count + at;
+      if (f) {
+#pragma omp simd
+        for (int64_t c = 0; c < size; ++c) x[c] += (g[c] < kSpreadLimit ? g[c] : kSpreadLimit) + log_count[c];
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < size; ++c) x[c] += log_count[c];
+      }
+    }
+    int64_t column = 0;
+    for (const Range& range : near) {
+      if (!range.size()) continue;
+      product_bt(
+          count, range.size(), p->d, queries(), p->d, p->keys(head) + range.first * p->d, p->d, 0.0f,
+          near_weights + column, near_size());
+      close(range, column);
+      column += range.size();
+    }
+  }
+
+  void close(const Range& range, int64_t column) {
+    if (!p->causal && !p->window && !p->key_open) return;
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = near_weights + i * near_size() + column;
+      for (int64_t j = range.first; j < range.last; ++j)
+        if (!allowed(first + i, j) || !p->open(head, j)) x[j - range.first] = kLowest;
+    }
+  }
+
+  // Keys and values of the own clusters of a query, filled up to whole vectors with the first row.
+  void own_rows(const Clusters& clusters, const int32_t* chosen, const float** keys, const float** values) const {
+    const int32_t* members = clusters.members + head * p->C() * p->L;
+    for (int64_t slot = 0; slot < own_stride(); ++slot) {
+      const int64_t key = slot < own * p->L ? std::max(members[chosen[slot / p->L] * p->L + slot % p->L], 0) : 0;
+      keys[slot] = p->keys(head) + key * p->d, values[slot] = p->values(head) + key * p->v;
+    }
+  }
+
+  void own_scores(const Clusters& clusters, int64_t i, const int32_t* chosen, const float* const* keys) const {
+    float* x = own_weights + i * own_stride();
+    by_width(p->d / kLanes, [&](auto width) {
+      for (int64_t slot = 0; slot < own_stride(); slot += kLanes)
+        store(x + slot, dots<width>(queries() + i * p->d, keys + slot, p->d / kLanes));
+    });
+    const int32_t* members = clusters.members + head * p->C() * p->L;
+    for (int64_t slot = 0; slot < own_stride(); ++slot)
+      if (slot >= own * p->L || members[chosen[slot / p->L] * p->L + slot % p->L] < 0) x[slot] = kLowest;
+  }
+
+  // Clusters stand in far_weights from far.first on.
+  void leave_out(int64_t i, const int32_t* chosen) const {
+    for (int64_t m = 0; m < own; ++m) far_weights[i * far.size() + chosen[m] - far.first] = kLowest;
+  }
+};
+
+// The `count` highest of n numbers, lower places first among equals.
+class Highest {
+ public:
+  void find(const float* x, int64_t n, int64_t count, int32_t* places) {
+    const float least = bound(x, n, count);
+    candidates_.clear();
+    for (int64_t i = 0; i < n; ++i)
+      if (x[i] >= least) candidates_.push_back({x[i], static_cast<int32_t>(i)});
+    const auto higher = [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    };
+    std::nth_element(candidates_.begin(), candidates_.begin() + count - 1, candidates_.end(), higher);
+    for (int64_t i = 0; i < count; ++i) places[i] = candidates_[i].second;
+  }
+
+ private:
+  // A number that at least `count` of the x reach: the lowest but few of the highest of interleaved groups.
+  float bound(const float* x, int64_t n, int64_t count) {
+    const int64_t groups = std::min((count + kLanes - 1) / kLanes * kLanes, n);
+    if (groups < count || n < 2 * groups || groups % kLanes) return kLowest * 2;
+    highest_.assign(x, x + groups);
+    for (int64_t start = groups; start + groups <= n; start += groups) {
+      float* to = highest_.data();
+      const float* from = x + start;
+#pragma omp simd
+      for (int64_t i = 0; i < groups; ++i) to[i] = from[i] > to[i] ? from[i] : to[i];
+    }
+    std::nth_element(highest_.begin(), highest_.begin() + count - 1, highest_.end(), std::greater<float>());
+    return highest_[count - 1];
+  }
+
+  std::vector<float> highest_;
+  std::vector<std::pair<float, int32_t>> candidates_;
+};
+
+// -- forward -------------------------------------------------------------------------------------------------------------
+
+struct Forward {
+  Block block;
+  Highest highest;
+  std::vector<float> rating, moments;
+  std::vector<const float*> keys, values;
+
+  void run(const Problem& p, int64_t task, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
+    block.place(p, task);
+    block.scores(clusters);
+    const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), v = p.v, o = p.o();
+    keys.resize(block.own_stride()), values.resize(block.own_stride());
+    output += row * v;
+    std::fill(output, output + block.count * v, 0.0f);
+    for (int64_t i = 0; i < block.count; ++i) {
+      int32_t* own = chosen + (row + i) * most;
+      std::fill(own + block.own, own + most, -1);
+      if (block.own) {
+        choose(i, own);
+        block.own_rows(clusters, own, keys.data(), values.data());
+        block.own_scores(clusters, i, own, keys.data());
+        block.leave_out(i, own);
+      }
+      lse[row + i] = softmax(i, size);
+      if (block.own) {
+        by_width(v / kLanes, [&](auto width) {
+          const float* weights = block.own_weights + i * block.own_stride();
+          add_rows<width>(output + i * v, weights, values.data(), block.own_stride(), v / kLanes);
+        });
+      }
+    }
+    int64_t column = 0;
+    for (const Range& range : block.near) {
+      product(
+          block.count, v, range.size(), block.near_weights + column, block.near_size(),
+          p.values(block.head) + range.first * v, v, 1.0f, output, v);
+      column += range.size();
+    }
+    const float* far = clusters.values + (block.head * p.C() + block.far.first) * o * v;
+    if (o == 1) return product(block.count, v, size, block.far_weights, size, far, v, 1.0f, output, v);
+    if (!size) return;
+    float* sums = resized(moments, block.count * o * v);
+    product(block.count, o * v, size, block.far_weights, size, far, o * v, 0.0f, sums, o * v);
+    for (int64_t i = 0; i < block.count; ++i) {
+      for (int64_t x = 0; x < o; ++x) {
+        const float a = x ? block.coordinates[i * p.r + x - 1] : 1.0f;
+        for (int64_t t = 0; t < v; ++t) output[i * v + t] += a * sums[(i * o + x) * v + t];
+      }
+    }
+  }
+
+ private:
+  // The own clusters of a query: by score plus the standard deviation of the scores within.
+  void choose(int64_t i, int32_t* own) {
+    const int64_t size = block.far.size();
+    const float *x = block.far_weights + i * size, *g = block.bonus + i * size;
+    float* to = resized(rating, size);
+    if (block.p->f()) {
+#pragma omp simd
+      for (int64_t c = 0; c < size; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
+      x = to;
+    }
+    highest.find(x, size, block.own, own);
+    for (int64_t m = 0; m < block.own; ++m) own[m] += block.far.first;
+  }
+
+  // Turns scores into weights; returns the logarithm of the sum of their exponentials, kLowest without any.
+  float softmax(int64_t i, int64_t size) {
+    float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
+    float* own = block.own_weights + i * block.own_stride();
+    float most = std::max(maximum(far, size), maximum(near, block.near_size()));
+    most = std::max(most, maximum(own, block.own_stride()));
+    if (most <= kLowest / 2) {  // no usable key
+      std::fill(far, far + size, 0.0f), std::fill(near, near + block.near_size(), 0.0f);
+      std::fill(own, own + block.own_stride(), 0.0f);
+      return kLowest;
+    }
+    float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
+    sum += exponentials(own, block.own_stride(), most);
+    const float share = 1.0f / sum;
+    for (int64_t c = 0; c < size; ++c) far[c] *= share;
+    for (int64_t j = 0; j < block.near_size(); ++j) near[j] *= share;
+    for (int64_t j = 0; j < block.own_stride(); ++j) own[j] *= share;
+    return most + std::log(sum);
+  }
+};
+
+Tensor numbers(std::initializer_list<int64_t> shape, const Tensor& like) { return at::empty(shape, like.options()); }
+
+// Output (b, h, n_q, v), then what backward needs: log-sum-exp, own clusters, members, centre, values, spread, log_count.
+std::vector<Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
+    const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
+    int64_t cluster, int64_t order, int64_t most) {
+  const Problem p =
+      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order);
+  const int64_t heads = p.b * p.h, C = p.C();
+  const auto places = query.options().dtype(at::kInt);
+  Tensor output = numbers({p.b, p.h, p.n_q, p.v}, query), lse = numbers({p.b, p.h, p.n_q}, query);
+  Tensor own = at::empty({p.b, p.h, p.n_q, most}, places), members = at::empty({heads, C, p.L}, places);
+  Tensor centre = numbers({heads, C, p.d}, query), values = numbers({heads, C, p.o(), p.v}, query);
+  Tensor spread = numbers({heads, C, p.f()}, query), log_count = numbers({heads, C}, query);
+  const Clusters clusters{
+      members.data_ptr<int32_t>(), centre.data_ptr<float>(), values.data_ptr<float>(), spread.data_ptr<float>(),
+      log_count.data_ptr<float>()};
+  make_clusters(p, clusters);
+  int32_t* chosen = own.data_ptr<int32_t>();
+  float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
+  for_each_task<Forward>(heads * p.Q, [&](Forward& forward, int64_t task) {
+    forward.run(p, task, clusters, chosen, most, out, sums);
+  });
+  return {output, lse, own, members, centre, values, spread, log_count};
+}
+
+// -- backward ------------------------------------------------------------------------------------------------------------
+
+// Where the gradients of one head (or part of its queries) are added up; keys and values may be shared by nobody else.
+struct Gradients {
+  float *query, *key, *value, *query_map, *key_map;
+};
+
+struct Backward {
+  Block block;
+  RunScratch scratch;
+  std::vector<float> centre, values, spread, flow, far_flow, tilted, moments, delta, pair_grads, coordinate_grads;
+  std::vector<float> own_flow, run_grads;
+  std::vector<const float*> keys, value_rows;
+  std::vector<float*> key_grads, value_grads;
+
+  // Query blocks first..last-1 of one head.
+  void run(
+      const Problem& p, int64_t head, Range blocks, const Clusters& clusters, const int32_t* chosen, int64_t most,
+      const float* output, const float* lse, const float* grad, const Gradients& to) {
+    const int64_t C = p.C();
+    centre.assign(C * p.d, 0.0f), values.assign(C * p.o() * p.v, 0.0f), spread.assign(C * p.f(), 0.0f);
+    for (int64_t index = blocks.first; index < blocks.last; ++index) {
+      block.place(p, head * p.Q + index);
+      const int64_t row = head * p.n_q + block.first;
+      one_block(p, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
+    }
+    for (int64_t run = 0; run < p.runs(); ++run) through_moments(p, head, run, clusters, to);
+  }
+
+ private:
+  void one_block(
+      const Problem& p, const Clusters& clusters, const int32_t* chosen, int64_t most, const float* output,
+      const float* lse, const float* grad, const Gradients& to) {
+    block.scores(clusters);
+    const int64_t count = block.count, d = p.d, v = p.v;
+    float* query_grads = to.query + (block.head * p.n_q + block.first) * d;
+    std::fill(query_grads, query_grads + count * d, 0.0f);
+    resized(delta, count);
+    // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
+    for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
+    own_clusters(p, clusters, chosen, most, lse, grad, query_grads, to);
+    weigh(block.far_weights, block.far.size(), lse), weigh(block.near_weights, block.near_size(), lse);
+    near_keys(p, grad, query_grads, to);
+    far_clusters(p, clusters, grad, query_grads, to);
+  }
+
+  void weigh(float* x, int64_t size, const float* lse) const {
+    for (int64_t i = 0; i < block.count; ++i) {
+      float* row = x + i * size;
+      const float sum = lse[i];
+      if (sum <= kLowest / 2) {
+        std::fill(row, row + size, 0.0f);
+        continue;
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < size; ++j) row[j] = exp_nonpositive(std::min(row[j] - sum, 0.0f));
+    }
+  }
+
+  void own_clusters(
+      const Problem& p, const Clusters& clusters, const int32_t* chosen, int64_t most, const float* lse,
+      const float* grad, float* query_grads, const Gradients& to) {
+    if (!block.own) return;
+    const int64_t slots = block.own_stride(), d = p.d, v = p.v;
+    keys.resize(slots), value_rows.resize(slots), key_grads.resize(slots), value_grads.resize(slots);
+    float* ds = resized(own_flow, slots);
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int32_t* own = chosen + i * most;
+      block.leave_out(i, own);
+      if (lse[i] <= kLowest / 2) continue;
+      block.own_rows(clusters, own, keys.data(), value_rows.data());
+      block.own_scores(clusters, i, own, keys.data());
+      float* weights = block.own_weights + i * slots;
+#pragma omp simd
+      for (int64_t j = 0; j < slots; ++j) weights[j] = exp_nonpositive(std::min(weights[j] - lse[i], 0.0f));
+      for (int64_t j = 0; j < slots; ++j) {
+        key_grads[j] = to.key + (keys[j] - p.keys(block.head));
+        value_grads[j] = to.value + (value_rows[j] - p.values(block.head));
+      }
+      const float *query = block.queries() + i * d, *flow_in = grad + i * v;
+      by_width(v / kLanes, [&](auto width) {
+        for (int64_t j = 0; j < slots; j += kLanes)
+          store(ds + j, load(weights + j) * (dots<width>(flow_in, value_rows.data() + j, v / kLanes) - delta[i]));
+        spread_row<width>(value_grads.data(), weights, flow_in, block.own * p.L, v / kLanes);
+      });
+      by_width(d / kLanes, [&](auto width) {
+        add_rows<width>(query_grads + i * d, ds, keys.data(), slots, d / kLanes);
+        spread_row<width>(key_grads.data(), ds, query, block.own * p.L, d / kLanes);
+      });
+    }
+  }
+
+  void near_keys(const Problem& p, const float* grad, float* query_grads, const Gradients& to) {
+    const int64_t count = block.count, total = block.near_size(), d = p.d, v = p.v;
+    float* ds = resized(flow, count * total);
+    int64_t column = 0;
+    for (const Range& range : block.near) {
+      const int64_t size = range.size();
+      if (!size) continue;
+      product_bt(count, size, v, grad, v, p.values(block.head) + range.first * v, v, 0.0f, ds, size);
+      product_at(
+          size, v, count, block.near_weights + column, total, grad, v, 1.0f, to.value + range.first * v, v);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* weights = block.near_weights + i * total + column;
+        for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[j] * (ds[i * size + j] - delta[i]);
+      }
+      product(count, d, size, ds, size, p.keys(block.head) + range.first * d, d, 1.0f, query_grads, d);
+      product_at(size, d, count, ds, size, block.queries(), d, 1.0f, to.key + range.first * d, d);
+      column += size;
+    }
+  }
+
+  void far_clusters(
+      const Problem& p, const Clusters& clusters, const float* grad, float* query_grads, const Gradients& to) {
+    const int64_t count = block.count, size = block.far.size(), d = p.d, v = p.v, o = p.o(), f = p.f(), r = p.r;
+    if (!size) return;
+    const int64_t at = block.head * p.C() + block.far.first;
+    const float* moment = clusters.values + at * o * v;
+    float *weights = block.far_weights, *ds = resized(far_flow, count * size);
+    float* da = resized(coordinate_grads, count * r);
+    std::fill(da, da + count * r, 0.0f);
+    const float* pulled = grad;  // (count, o · v): the gradient times 1 and the coordinates
+    if (o > 1) {
+      float* x = resized(tilted, count * o * v);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t y = 0; y < o; ++y)
+          for (int64_t t = 0; t < v; ++t)
+            x[(i * o + y) * v + t] = (y ? block.coordinates[i * r + y - 1] : 1.0f) * grad[i * v + t];
+      pulled = x;
+      float* sums = resized(moments, count * o * v);
+      product(count, o * v, size, weights, size, moment, o * v, 0.0f, sums, o * v);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, sums + (i * o + y) * v, v);
+    }
+    product_at(size, o * v, count, weights, size, pulled, o * v, 1.0f, values.data() + block.far.first * o * v, o * v);
+    product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = ds + i * size;
+      const float *w = weights + i * size, shift = delta[i];
+#pragma omp simd
+      for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
+    }
+    product(count, d, size, ds, size, clusters.centre + at * d, d, 1.0f, query_grads, d);
+    product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + block.far.first * d, d);
+    if (!f) return;
+    for (int64_t i = 0; i < count * size; ++i) ds[i] = block.bonus[i] < kSpreadLimit ? ds[i] : 0.0f;
+    product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + block.far.first * f, f);
+    float* dp = resized(pair_grads, count * f);
+    product(count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* a = block.coordinates + i * r;
+      for (int64_t x = 0, pair = i * f; x < r; ++x)
+        for (int64_t y = x; y < r; ++y, ++pair) da[i * r + x] += dp[pair] * a[y], da[i * r + y] += dp[pair] * a[x];
+    }
+    const float* map = p.query_map + block.head % p.h * d * r;
+    product_bt(count, d, r, da, r, map, r, 1.0f, query_grads, d);
+    product_at(d, r, count, block.queries(), d, da, r, 1.0f, to.query_map, r);
+  }
+
+  // From the moments of a run's clusters to its keys, its values and the key map.
+  void through_moments(const Problem& p, int64_t head, int64_t run, const Clusters& clusters, const Gradients& to) {
+    const int64_t r = p.r, d = p.d, v = p.v, o = p.o(), f = p.f(), first = run * p.R;
+    const float* z = f ? run_coordinates(p, head, run, scratch) : nullptr;
+    float *dz = resized(run_grads, p.R * r), *deviations = resized(scratch.deviations, p.L * r);
+    std::fill(dz, dz + p.R * r, 0.0f);
+    for (int64_t cluster = run * p.per_run(); cluster < (run + 1) * p.per_run(); ++cluster) {
+      const int32_t* members = clusters.members + (head * p.C() + cluster) * p.L;
+      const float *mean = clusters.values + (head * p.C() + cluster) * o * v, *dv = values.data() + cluster * o * v;
+      const int64_t count = f ? cluster_deviations(p, members, first, z, deviations)
+                              : std::count_if(members, members + p.L, [](int32_t j) { return j >= 0; });
+      if (!count) continue;
+      const float share = 1.0f / count;
+      for (int64_t l = 0; l < p.L; ++l) {
+        if (members[l] < 0) continue;
+        float *key = to.key + members[l] * d, *value = to.value + members[l] * v, *to_z = dz + (members[l] - first) * r;
+        const float *row = p.values(head) + members[l] * v, *deviation = deviations + l * r;
+        for (int64_t i = 0; i < d; ++i) key[i] += share * centre[cluster * d + i];
+        for (int64_t x = 0; x < o; ++x) {
+          const float weight = share * (x ? deviation[x - 1] : 1.0f);
+          for (int64_t i = 0; i < v; ++i) value[i] += weight * dv[x * v + i];
+          if (x) to_z[x - 1] += share * (dot(dv + x * v, row, v) - dot(dv + x * v, mean, v));
+        }
+        const float* pair = spread.data() + cluster * f;
+        for (int64_t x = 0; f && x < r; ++x)
+          for (int64_t y = x; y < r; ++y, ++pair) {
+            to_z[x] += (x == y ? 0.5f : 1.0f) * share * *pair * deviation[y];
+            to_z[y] += (x == y ? 0.5f : 1.0f) * share * *pair * deviation[x];
+          }
+      }
+    }
+    if (!f) return;
+    const int64_t count = std::min(p.R, p.n - first);
+    const float* map = p.key_map + head % p.h * d * r;
+    product_bt(count, d, r, dz, r, map, r, 1.0f, to.key + first * d, d);
+    product_at(d, r, count, p.keys(head) + first * d, d, dz, r, 1.0f, to.key_map, r);
+  }
+};
+
+// Gradients of query, key, value, query_map and key_map, in parts to be added up over dimension 2 of each: one per head
+// that shares a key head and per part of the queries.
+std::vector<Tensor> backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map,
+    const Tensor& key_map, const optional<Tensor>& key_open, const Tensor& plan, const Tensor& output, const Tensor& lse,
+    const Tensor& own, const Tensor& members, const Tensor& centre, const Tensor& values, const Tensor& spread,
+    const Tensor& log_count, bool causal, int64_t offset, int64_t window, int64_t run, int64_t cluster, int64_t order) {
+  const Problem p =
+      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order);
+  const int64_t heads = p.b * p.h, groups = p.h / p.h_kv, threads = at::get_num_threads();
+  // Whole heads where they are enough to keep the threads busy: parts of a head cost a copy of its gradients each.
+  const int64_t parts = heads >= 2 * threads || threads == 1 ? 1 : std::min(p.Q, (2 * threads + heads - 1) / heads);
+  Tensor query_grads = at::empty_like(query);
+  Tensor key_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.d}, query.options());
+  Tensor value_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.v}, query.options());
+  Tensor map_grads = at::zeros({2, p.b * parts, p.h, p.d, p.r}, query.options());
+  const Clusters clusters{
+      const_cast<int32_t*>(members.const_data_ptr<int32_t>()), const_cast<float*>(floats(centre)),
+      const_cast<float*>(floats(values)), const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count))};
+  const float *out = floats(output), *sums = floats(lse), *flow = floats(grad);
+  const int32_t* chosen = own.const_data_ptr<int32_t>();
+  float *to_query = query_grads.data_ptr<float>(), *to_key = key_grads.data_ptr<float>();
+  float *to_value = value_grads.data_ptr<float>(), *to_maps = map_grads.data_ptr<float>();
+  const int64_t most = own.size(3), map = p.d * p.r;
+  for_each_task<Backward>(heads * parts, [&](Backward& worker, int64_t task) {
+    const int64_t head = task / parts, part = task % parts, sample = head / p.h;
+    const int64_t slot = (p.key_head(head) * groups + head % groups) * parts + part;
+    const int64_t place = (sample * parts + part) * p.h + head % p.h;
+    const Gradients to{
+        to_query, to_key + slot * p.n * p.d, to_value + slot * p.n * p.v, to_maps + place * map,
+        to_maps + (p.b * parts * p.h + place) * map};
+    const Range blocks{part * p.Q / parts, (part + 1) * p.Q / parts};
+    worker.run(p, head, blocks, clusters, chosen, most, out, sums, flow, to);
+  });
+  return {query_grads, key_grads, value_grads, map_grads};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(approx_attn_cpu, library) {
+  library.def(
+      "cluster_forward(Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, Tensor? key_open, "
+      "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, int most) -> Tensor[]",
+      &forward);
+  library.def(
+      "cluster_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, "
+      "Tensor? key_open, Tensor plan, Tensor output, Tensor lse, Tensor own, Tensor members, Tensor centre, "
+      "Tensor values, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
+      "int order) -> Tensor[]",
+      &backward);
+}

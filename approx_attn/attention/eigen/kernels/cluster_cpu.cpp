@@ -13,12 +13,17 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -98,15 +103,20 @@ inline Vector fold(Vector x, Vector y, std::index_sequence<lane...>) {
   return __builtin_shuffle(x, y, low) + __builtin_shuffle(x, y, low + half);
 }
 
-// Products of one row x with 16 rows y, each of `width` vectors, one per lane.
-template <int width>
-inline Vector dots(const float* x, const float* const* y, int64_t vectors) {
-  const int64_t w = width ? width : vectors;
+// Products of `group` rows x with 16 / group rows from y on (of n numbers each; the last of `rows` again where there are
+// fewer), by x and then by y.
+template <int width, int group>
+inline Vector dots(const float* const* x, const float* y, int64_t rows, int64_t n) {
+  const int64_t w = width ? width : n / kLanes;
+  constexpr int size = 16 / group;
   Vector sums[16];
-  for (int j = 0; j < 16; ++j) {
-    Vector sum = load(x) * load(y[j]);
-    for (int64_t i = 1; i < w; ++i) sum += load(x + 16 * i) * load(y[j] + 16 * i);
-    sums[j] = sum;
+  for (int g = 0; g < group; ++g) {
+    for (int j = 0; j < size; ++j) {
+      const float* row = y + (j < rows ? j : rows - 1) * n;
+      Vector sum = load(x[g]) * load(row);
+      for (int64_t i = 1; i < w; ++i) sum += load(x[g] + 16 * i) * load(row + 16 * i);
+      sums[g * size + j] = sum;
+    }
   }
   constexpr auto lanes = std::make_index_sequence<16>();
   for (int j = 0; j < 8; ++j) sums[j] = fold<16>(sums[j], sums[j + 8], lanes);
@@ -115,27 +125,43 @@ inline Vector dots(const float* x, const float* const* y, int64_t vectors) {
   return fold<2>(sums[0], sums[1], lanes);
 }
 
-// to += Σ_j weights[j] · rows[j]
-template <int width>
-inline void add_rows(float* to, const float* weights, const float* const* rows, int64_t count, int64_t vectors) {
+// to += Σ_j weights(j) · row(j), all of n numbers
+template <int width, typename Weights, typename Rows>
+inline void add_rows(float* to, int64_t count, int64_t n, const Weights& weights, const Rows& row) {
   if constexpr (width > 0) {
     Vector sums[width];
     for (int i = 0; i < width; ++i) sums[i] = load(to + 16 * i);
-    for (int64_t j = 0; j < count; ++j)
-      for (int i = 0; i < width; ++i) sums[i] += weights[j] * load(rows[j] + 16 * i);
+    for (int64_t j = 0; j < count; ++j) {
+      const float weight = weights(j);
+      const float* x = row(j);
+      for (int i = 0; i < width; ++i) sums[i] += weight * load(x + 16 * i);
+    }
     for (int i = 0; i < width; ++i) store(to + 16 * i, sums[i]);
   } else {
     for (int64_t j = 0; j < count; ++j)
-      for (int64_t i = 0; i < vectors; ++i) store(to + 16 * i, load(to + 16 * i) + weights[j] * load(rows[j] + 16 * i));
+      for (int64_t i = 0; i < n; i += 16) store(to + i, load(to + i) + weights(j) * load(row(j) + i));
   }
 }
 
-// rows[j] += weights[j] · x
-template <int width>
-inline void spread_row(float* const* rows, const float* weights, const float* x, int64_t count, int64_t vectors) {
-  const int64_t w = width ? width : vectors;
-  for (int64_t j = 0; j < count; ++j)
-    for (int64_t i = 0; i < w; ++i) store(rows[j] + 16 * i, load(rows[j] + 16 * i) + weights[j] * load(x + 16 * i));
+// Bit i says whether x[i] reaches `least` (is above it), for 16 numbers.
+inline uint32_t reaching(const float* x, float least) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(least), _CMP_GE_OQ);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(x[i] >= least) << i;
+  return bits;
+#endif
+}
+
+inline uint32_t above(const float* x, float least) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(x), _mm512_set1_ps(least), _CMP_GT_OQ);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(x[i] > least) << i;
+  return bits;
+#endif
 }
 
 // Calls `body` with the number of vectors in a row as a constant where it is a usual one, else with 0.
@@ -146,6 +172,16 @@ inline void by_width(int64_t vectors, const Body& body) {
   if (vectors == 4) return body(std::integral_constant<int, 4>());
   if (vectors == 8) return body(std::integral_constant<int, 8>());
   body(std::integral_constant<int, 0>());
+}
+
+// Calls `body` with how many queries fill a vector with their products with the keys of a cluster.
+template <typename Body>
+inline void by_group(int64_t cluster, const Body& body) {
+  if (cluster == 8) return body(std::integral_constant<int, 2>());
+  if (cluster == 4) return body(std::integral_constant<int, 4>());
+  if (cluster == 2) return body(std::integral_constant<int, 8>());
+  if (cluster == 1) return body(std::integral_constant<int, 16>());
+  body(std::integral_constant<int, 1>());
 }
 
 // -- products of row-major matrices: c (m × n) = a · b + beta · c ----------------------------------------------------------
@@ -243,8 +279,9 @@ float* resized(std::vector<float>& x, int64_t n) {
 // -- clusters ------------------------------------------------------------------------------------------------------------
 
 struct Clusters {  // of all heads
-  int32_t* members;  // (b·h, C, L): keys, −1 where a slot is empty
-  float *centre, *values, *spread, *log_count;  // (b·h, C, d), (b·h, C, o, v), (b·h, C, f), (b·h, C)
+  int32_t* members;    // (b·h, C, L): keys, −1 in empty slots, which stand last
+  float *key, *value;  // (b·h, C, L, d) and (b·h, C, L, v): the members', zero in empty slots
+  float *centre, *moments, *spread, *log_count;  // (b·h, C, d), (b·h, C, o, v), (b·h, C, f), (b·h, C)
 };
 
 struct RunScratch {
@@ -264,17 +301,33 @@ const float* run_coordinates(const Problem& p, int64_t head, int64_t run, RunScr
 // Halves a run at the median of one coordinate after the other until clusters of L are left; empty slots go last, equal
 // coordinates by position.
 void cut(const Problem& p, int64_t head, int64_t run, const float* z, int32_t* members) {
-  for (int64_t j = 0; j < p.R; ++j) members[j] = p.open(head, run * p.R + j) ? j : j + p.R;  // marked as empty
-  for (int64_t size = p.R, axis = 0; size > p.L; size /= 2, axis = (axis + 1) % p.r) {
+  const int32_t R = p.R;
+  for (int32_t j = 0; j < R; ++j) members[j] = p.open(head, run * R + j) ? j : j + R;  // marked as empty
+  for (int64_t size = R, axis = 0; size > p.L; size /= 2, axis = (axis + 1) % p.r) {
     const auto before = [&](int32_t x, int32_t y) {
-      if ((x < p.R) != (y < p.R)) return x < p.R;
-      const float zx = x < p.R ? z[x * p.r + axis] : 0.0f, zy = y < p.R ? z[y * p.r + axis] : 0.0f;
-      return zx != zy ? zx < zy : x < y;
+      if (x >= R || y >= R) return x < R || (y >= R && x < y);
+      const float zx = z[x * p.r + axis], zy = z[y * p.r + axis];
+      return zx < zy || (!(zy < zx) && x < y);
     };
-    for (int64_t start = 0; start < p.R; start += size)
+    for (int64_t start = 0; start < R; start += size)
       std::nth_element(members + start, members + start + size / 2, members + start + size, before);
   }
-  for (int64_t j = 0; j < p.R; ++j) members[j] = members[j] < p.R ? run * p.R + members[j] : -1;
+  for (int64_t start = 0; start < R; start += p.L) std::sort(members + start, members + start + p.L);
+  for (int64_t j = 0; j < R; ++j) members[j] = members[j] < R ? run * R + members[j] : -1;
+}
+
+// Copies the keys and values of a run in the order of its clusters.
+void gather(const Problem& p, int64_t head, int64_t run, const Clusters& to) {
+  const int64_t first = head * p.C() * p.L + run * p.R;
+  for (int64_t slot = first; slot < first + p.R; ++slot) {
+    const int64_t j = to.members[slot];
+    float *key = to.key + slot * p.d, *value = to.value + slot * p.v;
+    if (j < 0) {
+      std::fill(key, key + p.d, 0.0f), std::fill(value, value + p.v, 0.0f);
+    } else {
+      std::copy_n(p.keys(head) + j * p.d, p.d, key), std::copy_n(p.values(head) + j * p.v, p.v, value);
+    }
+  }
 }
 
 // Deviations (L × r) of the members' coordinates from their mean; returns how many members there are.
@@ -298,14 +351,13 @@ void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const floa
   const int32_t* members = to.members + index * p.L;
   float* deviations = resized(scratch.deviations, p.L * p.r);
   const int64_t count = cluster_deviations(p, members, first, z, deviations);
-  float *centre = to.centre + index * p.d, *values = to.values + index * o * p.v, *spread = to.spread + index * f;
+  float *centre = to.centre + index * p.d, *values = to.moments + index * o * p.v, *spread = to.spread + index * f;
   std::fill(centre, centre + p.d, 0.0f), std::fill(values, values + o * p.v, 0.0f), std::fill(spread, spread + f, 0.0f);
   to.log_count[index] = count ? std::log(static_cast<float>(count)) : kLowest;
   if (!count) return;
   const float share = 1.0f / count;
-  for (int64_t l = 0; l < p.L; ++l) {
-    if (members[l] < 0) continue;
-    const float *key = p.keys(head) + members[l] * p.d, *value = p.values(head) + members[l] * p.v;
+  for (int64_t l = 0; l < count; ++l) {
+    const float *key = to.key + (index * p.L + l) * p.d, *value = to.value + (index * p.L + l) * p.v;
     const float* deviation = deviations + l * p.r;
     for (int64_t i = 0; i < p.d; ++i) centre[i] += share * key[i];
     for (int64_t i = 0; i < p.v; ++i) values[i] += share * value[i];
@@ -322,6 +374,7 @@ void make_clusters(const Problem& p, const Clusters& to) {
     const int64_t head = task / runs, run = task % runs, first = run * p.per_run();
     const float* z = run_coordinates(p, head, run, scratch);
     cut(p, head, run, z, to.members + (head * p.C() + first) * p.L);
+    gather(p, head, run, to);
     for (int64_t cluster = first; cluster < first + p.per_run(); ++cluster)
       cluster_moments(p, head, cluster, z, run * p.R, to, scratch);
   });
@@ -338,9 +391,10 @@ struct Range {
 struct Block {
   const Problem* p = nullptr;
   int64_t head, first, count;  // of the queries
-  Range far, near[2];          // clusters; keys before and after the far runs
+  Range far, near[2];          // clusters; slots of members before and after the far runs
   int64_t own;                 // clusters per query
-  std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_, tilted_;
+  std::vector<int32_t> starts, next_, pair_queries, pair_places;  // see sort_pairs
+  std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_;
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
   float *far_weights, *bonus, *near_weights, *own_weights;  // (count, far), (count, far), (count, near), (count, own · L)
 
@@ -355,8 +409,7 @@ struct Block {
     first = std::max<int64_t>(start, 0), count = std::min(start + p->R, p->n_q) - first;
     const int64_t* plan = p->plan + ((p->plan_samples == 1 ? 0 : head / p->h) * p->Q + block) * 5;
     far = {plan[0] * p->per_run(), plan[1] * p->per_run()};
-    near[0] = {plan[2] * p->R, std::min(plan[0] * p->R, p->n)};
-    near[1] = {plan[1] * p->R, std::min(plan[3] * p->R, p->n)};
+    near[0] = {plan[2] * p->R, plan[0] * p->R}, near[1] = {plan[1] * p->R, plan[3] * p->R};
     own = plan[4];
     coordinates = resized(coordinates_, count * p->r), pairs = resized(pairs_, count * p->f());
     far_weights = resized(far_, count * far.size()), bonus = resized(bonus_, count * far.size());
@@ -365,12 +418,6 @@ struct Block {
 
   static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
   int64_t own_stride() const { return rounded(own * p->L); }
-
-  bool allowed(int64_t query, int64_t key) const {
-    const int64_t position = query + p->offset;
-    if (p->causal && key > position) return false;
-    return !p->window || std::abs(position - key) < p->window;
-  }
 
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
@@ -400,41 +447,80 @@ struct Block {
     int64_t column = 0;
     for (const Range& range : near) {
       if (!range.size()) continue;
+      const int64_t slot = head * C * p->L + range.first;
       product_bt(
-          count, range.size(), p->d, queries(), p->d, p->keys(head) + range.first * p->d, p->d, 0.0f,
-          near_weights + column, near_size());
-      close(range, column);
+          count, range.size(), p->d, queries(), p->d, clusters.key + slot * p->d, p->d, 0.0f, near_weights + column,
+          near_size());
+      close(range.size(), clusters.members + slot, near_weights + column);
       column += range.size();
     }
   }
 
-  void close(const Range& range, int64_t column) {
-    if (!p->causal && !p->window && !p->key_open) return;
-    for (int64_t i = 0; i < count; ++i) {
-      float* x = near_weights + i * near_size() + column;
-      for (int64_t j = range.first; j < range.last; ++j)
-        if (!allowed(first + i, j) || !p->open(head, j)) x[j - range.first] = kLowest;
+  void close(int64_t size, const int32_t* members, float* x) {
+    for (int64_t i = 0; i < count; ++i, x += near_size()) {
+      const int64_t position = first + i + p->offset;
+      const int64_t last = p->causal ? position : p->window ? position + p->window - 1 : p->n;
+      const int64_t least = p->window ? std::max<int64_t>(position - p->window + 1, 0) : 0;
+      for (int64_t j = 0; j < size; ++j) x[j] = members[j] < least || members[j] > last ? kLowest : x[j];
     }
   }
 
-  // Keys and values of the own clusters of a query, filled up to whole vectors with the first row.
-  void own_rows(const Clusters& clusters, const int32_t* chosen, const float** keys, const float** values) const {
-    const int32_t* members = clusters.members + head * p->C() * p->L;
-    for (int64_t slot = 0; slot < own_stride(); ++slot) {
-      const int64_t key = slot < own * p->L ? std::max(members[chosen[slot / p->L] * p->L + slot % p->L], 0) : 0;
-      keys[slot] = p->keys(head) + key * p->d, values[slot] = p->values(head) + key * p->v;
-    }
+  // Orders the pairs of queries and own clusters by cluster, so that its keys stay in the nearest cache for all of them.
+  void sort_pairs(const int32_t* chosen, int64_t most) {
+    starts.assign(far.size() + 1, 0);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t m = 0; m < own; ++m) ++starts[chosen[i * most + m] - far.first + 1];
+    for (int64_t c = 0; c < far.size(); ++c) starts[c + 1] += starts[c];
+    pair_places.resize(count * own), pair_queries.resize(count * own);
+    next_.assign(starts.begin(), starts.end() - 1);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t m = 0; m < own; ++m) {
+        const int32_t pair = next_[chosen[i * most + m] - far.first]++;
+        pair_queries[pair] = i, pair_places[pair] = i * own_stride() + m * p->L;
+      }
   }
 
-  void own_scores(const Clusters& clusters, int64_t i, const int32_t* chosen, const float* const* keys) const {
-    float* x = own_weights + i * own_stride();
-    by_width(p->d / kLanes, [&](auto width) {
-      for (int64_t slot = 0; slot < own_stride(); slot += kLanes)
-        store(x + slot, dots<width>(queries() + i * p->d, keys + slot, p->d / kLanes));
+  // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own.
+  template <typename Body>
+  void for_each_own(const Body& body) const {
+    for (int64_t c = 0; own && c < far.size(); ++c)
+      if (starts[c] < starts[c + 1]) body(far.first + c, starts[c], starts[c + 1]);
+  }
+
+  // Products of rows of queries (n numbers each) with the rows of their own clusters, to the places of the pairs in `to`.
+  void own_products(const float* queries, const float* rows, int64_t n, float* to) const {
+    by_width(n / kLanes, [&](auto width) {
+      by_group(p->L, [&](auto group) {
+        constexpr int64_t size = kLanes / group;
+        alignas(64) float products[kLanes];
+        const float* x[group];
+        for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+          const float* row = rows + (head * p->C() + cluster) * p->L * n;
+          for (int64_t pair = first; pair < last; pair += group) {
+            const int64_t pairs = std::min<int64_t>(group, last - pair);
+            for (int64_t g = 0; g < group; ++g) x[g] = queries + pair_queries[pair + std::min(g, pairs - 1)] * n;
+            for (int64_t l = 0; l < p->L; l += size) {
+              store(products, dots<width, group>(x, row + l * n, p->L - l, n));
+              for (int64_t g = 0; g < pairs; ++g)
+                std::copy_n(products + g * size, std::min(size, p->L - l), to + pair_places[pair + g] + l);
+            }
+          }
+        });
+      });
     });
-    const int32_t* members = clusters.members + head * p->C() * p->L;
-    for (int64_t slot = 0; slot < own_stride(); ++slot)
-      if (slot >= own * p->L || members[chosen[slot / p->L] * p->L + slot % p->L] < 0) x[slot] = kLowest;
+  }
+
+  void own_scores(const Clusters& clusters) const {
+    own_products(queries(), clusters.key, p->d, own_weights);
+    if (p->key_open || p->n % p->R) {
+      for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
+        for (int64_t l = 0; l < p->L; ++l)
+          for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) own_weights[pair_places[pair] + l] = kLowest;
+      });
+    }
+    for (int64_t i = 0; i < count; ++i)
+      std::fill(own_weights + i * own_stride() + own * p->L, own_weights + (i + 1) * own_stride(), kLowest);
   }
 
   // Clusters stand in far_weights from far.first on.
@@ -443,39 +529,76 @@ struct Block {
   }
 };
 
-// The `count` highest of n numbers, lower places first among equals.
+// The `count` highest of n numbers, lower places first among equals. `x` has room for a whole vector behind its end.
 class Highest {
  public:
-  void find(const float* x, int64_t n, int64_t count, int32_t* places) {
+  void find(float* x, int64_t n, int64_t count, int32_t* places) {
+    constexpr float kNone = kLowest * 2;
+    std::fill(x + n, x + rounded(n), kNone);
     const float least = bound(x, n, count);
-    candidates_.clear();
-    for (int64_t i = 0; i < n; ++i)
-      if (x[i] >= least) candidates_.push_back({x[i], static_cast<int32_t>(i)});
-    const auto higher = [](const auto& a, const auto& b) {
-      return a.first != b.first ? a.first > b.first : a.second < b.second;
-    };
-    std::nth_element(candidates_.begin(), candidates_.begin() + count - 1, candidates_.end(), higher);
-    for (int64_t i = 0; i < count; ++i) places[i] = candidates_[i].second;
+    values_.resize(rounded(n) + kLanes), places_.resize(n);
+    int64_t found = 0;
+    for (int64_t i = 0; i < n; i += kLanes)
+      for (uint32_t bits = reaching(x + i, least); bits; bits &= bits - 1, ++found) {
+        const int64_t place = i + __builtin_ctz(bits);
+        if (place < n) values_[found] = x[place], places_[found] = place;
+      }
+    found = std::min(found, n);
+    std::fill_n(values_.begin() + found, kLanes, kNone);
+    int64_t kept = 0;
+    if (found <= count || found > kMostRanked) kept = all_or_sorted(found, count, places);
+    for (int64_t i = 0; kept < count && i < found; ++i)
+      if (rank(found, i) < count) places[kept++] = places_[i];
+    // NaN reaches nothing: its query has NaN for an output, whatever is chosen.
+    while (kept < count) places[kept++] = 0;
   }
 
  private:
+  static constexpr int64_t kMostRanked = 128;  // beyond, sorting is cheaper than comparing all with all
+  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
   // A number that at least `count` of the x reach: the lowest but few of the highest of interleaved groups.
   float bound(const float* x, int64_t n, int64_t count) {
-    const int64_t groups = std::min((count + kLanes - 1) / kLanes * kLanes, n);
-    if (groups < count || n < 2 * groups || groups % kLanes) return kLowest * 2;
-    highest_.assign(x, x + groups);
+    const int64_t groups = rounded(count + count / 2);
+    if (n < 2 * groups || groups > kMostRanked) return kLowest * 2;
+    values_.resize(rounded(n) + kLanes);
+    std::copy_n(x, groups, values_.begin());
     for (int64_t start = groups; start + groups <= n; start += groups) {
-      float* to = highest_.data();
-      const float* from = x + start;
-#pragma omp simd
-      for (int64_t i = 0; i < groups; ++i) to[i] = from[i] > to[i] ? from[i] : to[i];
+      for (int64_t i = 0; i < groups; i += kLanes) {
+        const Vector old = load(values_.data() + i), next = load(x + start + i);
+        store(values_.data() + i, next > old ? next : old);
+      }
     }
-    std::nth_element(highest_.begin(), highest_.begin() + count - 1, highest_.end(), std::greater<float>());
-    return highest_[count - 1];
+    for (int64_t i = 0; i < groups; ++i)
+      if (rank(groups, i) == count - 1) return values_[i];
+    return kLowest * 2;
   }
 
-  std::vector<float> highest_;
-  std::vector<std::pair<float, int32_t>> candidates_;
+  // How many of the first n values come before value i.
+  int64_t rank(int64_t n, int64_t i) const {
+    int64_t before = 0;
+    for (int64_t j = 0; j < n; j += kLanes) {
+      before += __builtin_popcount(above(values_.data() + j, values_[i]));
+      if (j <= i) {  // equal ones that stand before it
+        const uint32_t earlier = i - j >= kLanes ? 0xFFFF : (1u << (i - j)) - 1;
+        before += __builtin_popcount(reaching(values_.data() + j, values_[i]) & ~above(values_.data() + j, values_[i]) & earlier);
+      }
+    }
+    return before;
+  }
+
+  int64_t all_or_sorted(int64_t found, int64_t count, int32_t* places) {
+    order_.resize(found);
+    std::iota(order_.begin(), order_.end(), 0);
+    const auto higher = [&](int32_t a, int32_t b) { return values_[a] != values_[b] ? values_[a] > values_[b] : a < b; };
+    if (found > count) std::nth_element(order_.begin(), order_.begin() + count - 1, order_.end(), higher);
+    const int64_t kept = std::min(found, count);
+    for (int64_t i = 0; i < kept; ++i) places[i] = places_[order_[i]];
+    return kept;
+  }
+
+  std::vector<float> values_;
+  std::vector<int32_t> places_, order_;
 };
 
 // -- forward -------------------------------------------------------------------------------------------------------------
@@ -484,40 +607,40 @@ struct Forward {
   Block block;
   Highest highest;
   std::vector<float> rating, moments;
-  std::vector<const float*> keys, values;
 
   void run(const Problem& p, int64_t task, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
     block.place(p, task);
     block.scores(clusters);
     const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), v = p.v, o = p.o();
-    keys.resize(block.own_stride()), values.resize(block.own_stride());
     output += row * v;
     std::fill(output, output + block.count * v, 0.0f);
+    chosen += row * most;
     for (int64_t i = 0; i < block.count; ++i) {
-      int32_t* own = chosen + (row + i) * most;
+      int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
-      if (block.own) {
-        choose(i, own);
-        block.own_rows(clusters, own, keys.data(), values.data());
-        block.own_scores(clusters, i, own, keys.data());
-        block.leave_out(i, own);
-      }
-      lse[row + i] = softmax(i, size);
-      if (block.own) {
-        by_width(v / kLanes, [&](auto width) {
-          const float* weights = block.own_weights + i * block.own_stride();
-          add_rows<width>(output + i * v, weights, values.data(), block.own_stride(), v / kLanes);
-        });
-      }
+      if (block.own) choose(i, own), block.leave_out(i, own);
     }
+    if (block.own) block.sort_pairs(chosen, most), block.own_scores(clusters);
+    for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i, size);
+    by_width(v / kLanes, [&](auto width) {
+      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        const float* values = clusters.value + (block.head * p.C() + cluster) * p.L * v;
+        for (int64_t pair = first; pair < last; ++pair) {
+          const float* weights = block.own_weights + block.pair_places[pair];
+          add_rows<width>(
+              output + block.pair_queries[pair] * v, p.L, v, [&](int64_t l) { return weights[l]; },
+              [&](int64_t l) { return values + l * v; });
+        }
+      });
+    });
     int64_t column = 0;
     for (const Range& range : block.near) {
       product(
           block.count, v, range.size(), block.near_weights + column, block.near_size(),
-          p.values(block.head) + range.first * v, v, 1.0f, output, v);
+          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, 1.0f, output, v);
       column += range.size();
     }
-    const float* far = clusters.values + (block.head * p.C() + block.far.first) * o * v;
+    const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
     if (o == 1) return product(block.count, v, size, block.far_weights, size, far, v, 1.0f, output, v);
     if (!size) return;
     float* sums = resized(moments, block.count * o * v);
@@ -535,13 +658,14 @@ struct Forward {
   void choose(int64_t i, int32_t* own) {
     const int64_t size = block.far.size();
     const float *x = block.far_weights + i * size, *g = block.bonus + i * size;
-    float* to = resized(rating, size);
+    float* to = resized(rating, size + kLanes);
     if (block.p->f()) {
 #pragma omp simd
       for (int64_t c = 0; c < size; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
-      x = to;
+    } else {
+      std::copy_n(x, size, to);
     }
-    highest.find(x, size, block.own, own);
+    highest.find(to, size, block.own, own);
     for (int64_t m = 0; m < block.own; ++m) own[m] += block.far.first;
   }
 
@@ -568,7 +692,7 @@ struct Forward {
 
 Tensor numbers(std::initializer_list<int64_t> shape, const Tensor& like) { return at::empty(shape, like.options()); }
 
-// Output (b, h, n_q, v), then what backward needs: log-sum-exp, own clusters, members, centre, values, spread, log_count.
+// Output (b, h, n_q, v), then what backward needs: log-sum-exp, own clusters, members, centre, moments, spread, log_count.
 std::vector<Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
     const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
@@ -579,23 +703,24 @@ std::vector<Tensor> forward(
   const auto places = query.options().dtype(at::kInt);
   Tensor output = numbers({p.b, p.h, p.n_q, p.v}, query), lse = numbers({p.b, p.h, p.n_q}, query);
   Tensor own = at::empty({p.b, p.h, p.n_q, most}, places), members = at::empty({heads, C, p.L}, places);
-  Tensor centre = numbers({heads, C, p.d}, query), values = numbers({heads, C, p.o(), p.v}, query);
+  Tensor centre = numbers({heads, C, p.d}, query), moments = numbers({heads, C, p.o(), p.v}, query);
   Tensor spread = numbers({heads, C, p.f()}, query), log_count = numbers({heads, C}, query);
+  Tensor sorted_key = numbers({heads, C, p.L, p.d}, query), sorted_value = numbers({heads, C, p.L, p.v}, query);
   const Clusters clusters{
-      members.data_ptr<int32_t>(), centre.data_ptr<float>(), values.data_ptr<float>(), spread.data_ptr<float>(),
-      log_count.data_ptr<float>()};
+      members.data_ptr<int32_t>(), sorted_key.data_ptr<float>(), sorted_value.data_ptr<float>(),
+      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>()};
   make_clusters(p, clusters);
   int32_t* chosen = own.data_ptr<int32_t>();
   float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
   for_each_task<Forward>(heads * p.Q, [&](Forward& forward, int64_t task) {
     forward.run(p, task, clusters, chosen, most, out, sums);
   });
-  return {output, lse, own, members, centre, values, spread, log_count};
+  return {output, lse, own, members, centre, moments, spread, log_count};
 }
 
 // -- backward ------------------------------------------------------------------------------------------------------------
 
-// Where the gradients of one head (or part of its queries) are added up; keys and values may be shared by nobody else.
+// Where the gradients of one head (or of part of its queries) go.
 struct Gradients {
   float *query, *key, *value, *query_map, *key_map;
 };
@@ -603,23 +728,22 @@ struct Gradients {
 struct Backward {
   Block block;
   RunScratch scratch;
-  std::vector<float> centre, values, spread, flow, far_flow, tilted, moments, delta, pair_grads, coordinate_grads;
-  std::vector<float> own_flow, run_grads;
-  std::vector<const float*> keys, value_rows;
-  std::vector<float*> key_grads, value_grads;
+  std::vector<float> key, value, centre, moments, spread;  // gradients of members and moments of all clusters
+  std::vector<float> delta, own_flow, near_flow, far_flow, tilted, sums, pair_grads, coordinate_grads, run_grads;
 
   // Query blocks first..last-1 of one head.
   void run(
       const Problem& p, int64_t head, Range blocks, const Clusters& clusters, const int32_t* chosen, int64_t most,
       const float* output, const float* lse, const float* grad, const Gradients& to) {
     const int64_t C = p.C();
-    centre.assign(C * p.d, 0.0f), values.assign(C * p.o() * p.v, 0.0f), spread.assign(C * p.f(), 0.0f);
+    key.assign(C * p.L * p.d, 0.0f), value.assign(C * p.L * p.v, 0.0f);
+    centre.assign(C * p.d, 0.0f), moments.assign(C * p.o() * p.v, 0.0f), spread.assign(C * p.f(), 0.0f);
     for (int64_t index = blocks.first; index < blocks.last; ++index) {
       block.place(p, head * p.Q + index);
       const int64_t row = head * p.n_q + block.first;
       one_block(p, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
     }
-    for (int64_t run = 0; run < p.runs(); ++run) through_moments(p, head, run, clusters, to);
+    for (int64_t run = 0; run < p.runs(); ++run) to_keys(p, head, run, clusters, to);
   }
 
  private:
@@ -633,9 +757,9 @@ struct Backward {
     resized(delta, count);
     // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
     for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
-    own_clusters(p, clusters, chosen, most, lse, grad, query_grads, to);
+    own_clusters(p, clusters, chosen, most, lse, grad, query_grads);
     weigh(block.far_weights, block.far.size(), lse), weigh(block.near_weights, block.near_size(), lse);
-    near_keys(p, grad, query_grads, to);
+    near_keys(p, clusters, grad, query_grads);
     far_clusters(p, clusters, grad, query_grads, to);
   }
 
@@ -643,64 +767,69 @@ struct Backward {
     for (int64_t i = 0; i < block.count; ++i) {
       float* row = x + i * size;
       const float sum = lse[i];
-      if (sum <= kLowest / 2) {
+      if (sum <= kLowest / 2) {  // no usable key
         std::fill(row, row + size, 0.0f);
         continue;
       }
 #pragma omp simd
-      for (int64_t j = 0; j < size; ++j) row[j] = exp_nonpositive(std::min(row[j] - sum, 0.0f));
+      for (int64_t j = 0; j < size; ++j) row[j] = exp_nonpositive(row[j] < sum ? row[j] - sum : 0.0f);
     }
   }
 
   void own_clusters(
       const Problem& p, const Clusters& clusters, const int32_t* chosen, int64_t most, const float* lse,
-      const float* grad, float* query_grads, const Gradients& to) {
+      const float* grad, float* query_grads) {
     if (!block.own) return;
-    const int64_t slots = block.own_stride(), d = p.d, v = p.v;
-    keys.resize(slots), value_rows.resize(slots), key_grads.resize(slots), value_grads.resize(slots);
-    float* ds = resized(own_flow, slots);
-    for (int64_t i = 0; i < block.count; ++i) {
-      const int32_t* own = chosen + i * most;
-      block.leave_out(i, own);
-      if (lse[i] <= kLowest / 2) continue;
-      block.own_rows(clusters, own, keys.data(), value_rows.data());
-      block.own_scores(clusters, i, own, keys.data());
-      float* weights = block.own_weights + i * slots;
-#pragma omp simd
-      for (int64_t j = 0; j < slots; ++j) weights[j] = exp_nonpositive(std::min(weights[j] - lse[i], 0.0f));
-      for (int64_t j = 0; j < slots; ++j) {
-        key_grads[j] = to.key + (keys[j] - p.keys(block.head));
-        value_grads[j] = to.value + (value_rows[j] - p.values(block.head));
-      }
-      const float *query = block.queries() + i * d, *flow_in = grad + i * v;
-      by_width(v / kLanes, [&](auto width) {
-        for (int64_t j = 0; j < slots; j += kLanes)
-          store(ds + j, load(weights + j) * (dots<width>(flow_in, value_rows.data() + j, v / kLanes) - delta[i]));
-        spread_row<width>(value_grads.data(), weights, flow_in, block.own * p.L, v / kLanes);
+    const int64_t stride = block.own_stride(), d = p.d, v = p.v, L = p.L;
+    for (int64_t i = 0; i < block.count; ++i) block.leave_out(i, chosen + i * most);
+    block.sort_pairs(chosen, most), block.own_scores(clusters);
+    weigh(block.own_weights, stride, lse);
+    float *ds = resized(own_flow, block.count * stride), *weights = block.own_weights;
+    std::fill(ds, ds + block.count * stride, 0.0f);
+    block.own_products(grad, clusters.value, v, ds);
+    for (int64_t i = 0; i < block.count; ++i)
+      for (int64_t j = i * stride; j < (i + 1) * stride; ++j) ds[j] = weights[j] * (ds[j] - delta[i]);
+    const float* queries = block.queries();
+    const int32_t *query = block.pair_queries.data(), *place = block.pair_places.data();
+    by_width(v / kLanes, [&](auto width) {
+      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        for (int64_t l = 0; l < L; ++l)
+          add_rows<width>(
+              value.data() + (cluster * L + l) * v, last - first, v,
+              [&](int64_t pair) { return weights[place[first + pair] + l]; },
+              [&](int64_t pair) { return grad + query[first + pair] * v; });
       });
-      by_width(d / kLanes, [&](auto width) {
-        add_rows<width>(query_grads + i * d, ds, keys.data(), slots, d / kLanes);
-        spread_row<width>(key_grads.data(), ds, query, block.own * p.L, d / kLanes);
+    });
+    by_width(d / kLanes, [&](auto width) {
+      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        for (int64_t l = 0; l < L; ++l)
+          add_rows<width>(
+              key.data() + (cluster * L + l) * d, last - first, d,
+              [&](int64_t pair) { return ds[place[first + pair] + l]; },
+              [&](int64_t pair) { return queries + query[first + pair] * d; });
+        const float* keys = clusters.key + (block.head * p.C() + cluster) * L * d;
+        for (int64_t pair = first; pair < last; ++pair)
+          add_rows<width>(
+              query_grads + query[pair] * d, L, d, [&](int64_t l) { return ds[place[pair] + l]; },
+              [&](int64_t l) { return keys + l * d; });
       });
-    }
+    });
   }
 
-  void near_keys(const Problem& p, const float* grad, float* query_grads, const Gradients& to) {
+  void near_keys(const Problem& p, const Clusters& clusters, const float* grad, float* query_grads) {
     const int64_t count = block.count, total = block.near_size(), d = p.d, v = p.v;
-    float* ds = resized(flow, count * total);
+    float* ds = resized(near_flow, count * total);
     int64_t column = 0;
     for (const Range& range : block.near) {
-      const int64_t size = range.size();
+      const int64_t size = range.size(), slot = block.head * p.C() * p.L + range.first;
       if (!size) continue;
-      product_bt(count, size, v, grad, v, p.values(block.head) + range.first * v, v, 0.0f, ds, size);
-      product_at(
-          size, v, count, block.near_weights + column, total, grad, v, 1.0f, to.value + range.first * v, v);
-      for (int64_t i = 0; i < count; ++i) {
-        const float* weights = block.near_weights + i * total + column;
-        for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[j] * (ds[i * size + j] - delta[i]);
-      }
-      product(count, d, size, ds, size, p.keys(block.head) + range.first * d, d, 1.0f, query_grads, d);
-      product_at(size, d, count, ds, size, block.queries(), d, 1.0f, to.key + range.first * d, d);
+      const float* weights = block.near_weights + column;
+      product_bt(count, size, v, grad, v, clusters.value + slot * v, v, 0.0f, ds, size);
+      product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[i * total + j] * (ds[i * size + j] - delta[i]);
+      product(count, d, size, ds, size, clusters.key + slot * d, d, 1.0f, query_grads, d);
+      product_at(size, d, count, ds, size, block.queries(), d, 1.0f, key.data() + range.first * d, d);
       column += size;
     }
   }
@@ -709,8 +838,8 @@ struct Backward {
       const Problem& p, const Clusters& clusters, const float* grad, float* query_grads, const Gradients& to) {
     const int64_t count = block.count, size = block.far.size(), d = p.d, v = p.v, o = p.o(), f = p.f(), r = p.r;
     if (!size) return;
-    const int64_t at = block.head * p.C() + block.far.first;
-    const float* moment = clusters.values + at * o * v;
+    const int64_t at = block.head * p.C() + block.far.first, first = block.far.first;
+    const float* moment = clusters.moments + at * o * v;
     float *weights = block.far_weights, *ds = resized(far_flow, count * size);
     float* da = resized(coordinate_grads, count * r);
     std::fill(da, da + count * r, 0.0f);
@@ -722,12 +851,12 @@ struct Backward {
           for (int64_t t = 0; t < v; ++t)
             x[(i * o + y) * v + t] = (y ? block.coordinates[i * r + y - 1] : 1.0f) * grad[i * v + t];
       pulled = x;
-      float* sums = resized(moments, count * o * v);
-      product(count, o * v, size, weights, size, moment, o * v, 0.0f, sums, o * v);
+      float* tilts = resized(sums, count * o * v);
+      product(count, o * v, size, weights, size, moment, o * v, 0.0f, tilts, o * v);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, sums + (i * o + y) * v, v);
+        for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, tilts + (i * o + y) * v, v);
     }
-    product_at(size, o * v, count, weights, size, pulled, o * v, 1.0f, values.data() + block.far.first * o * v, o * v);
+    product_at(size, o * v, count, weights, size, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
     product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
     for (int64_t i = 0; i < count; ++i) {
       float* x = ds + i * size;
@@ -736,10 +865,10 @@ struct Backward {
       for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
     }
     product(count, d, size, ds, size, clusters.centre + at * d, d, 1.0f, query_grads, d);
-    product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + block.far.first * d, d);
+    product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + first * d, d);
     if (!f) return;
     for (int64_t i = 0; i < count * size; ++i) ds[i] = block.bonus[i] < kSpreadLimit ? ds[i] : 0.0f;
-    product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + block.far.first * f, f);
+    product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + first * f, f);
     float* dp = resized(pair_grads, count * f);
     product(count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
     for (int64_t i = 0; i < count; ++i) {
@@ -752,28 +881,29 @@ struct Backward {
     product_at(d, r, count, block.queries(), d, da, r, 1.0f, to.query_map, r);
   }
 
-  // From the moments of a run's clusters to its keys, its values and the key map.
-  void through_moments(const Problem& p, int64_t head, int64_t run, const Clusters& clusters, const Gradients& to) {
+  // From the members and the moments of a run's clusters to its keys, its values and the key map.
+  void to_keys(const Problem& p, int64_t head, int64_t run, const Clusters& clusters, const Gradients& to) {
     const int64_t r = p.r, d = p.d, v = p.v, o = p.o(), f = p.f(), first = run * p.R;
     const float* z = f ? run_coordinates(p, head, run, scratch) : nullptr;
     float *dz = resized(run_grads, p.R * r), *deviations = resized(scratch.deviations, p.L * r);
     std::fill(dz, dz + p.R * r, 0.0f);
     for (int64_t cluster = run * p.per_run(); cluster < (run + 1) * p.per_run(); ++cluster) {
-      const int32_t* members = clusters.members + (head * p.C() + cluster) * p.L;
-      const float *mean = clusters.values + (head * p.C() + cluster) * o * v, *dv = values.data() + cluster * o * v;
-      const int64_t count = f ? cluster_deviations(p, members, first, z, deviations)
-                              : std::count_if(members, members + p.L, [](int32_t j) { return j >= 0; });
-      if (!count) continue;
-      const float share = 1.0f / count;
-      for (int64_t l = 0; l < p.L; ++l) {
-        if (members[l] < 0) continue;
-        float *key = to.key + members[l] * d, *value = to.value + members[l] * v, *to_z = dz + (members[l] - first) * r;
-        const float *row = p.values(head) + members[l] * v, *deviation = deviations + l * r;
-        for (int64_t i = 0; i < d; ++i) key[i] += share * centre[cluster * d + i];
-        for (int64_t x = 0; x < o; ++x) {
-          const float weight = share * (x ? deviation[x - 1] : 1.0f);
-          for (int64_t i = 0; i < v; ++i) value[i] += weight * dv[x * v + i];
-          if (x) to_z[x - 1] += share * (dot(dv + x * v, row, v) - dot(dv + x * v, mean, v));
+      const int64_t index = head * p.C() + cluster;
+      const int32_t* members = clusters.members + index * p.L;
+      const float *mean = clusters.moments + index * o * v, *dv = moments.data() + cluster * o * v;
+      const int64_t count = std::count_if(members, members + p.L, [](int32_t j) { return j >= 0; });
+      if (f) cluster_deviations(p, members, first, z, deviations);
+      const float share = 1.0f / std::max<int64_t>(count, 1);
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t slot = cluster * p.L + l;
+        float *dk = to.key + members[l] * d, *value_grad = to.value + members[l] * v, *to_z = dz + (members[l] - first) * r;
+        const float *row = clusters.value + (index * p.L + l) * v, *deviation = deviations + l * r;
+        for (int64_t i = 0; i < d; ++i) dk[i] = key[slot * d + i] + share * centre[cluster * d + i];
+        for (int64_t i = 0; i < v; ++i) value_grad[i] = value[slot * v + i] + share * dv[i];
+        for (int64_t x = 1; x < o; ++x) {
+          const float weight = share * deviation[x - 1];
+          for (int64_t i = 0; i < v; ++i) value_grad[i] += weight * dv[x * v + i];
+          to_z[x - 1] += share * (dot(dv + x * v, row, v) - dot(dv + x * v, mean, v));
         }
         const float* pair = spread.data() + cluster * f;
         for (int64_t x = 0; f && x < r; ++x)
@@ -796,7 +926,7 @@ struct Backward {
 std::vector<Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map,
     const Tensor& key_map, const optional<Tensor>& key_open, const Tensor& plan, const Tensor& output, const Tensor& lse,
-    const Tensor& own, const Tensor& members, const Tensor& centre, const Tensor& values, const Tensor& spread,
+    const Tensor& own, const Tensor& members, const Tensor& centre, const Tensor& moments, const Tensor& spread,
     const Tensor& log_count, bool causal, int64_t offset, int64_t window, int64_t run, int64_t cluster, int64_t order) {
   const Problem p =
       unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order);
@@ -807,9 +937,14 @@ std::vector<Tensor> backward(
   Tensor key_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.d}, query.options());
   Tensor value_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.v}, query.options());
   Tensor map_grads = at::zeros({2, p.b * parts, p.h, p.d, p.r}, query.options());
+  Tensor sorted_key = numbers({heads, p.C(), p.L, p.d}, query), sorted_value = numbers({heads, p.C(), p.L, p.v}, query);
   const Clusters clusters{
-      const_cast<int32_t*>(members.const_data_ptr<int32_t>()), const_cast<float*>(floats(centre)),
-      const_cast<float*>(floats(values)), const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count))};
+      const_cast<int32_t*>(members.const_data_ptr<int32_t>()), sorted_key.data_ptr<float>(),
+      sorted_value.data_ptr<float>(), const_cast<float*>(floats(centre)), const_cast<float*>(floats(moments)),
+      const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count))};
+  for_each_task<RunScratch>(heads * p.runs(), [&](RunScratch&, int64_t task) {
+    gather(p, task / p.runs(), task % p.runs(), clusters);
+  });
   const float *out = floats(output), *sums = floats(lse), *flow = floats(grad);
   const int32_t* chosen = own.const_data_ptr<int32_t>();
   float *to_query = query_grads.data_ptr<float>(), *to_key = key_grads.data_ptr<float>();
@@ -838,7 +973,7 @@ TORCH_LIBRARY(approx_attn_cpu, library) {
   library.def(
       "cluster_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, "
       "Tensor? key_open, Tensor plan, Tensor output, Tensor lse, Tensor own, Tensor members, Tensor centre, "
-      "Tensor values, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
+      "Tensor moments, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
       "int order) -> Tensor[]",
       &backward);
 }

@@ -41,6 +41,7 @@ using std::optional;
 constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/cluster.py
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
 constexpr int64_t kLanes = 16;
+constexpr int64_t kPanel = 32;  // clusters whose logits are computed side by side
 
 // -- vectors ------------------------------------------------------------------------------------------------------------
 
@@ -234,6 +235,7 @@ struct Problem {
   int64_t runs() const { return (n + R - 1) / R; }
   int64_t per_run() const { return R / L; }
   int64_t C() const { return runs() * per_run(); }
+  int64_t panels() const { return (C() + kPanel - 1) / kPanel; }
   int64_t f() const { return order > 0 ? r * (r + 1) / 2 : 0; }
   int64_t o() const { return order > 1 ? 1 + r : 1; }
   const float* keys(int64_t head) const { return key + key_head(head) * n * d; }
@@ -282,6 +284,7 @@ struct Clusters {  // of all heads
   int32_t* members;    // (b·h, C, L): keys, −1 in empty slots, which stand last
   float *key, *value;  // (b·h, C, L, d) and (b·h, C, L, v): the members', zero in empty slots
   float *centre, *moments, *spread, *log_count;  // (b·h, C, d), (b·h, C, o, v), (b·h, C, f), (b·h, C)
+  float* panels;  // (b·h, C / kPanel, d + f + 1, kPanel): centre, spread and log_count of kPanel clusters side by side
 };
 
 struct RunScratch {
@@ -368,6 +371,25 @@ void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const floa
   }
 }
 
+// Lays out what the logits of clusters are computed from as `logits_tile` reads it.
+void pack(const Problem& p, int64_t head, int64_t panel, const Clusters& to) {
+  const int64_t f = p.f(), rows = p.d + f + 1;
+  float* out = to.panels + (head * p.panels() + panel) * rows * kPanel;
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const int64_t cluster = panel * kPanel + c, index = head * p.C() + cluster;
+    const bool there = cluster < p.C();
+    for (int64_t x = 0; x < p.d; ++x) out[x * kPanel + c] = there ? to.centre[index * p.d + x] : 0.0f;
+    for (int64_t x = 0; x < f; ++x) out[(p.d + x) * kPanel + c] = there ? to.spread[index * f + x] : 0.0f;
+    out[(p.d + f) * kPanel + c] = there ? to.log_count[index] : kLowest;
+  }
+}
+
+void pack_all(const Problem& p, const Clusters& to) {
+  for_each_task<RunScratch>(p.b * p.h * p.panels(), [&](RunScratch&, int64_t task) {
+    pack(p, task / p.panels(), task % p.panels(), to);
+  });
+}
+
 void make_clusters(const Problem& p, const Clusters& to) {
   const int64_t runs = p.runs();
   for_each_task<RunScratch>(p.b * p.h * runs, [&](RunScratch& scratch, int64_t task) {
@@ -378,6 +400,29 @@ void make_clusters(const Problem& p, const Clusters& to) {
     for (int64_t cluster = first; cluster < first + p.per_run(); ++cluster)
       cluster_moments(p, head, cluster, z, run * p.R, to, scratch);
   });
+}
+
+// Logits of `rows` queries (d numbers, and f products of coordinates, each) and the kPanel clusters of a panel, and the
+// part of them that the spread is, before its limit. `stride`: between rows of the results.
+template <int rows>
+inline void logits_tile(
+    const float* query, int64_t d, const float* pairs, int64_t f, const float* panel, float* logits, float* bonus,
+    int64_t stride) {
+  constexpr int vectors = kPanel / kLanes;
+  Vector sums[rows][vectors] = {}, spreads[rows][vectors] = {};
+  for (int64_t x = 0; x < d; ++x, panel += kPanel)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) sums[i][w] += query[i * d + x] * load(panel + w * kLanes);
+  for (int64_t x = 0; x < f; ++x, panel += kPanel)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) spreads[i][w] += pairs[i * f + x] * load(panel + w * kLanes);
+  const Vector limit = Vector{} + kSpreadLimit;
+  for (int i = 0; i < rows; ++i)
+    for (int w = 0; w < vectors; ++w) {
+      const Vector spread = spreads[i][w], added = spread < limit ? spread : limit;
+      store(logits + i * stride + w * kLanes, sums[i][w] + added + load(panel + w * kLanes));
+      if (f) store(bonus + i * stride + w * kLanes, spread);
+    }
 }
 
 // -- weights of a block of queries ---------------------------------------------------------------------------------------
@@ -392,11 +437,12 @@ struct Block {
   const Problem* p = nullptr;
   int64_t head, first, count;  // of the queries
   Range far, near[2];          // clusters; slots of members before and after the far runs
+  int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
   std::vector<int32_t> starts, next_, pair_queries, pair_places;  // see sort_pairs
   std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_;
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
-  float *far_weights, *bonus, *near_weights, *own_weights;  // (count, far), (count, far), (count, near), (count, own · L)
+  float *far_weights, *bonus, *near_weights, *own_weights;  // (count, width) twice, (count, near), (count, own · L)
 
   int64_t near_size() const { return near[0].size() + near[1].size(); }
   const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
@@ -411,8 +457,10 @@ struct Block {
     far = {plan[0] * p->per_run(), plan[1] * p->per_run()};
     near[0] = {plan[2] * p->R, plan[0] * p->R}, near[1] = {plan[1] * p->R, plan[3] * p->R};
     own = plan[4];
+    base = far.first / kPanel * kPanel;
+    width = far.size() ? (far.last + kPanel - 1) / kPanel * kPanel - base : 0;
     coordinates = resized(coordinates_, count * p->r), pairs = resized(pairs_, count * p->f());
-    far_weights = resized(far_, count * far.size()), bonus = resized(bonus_, count * far.size());
+    far_weights = resized(far_, count * width), bonus = resized(bonus_, count * width);
     near_weights = resized(near_, count * near_size()), own_weights = resized(own_, count * rounded(own * p->L));
   }
 
@@ -430,19 +478,19 @@ struct Block {
       for (int64_t x = 0; x < r; ++x)
         for (int64_t y = x; y < r; ++y) *to++ = a[x] * a[y];
     }
-    const int64_t at = head * C + far.first, size = far.size();
-    product_bt(count, size, p->d, queries(), p->d, clusters.centre + at * p->d, p->d, 0.0f, far_weights, size);
-    if (f) product_bt(count, size, f, pairs, f, clusters.spread + at * f, f, 0.0f, bonus, size);
-    for (int64_t i = 0; i < count; ++i) {
-      float* x = far_weights + i * size;
-      const float *g = bonus + i * size, *log_count = clusters.log_count + at;
-      if (f) {
-#pragma omp simd
-        for (int64_t c = 0; c < size; ++c) x[c] += (g[c] < kSpreadLimit ? g[c] : kSpreadLimit) + log_count[c];
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < size; ++c) x[c] += log_count[c];
+    for (int64_t c = 0; c < width; c += kPanel) {
+      const float* panel = clusters.panels + (head * p->panels() + (base + c) / kPanel) * (p->d + f + 1) * kPanel;
+      constexpr int kRows = 6;
+      const int64_t step = count < kRows ? 1 : kRows;
+      for (int64_t start = 0; start < count; start += step) {
+        const int64_t i = std::min(start, count - step);  // the last rows twice where they do not fill a tile
+        const auto tile = step == 1 ? logits_tile<1> : logits_tile<kRows>;
+        tile(queries() + i * p->d, p->d, pairs + i * f, f, panel, far_weights + i * width + c, bonus + i * width + c, width);
       }
+    }
+    for (int64_t i = 0; width && i < count; ++i) {  // what whole panels have beside the far clusters: chosen after empty ones
+      float* x = far_weights + i * width;
+      std::fill(x, x + far.first - base, 2 * kLowest), std::fill(x + far.last - base, x + width, 2 * kLowest);
     }
     int64_t column = 0;
     for (const Range& range : near) {
@@ -523,27 +571,24 @@ struct Block {
       std::fill(own_weights + i * own_stride() + own * p->L, own_weights + (i + 1) * own_stride(), kLowest);
   }
 
-  // Clusters stand in far_weights from far.first on.
   void leave_out(int64_t i, const int32_t* chosen) const {
-    for (int64_t m = 0; m < own; ++m) far_weights[i * far.size() + chosen[m] - far.first] = kLowest;
+    for (int64_t m = 0; m < own; ++m) far_weights[i * width + chosen[m] - base] = kLowest;
   }
 };
 
-// The `count` highest of n numbers, lower places first among equals. `x` has room for a whole vector behind its end.
+// The `count` highest of n numbers, a multiple of kLanes; lower places first among equals.
 class Highest {
  public:
-  void find(float* x, int64_t n, int64_t count, int32_t* places) {
+  void find(const float* x, int64_t n, int64_t count, int32_t* places) {
     constexpr float kNone = kLowest * 2;
-    std::fill(x + n, x + rounded(n), kNone);
     const float least = bound(x, n, count);
-    values_.resize(rounded(n) + kLanes), places_.resize(n);
+    values_.resize(n + kLanes), places_.resize(n);
     int64_t found = 0;
     for (int64_t i = 0; i < n; i += kLanes)
       for (uint32_t bits = reaching(x + i, least); bits; bits &= bits - 1, ++found) {
         const int64_t place = i + __builtin_ctz(bits);
-        if (place < n) values_[found] = x[place], places_[found] = place;
+        values_[found] = x[place], places_[found] = place;
       }
-    found = std::min(found, n);
     std::fill_n(values_.begin() + found, kLanes, kNone);
     int64_t kept = 0;
     if (found <= count || found > kMostRanked) kept = all_or_sorted(found, count, places);
@@ -561,7 +606,7 @@ class Highest {
   float bound(const float* x, int64_t n, int64_t count) {
     const int64_t groups = rounded(count + count / 2);
     if (n < 2 * groups || groups > kMostRanked) return kLowest * 2;
-    values_.resize(rounded(n) + kLanes);
+    values_.resize(n + kLanes);
     std::copy_n(x, groups, values_.begin());
     for (int64_t start = groups; start + groups <= n; start += groups) {
       for (int64_t i = 0; i < groups; i += kLanes) {
@@ -611,7 +656,7 @@ struct Forward {
   void run(const Problem& p, int64_t task, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
     block.place(p, task);
     block.scores(clusters);
-    const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), v = p.v, o = p.o();
+    const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), width = block.width, v = p.v, o = p.o();
     output += row * v;
     std::fill(output, output + block.count * v, 0.0f);
     chosen += row * most;
@@ -621,13 +666,13 @@ struct Forward {
       if (block.own) choose(i, own), block.leave_out(i, own);
     }
     if (block.own) block.sort_pairs(chosen, most), block.own_scores(clusters);
-    for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i, size);
-    by_width(v / kLanes, [&](auto width) {
+    for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i);
+    by_width(v / kLanes, [&](auto vectors) {
       block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
         const float* values = clusters.value + (block.head * p.C() + cluster) * p.L * v;
         for (int64_t pair = first; pair < last; ++pair) {
           const float* weights = block.own_weights + block.pair_places[pair];
-          add_rows<width>(
+          add_rows<vectors>(
               output + block.pair_queries[pair] * v, p.L, v, [&](int64_t l) { return weights[l]; },
               [&](int64_t l) { return values + l * v; });
         }
@@ -641,10 +686,11 @@ struct Forward {
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
-    if (o == 1) return product(block.count, v, size, block.far_weights, size, far, v, 1.0f, output, v);
     if (!size) return;
+    const float* weights = block.far_weights + block.far.first - block.base;
+    if (o == 1) return product(block.count, v, size, weights, width, far, v, 1.0f, output, v);
     float* sums = resized(moments, block.count * o * v);
-    product(block.count, o * v, size, block.far_weights, size, far, o * v, 0.0f, sums, o * v);
+    product(block.count, o * v, size, weights, width, far, o * v, 0.0f, sums, o * v);
     for (int64_t i = 0; i < block.count; ++i) {
       for (int64_t x = 0; x < o; ++x) {
         const float a = x ? block.coordinates[i * p.r + x - 1] : 1.0f;
@@ -656,21 +702,22 @@ struct Forward {
  private:
   // The own clusters of a query: by score plus the standard deviation of the scores within.
   void choose(int64_t i, int32_t* own) {
-    const int64_t size = block.far.size();
-    const float *x = block.far_weights + i * size, *g = block.bonus + i * size;
-    float* to = resized(rating, size + kLanes);
+    const int64_t width = block.width;
+    const float *x = block.far_weights + i * width, *g = block.bonus + i * width;
     if (block.p->f()) {
+      float* to = resized(rating, width);
 #pragma omp simd
-      for (int64_t c = 0; c < size; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
-    } else {
-      std::copy_n(x, size, to);
+      for (int64_t c = 0; c < width; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
+      x = to;
     }
-    highest.find(to, size, block.own, own);
-    for (int64_t m = 0; m < block.own; ++m) own[m] += block.far.first;
+    highest.find(x, width, block.own, own);
+    for (int64_t m = 0; m < block.own; ++m)  // of NaN ratings any place may be said to be the highest
+      own[m] = std::clamp<int64_t>(block.base + own[m], block.far.first, block.far.last - 1);
   }
 
   // Turns scores into weights; returns the logarithm of the sum of their exponentials, kLowest without any.
-  float softmax(int64_t i, int64_t size) {
+  float softmax(int64_t i) {
+    const int64_t size = block.width;
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
     float* own = block.own_weights + i * block.own_stride();
     float most = std::max(maximum(far, size), maximum(near, block.near_size()));
@@ -706,10 +753,12 @@ std::vector<Tensor> forward(
   Tensor centre = numbers({heads, C, p.d}, query), moments = numbers({heads, C, p.o(), p.v}, query);
   Tensor spread = numbers({heads, C, p.f()}, query), log_count = numbers({heads, C}, query);
   Tensor sorted_key = numbers({heads, C, p.L, p.d}, query), sorted_value = numbers({heads, C, p.L, p.v}, query);
+  Tensor panels = numbers({heads, p.panels(), p.d + p.f() + 1, kPanel}, query);
   const Clusters clusters{
       members.data_ptr<int32_t>(), sorted_key.data_ptr<float>(), sorted_value.data_ptr<float>(),
-      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>()};
-  make_clusters(p, clusters);
+      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>(),
+      panels.data_ptr<float>()};
+  make_clusters(p, clusters), pack_all(p, clusters);
   int32_t* chosen = own.data_ptr<int32_t>();
   float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
   for_each_task<Forward>(heads * p.Q, [&](Forward& forward, int64_t task) {
@@ -758,7 +807,7 @@ struct Backward {
     // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
     for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
     own_clusters(p, clusters, chosen, most, lse, grad, query_grads);
-    weigh(block.far_weights, block.far.size(), lse), weigh(block.near_weights, block.near_size(), lse);
+    weigh(block.far_weights, block.width, lse), weigh(block.near_weights, block.near_size(), lse);
     near_keys(p, clusters, grad, query_grads);
     far_clusters(p, clusters, grad, query_grads, to);
   }
@@ -840,7 +889,9 @@ struct Backward {
     if (!size) return;
     const int64_t at = block.head * p.C() + block.far.first, first = block.far.first;
     const float* moment = clusters.moments + at * o * v;
-    float *weights = block.far_weights, *ds = resized(far_flow, count * size);
+    const int64_t width = block.width, skipped = first - block.base;
+    const float *weights = block.far_weights + skipped, *bonus = block.bonus + skipped;
+    float* ds = resized(far_flow, count * size);
     float* da = resized(coordinate_grads, count * r);
     std::fill(da, da + count * r, 0.0f);
     const float* pulled = grad;  // (count, o · v): the gradient times 1 and the coordinates
@@ -852,22 +903,24 @@ struct Backward {
             x[(i * o + y) * v + t] = (y ? block.coordinates[i * r + y - 1] : 1.0f) * grad[i * v + t];
       pulled = x;
       float* tilts = resized(sums, count * o * v);
-      product(count, o * v, size, weights, size, moment, o * v, 0.0f, tilts, o * v);
+      product(count, o * v, size, weights, width, moment, o * v, 0.0f, tilts, o * v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, tilts + (i * o + y) * v, v);
     }
-    product_at(size, o * v, count, weights, size, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
+    product_at(size, o * v, count, weights, width, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
     product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
     for (int64_t i = 0; i < count; ++i) {
       float* x = ds + i * size;
-      const float *w = weights + i * size, shift = delta[i];
+      const float *w = weights + i * width, shift = delta[i];
 #pragma omp simd
       for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
     }
     product(count, d, size, ds, size, clusters.centre + at * d, d, 1.0f, query_grads, d);
     product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + first * d, d);
     if (!f) return;
-    for (int64_t i = 0; i < count * size; ++i) ds[i] = block.bonus[i] < kSpreadLimit ? ds[i] : 0.0f;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < size; ++c)
+        ds[i * size + c] = bonus[i * width + c] < kSpreadLimit ? ds[i * size + c] : 0.0f;
     product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + first * f, f);
     float* dp = resized(pair_grads, count * f);
     product(count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
@@ -938,10 +991,12 @@ std::vector<Tensor> backward(
   Tensor value_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.v}, query.options());
   Tensor map_grads = at::zeros({2, p.b * parts, p.h, p.d, p.r}, query.options());
   Tensor sorted_key = numbers({heads, p.C(), p.L, p.d}, query), sorted_value = numbers({heads, p.C(), p.L, p.v}, query);
+  Tensor panels = numbers({heads, p.panels(), p.d + p.f() + 1, kPanel}, query);
   const Clusters clusters{
       const_cast<int32_t*>(members.const_data_ptr<int32_t>()), sorted_key.data_ptr<float>(),
       sorted_value.data_ptr<float>(), const_cast<float*>(floats(centre)), const_cast<float*>(floats(moments)),
-      const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count))};
+      const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count)), panels.data_ptr<float>()};
+  pack_all(p, clusters);
   for_each_task<RunScratch>(heads * p.runs(), [&](RunScratch&, int64_t task) {
     gather(p, task / p.runs(), task % p.runs(), clusters);
   });

@@ -165,6 +165,17 @@ inline uint32_t above(const float* x, float least) {
 #endif
 }
 
+// How many of n numbers come before number i in ascending order, equal ones by place. Read in whole vectors.
+inline int64_t before(const float* x, int64_t n, int64_t i) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const uint32_t lower = ~reaching(x + j, x[i]) & 0xFFFF, equal = reaching(x + j, x[i]) & ~above(x + j, x[i]);
+    const uint32_t earlier = j > i ? 0 : i - j >= kLanes ? 0xFFFF : (1u << (i - j)) - 1;
+    count += __builtin_popcount(lower | (equal & earlier));
+  }
+  return count;
+}
+
 // Calls `body` with the number of vectors in a row as a constant where it is a usual one, else with 0.
 template <typename Body>
 inline void by_width(int64_t vectors, const Body& body) {
@@ -288,7 +299,8 @@ struct Clusters {  // of all heads
 };
 
 struct RunScratch {
-  std::vector<float> coordinates, deviations, gradients;
+  std::vector<float> coordinates, deviations, along;
+  std::vector<int32_t> upper;
 };
 
 // Coordinates (R × r) of the keys of a run; zeros beyond the last key.
@@ -302,21 +314,36 @@ const float* run_coordinates(const Problem& p, int64_t head, int64_t run, RunScr
 }
 
 // Halves a run at the median of one coordinate after the other until clusters of L are left; empty slots go last, equal
-// coordinates by position.
-void cut(const Problem& p, int64_t head, int64_t run, const float* z, int32_t* members) {
-  const int32_t R = p.R;
-  for (int32_t j = 0; j < R; ++j) members[j] = p.open(head, run * R + j) ? j : j + R;  // marked as empty
+// coordinates by position. Members of a half are those that fewer than half of its members come before: comparing all
+// with all needs no branches that a processor cannot foresee, and keeps members in the order of their positions.
+void cut(const Problem& p, int64_t head, int64_t run, const float* z, RunScratch& scratch, int32_t* members) {
+  const int64_t R = p.R, most = (R + kLanes - 1) / kLanes * kLanes;
+  constexpr float kNever = std::numeric_limits<float>::infinity();
+  float* along = resized(scratch.along, most);
+  scratch.upper.resize(R);
+  for (int64_t j = 0; j < R; ++j) members[j] = j;
   for (int64_t size = R, axis = 0; size > p.L; size /= 2, axis = (axis + 1) % p.r) {
-    const auto before = [&](int32_t x, int32_t y) {
-      if (x >= R || y >= R) return x < R || (y >= R && x < y);
-      const float zx = z[x * p.r + axis], zy = z[y * p.r + axis];
-      return zx < zy || (!(zy < zx) && x < y);
-    };
-    for (int64_t start = 0; start < R; start += size)
-      std::nth_element(members + start, members + start + size / 2, members + start + size, before);
+    for (int64_t start = 0; start < R; start += size) {
+      int32_t* part = members + start;
+      for (int64_t j = 0; j < size; ++j) {
+        const float x = z[part[j] * p.r + axis];
+        along[j] = !p.open(head, run * R + part[j]) ? kNever : x == x ? x : 0.0f;
+      }
+      std::fill(along + size, along + (size + kLanes - 1) / kLanes * kLanes, kNever);
+      int64_t low = 0, high = 0;
+      for (int64_t j = 0; j < size; ++j) {
+        if (before(along, size, j) < size / 2) {
+          part[low++] = part[j];
+        } else {
+          scratch.upper[high++] = part[j];
+        }
+      }
+      std::copy_n(scratch.upper.begin(), high, part + low);
+    }
   }
-  for (int64_t start = 0; start < R; start += p.L) std::sort(members + start, members + start + p.L);
-  for (int64_t j = 0; j < R; ++j) members[j] = members[j] < R ? run * R + members[j] : -1;
+  for (int64_t start = 0; start < R; start += p.L)  // no cut, or one cluster of open and empty slots: empty ones last
+    std::stable_partition(members + start, members + start + p.L, [&](int32_t j) { return p.open(head, run * R + j); });
+  for (int64_t j = 0; j < R; ++j) members[j] = p.open(head, run * R + members[j]) ? run * R + members[j] : -1;
 }
 
 // Copies the keys and values of a run in the order of its clusters.
@@ -395,7 +422,7 @@ void make_clusters(const Problem& p, const Clusters& to) {
   for_each_task<RunScratch>(p.b * p.h * runs, [&](RunScratch& scratch, int64_t task) {
     const int64_t head = task / runs, run = task % runs, first = run * p.per_run();
     const float* z = run_coordinates(p, head, run, scratch);
-    cut(p, head, run, z, to.members + (head * p.C() + first) * p.L);
+    cut(p, head, run, z, scratch, to.members + (head * p.C() + first) * p.L);
     gather(p, head, run, to);
     for (int64_t cluster = first; cluster < first + p.per_run(); ++cluster)
       cluster_moments(p, head, cluster, z, run * p.R, to, scratch);
@@ -439,7 +466,7 @@ struct Block {
   Range far, near[2];          // clusters; slots of members before and after the far runs
   int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
-  std::vector<int32_t> starts, next_, pair_queries, pair_places;  // see sort_pairs
+  std::vector<int32_t> owned, starts, next_, pair_queries, pair_places;  // see sort_pairs
   std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_;
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
   float *far_weights, *bonus, *near_weights, *own_weights;  // (count, width) twice, (count, near), (count, own · L)
@@ -518,7 +545,11 @@ struct Block {
     starts.assign(far.size() + 1, 0);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t m = 0; m < own; ++m) ++starts[chosen[i * most + m] - far.first + 1];
-    for (int64_t c = 0; c < far.size(); ++c) starts[c + 1] += starts[c];
+    owned.clear();
+    for (int64_t c = 0; c < far.size(); ++c) {
+      if (starts[c + 1]) owned.push_back(far.first + c);
+      starts[c + 1] += starts[c];
+    }
     pair_places.resize(count * own), pair_queries.resize(count * own);
     next_.assign(starts.begin(), starts.end() - 1);
     for (int64_t i = 0; i < count; ++i)
@@ -528,11 +559,19 @@ struct Block {
       }
   }
 
-  // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own.
+  // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own, and fetches the rows (n numbers
+  // per key) of the next one.
   template <typename Body>
-  void for_each_own(const Body& body) const {
-    for (int64_t c = 0; own && c < far.size(); ++c)
-      if (starts[c] < starts[c + 1]) body(far.first + c, starts[c], starts[c + 1]);
+  void for_each_own(const float* rows, int64_t n, const Body& body) const {
+    const int64_t numbers = p->L * n;
+    for (size_t c = 0; own && c < owned.size(); ++c) {
+      if (c + 1 < owned.size()) {
+        const float* next = rows + (head * p->C() + owned[c + 1]) * numbers;
+        for (int64_t i = 0; i < numbers; i += kLanes) __builtin_prefetch(next + i);
+      }
+      const int64_t at = owned[c] - far.first;
+      body(owned[c], starts[at], starts[at + 1]);
+    }
   }
 
   // Products of rows of queries (n numbers each) with the rows of their own clusters, to the places of the pairs in `to`.
@@ -542,15 +581,21 @@ struct Block {
         constexpr int64_t size = kLanes / group;
         alignas(64) float products[kLanes];
         const float* x[group];
-        for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        for_each_own(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
           const float* row = rows + (head * p->C() + cluster) * p->L * n;
           for (int64_t pair = first; pair < last; pair += group) {
             const int64_t pairs = std::min<int64_t>(group, last - pair);
             for (int64_t g = 0; g < group; ++g) x[g] = queries + pair_queries[pair + std::min(g, pairs - 1)] * n;
             for (int64_t l = 0; l < p->L; l += size) {
-              store(products, dots<width, group>(x, row + l * n, p->L - l, n));
+              const Vector found = dots<width, group>(x, row + l * n, p->L - l, n);
+              if (group == 1 && l + size <= p->L) {
+                store(to + pair_places[pair] + l, found);
+                continue;
+              }
+              store(products, found);
+              const int64_t keys = std::min(size, p->L - l);
               for (int64_t g = 0; g < pairs; ++g)
-                std::copy_n(products + g * size, std::min(size, p->L - l), to + pair_places[pair + g] + l);
+                for (int64_t j = 0; j < keys; ++j) to[pair_places[pair + g] + l + j] = products[g * size + j];
             }
           }
         });
@@ -561,7 +606,7 @@ struct Block {
   void own_scores(const Clusters& clusters) const {
     own_products(queries(), clusters.key, p->d, own_weights);
     if (p->key_open || p->n % p->R) {
-      for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+      for_each_own(nullptr, 0, [&](int64_t cluster, int64_t first, int64_t last) {
         const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
         for (int64_t l = 0; l < p->L; ++l)
           for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) own_weights[pair_places[pair] + l] = kLowest;
@@ -668,7 +713,7 @@ struct Forward {
     if (block.own) block.sort_pairs(chosen, most), block.own_scores(clusters);
     for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i);
     by_width(v / kLanes, [&](auto vectors) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+      block.for_each_own(clusters.value, v, [&](int64_t cluster, int64_t first, int64_t last) {
         const float* values = clusters.value + (block.head * p.C() + cluster) * p.L * v;
         for (int64_t pair = first; pair < last; ++pair) {
           const float* weights = block.own_weights + block.pair_places[pair];
@@ -841,7 +886,7 @@ struct Backward {
     const float* queries = block.queries();
     const int32_t *query = block.pair_queries.data(), *place = block.pair_places.data();
     by_width(v / kLanes, [&](auto width) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+      block.for_each_own(value.data() - block.head * p.C() * L * v, v, [&](int64_t cluster, int64_t first, int64_t last) {
         for (int64_t l = 0; l < L; ++l)
           add_rows<width>(
               value.data() + (cluster * L + l) * v, last - first, v,
@@ -850,7 +895,7 @@ struct Backward {
       });
     });
     by_width(d / kLanes, [&](auto width) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+      block.for_each_own(clusters.key, d, [&](int64_t cluster, int64_t first, int64_t last) {
         for (int64_t l = 0; l < L; ++l)
           add_rows<width>(
               key.data() + (cluster * L + l) * d, last - first, d,

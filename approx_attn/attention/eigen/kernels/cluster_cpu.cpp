@@ -71,6 +71,19 @@ inline float exp_nonpositive(float exponent) {
   return exponent <= -87.0f ? 0.0f : p * power;
 }
 
+// Square roots of positive numbers to a relative 1e-7, about zero for others; the processor's own take twice as long.
+inline Vector square_root(Vector x) {
+  const Vector least = Vector{} + 1e-30f;
+  x = x > least ? x : least;
+#ifdef __AVX512F__
+  const Vector y = reinterpret_cast<Vector>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(x)));
+  return x * y * (1.5f - 0.5f * x * y * y);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
+}
+
 inline float maximum(const float* x, int64_t n) {
   float highest = kLowest;
 #pragma omp simd reduction(max : highest)
@@ -207,11 +220,37 @@ void gemm(
   sgemm_(&b_order, &a_order, &columns, &rows, &inner, &one, b, &ldb, a, &lda, &beta, c, &ldc);
 }
 
-// a (m × k) · b (k × n)
+// `rows` rows of a, `vectors` vectors of columns of b.
+template <int rows, int vectors>
+inline void product_tile(
+    int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add, float* c, int64_t c_stride) {
+  Vector sums[rows][vectors] = {};
+  for (int64_t x = 0; x < k; ++x, b += b_stride)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) sums[i][w] += a[i * a_stride + x] * load(b + w * kLanes);
+  for (int i = 0; i < rows; ++i)
+    for (int w = 0; w < vectors; ++w) {
+      float* to = c + i * c_stride + w * kLanes;
+      store(to, add ? load(to) + sums[i][w] : sums[i][w]);
+    }
+}
+
+// a (m × k) · b (k × n), with n in whole vectors: few columns, for which the BLAS is not made.
 void product(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add,
     float* c, int64_t c_stride) {
-  gemm('N', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+  const auto columns = [&](auto vectors, int64_t j) {
+    constexpr int kRows = 6;
+    int64_t i = 0;
+    for (; i + kRows <= m; i += kRows)
+      product_tile<kRows, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+    for (; i < m; ++i)
+      product_tile<1, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) columns(std::integral_constant<int, 4>(), j);
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) columns(std::integral_constant<int, 2>(), j);
+  for (; j < n; j += kLanes) columns(std::integral_constant<int, 1>(), j);
 }
 
 // a (m × k) · b (n × k)ᵀ
@@ -236,6 +275,7 @@ const float* floats(const Tensor& x) {
 }
 
 struct Problem {
+  Tensor query_maps, key_maps;  // (h, d, s)
   const float *query, *key, *value, *query_map, *key_map;
   const bool* key_open;  // (b, n), null if all are
   const int64_t* plan;   // (b | 1, Q, 5): far_first, far_last, near_first, near_last (runs), own (clusters)
@@ -252,6 +292,7 @@ struct Problem {
   const float* keys(int64_t head) const { return key + key_head(head) * n * d; }
   const float* values(int64_t head) const { return value + key_head(head) * n * v; }
   int64_t key_head(int64_t head) const { return head / h * h_kv + head % h / (h / h_kv); }  // head counts samples too
+  int64_t s() const { return (r + kLanes - 1) / kLanes * kLanes; }  // between rows of maps and of coordinates
   bool open(int64_t head, int64_t j) const { return j < n && (!key_open || key_open[head / h * n + j]); }
 };
 
@@ -261,13 +302,14 @@ Problem unpack(
     int64_t cluster, int64_t order) {
   Problem p;
   p.query = floats(query), p.key = floats(key), p.value = floats(value);
-  p.query_map = floats(query_map), p.key_map = floats(key_map);
   TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == at::kLong, "cluster attention takes a contiguous plan");
   p.plan = plan.const_data_ptr<int64_t>();
   if (key_open.has_value()) TORCH_CHECK(key_open->is_contiguous(), "cluster attention takes contiguous masks");
   p.key_open = key_open.has_value() ? key_open->const_data_ptr<bool>() : nullptr;
   p.b = query.size(0), p.h = query.size(1), p.n_q = query.size(2), p.d = query.size(3);
   p.h_kv = key.size(1), p.n = key.size(2), p.v = value.size(3), p.r = query_map.size(2);
+  p.query_maps = at::constant_pad_nd(query_map, {0, p.s() - p.r}), p.key_maps = at::constant_pad_nd(key_map, {0, p.s() - p.r});
+  p.query_map = floats(p.query_maps), p.key_map = floats(p.key_maps);
   p.plan_samples = plan.size(0), p.Q = plan.size(1);
   p.causal = causal, p.offset = offset, p.window = window, p.R = run, p.L = cluster, p.order = order;
   TORCH_CHECK(p.d % kLanes == 0 && p.v % kLanes == 0, "cluster attention takes features in multiples of 16");
@@ -299,17 +341,17 @@ struct Clusters {  // of all heads
 };
 
 struct RunScratch {
-  std::vector<float> coordinates, deviations, along;
+  std::vector<float> coordinates, mean, deviations, along;
   std::vector<int32_t> upper;
 };
 
 // Coordinates (R × r) of the keys of a run; zeros beyond the last key.
 const float* run_coordinates(const Problem& p, int64_t head, int64_t run, RunScratch& scratch) {
-  float* z = resized(scratch.coordinates, p.R * p.r);
+  float* z = resized(scratch.coordinates, p.R * p.s());
   const int64_t count = std::min(p.R, p.n - run * p.R);
-  std::fill(z + count * p.r, z + p.R * p.r, 0.0f);
+  std::fill(z + count * p.s(), z + p.R * p.s(), 0.0f);
   product(
-      count, p.r, p.d, p.keys(head) + run * p.R * p.d, p.d, p.key_map + head % p.h * p.d * p.r, p.r, 0.0f, z, p.r);
+      count, p.s(), p.d, p.keys(head) + run * p.R * p.d, p.d, p.key_map + head % p.h * p.d * p.s(), p.s(), false, z, p.s());
   return z;
 }
 
@@ -326,7 +368,7 @@ void cut(const Problem& p, int64_t head, int64_t run, const float* z, RunScratch
     for (int64_t start = 0; start < R; start += size) {
       int32_t* part = members + start;
       for (int64_t j = 0; j < size; ++j) {
-        const float x = z[part[j] * p.r + axis];
+        const float x = z[part[j] * p.s() + axis];
         along[j] = !p.open(head, run * R + part[j]) ? kNever : x == x ? x : 0.0f;
       }
       std::fill(along + size, along + (size + kLanes - 1) / kLanes * kLanes, kNever);
@@ -361,17 +403,18 @@ void gather(const Problem& p, int64_t head, int64_t run, const Clusters& to) {
 }
 
 // Deviations (L × r) of the members' coordinates from their mean; returns how many members there are.
-int64_t cluster_deviations(const Problem& p, const int32_t* members, int64_t first, const float* z, float* deviations) {
-  float mean[64] = {};
+int64_t cluster_deviations(const Problem& p, const int32_t* members, int64_t first, const float* z, RunScratch& scratch) {
+  scratch.mean.assign(p.r, 0.0f);
+  float *mean = scratch.mean.data(), *deviations = resized(scratch.deviations, p.L * p.r);
   int64_t count = 0;
   for (int64_t l = 0; l < p.L; ++l) {
     if (members[l] < 0) continue;
     ++count;
-    for (int64_t x = 0; x < p.r; ++x) mean[x] += z[(members[l] - first) * p.r + x];
+    for (int64_t x = 0; x < p.r; ++x) mean[x] += z[(members[l] - first) * p.s() + x];
   }
   for (int64_t l = 0; l < p.L; ++l)
     for (int64_t x = 0; x < p.r; ++x)
-      deviations[l * p.r + x] = members[l] < 0 ? 0.0f : z[(members[l] - first) * p.r + x] - mean[x] / count;
+      deviations[l * p.r + x] = members[l] < 0 ? 0.0f : z[(members[l] - first) * p.s() + x] - mean[x] / count;
   return count;
 }
 
@@ -379,8 +422,8 @@ void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const floa
                      RunScratch& scratch) {
   const int64_t index = head * p.C() + cluster, f = p.f(), o = p.o();
   const int32_t* members = to.members + index * p.L;
-  float* deviations = resized(scratch.deviations, p.L * p.r);
-  const int64_t count = cluster_deviations(p, members, first, z, deviations);
+  const int64_t count = cluster_deviations(p, members, first, z, scratch);
+  const float* deviations = scratch.deviations.data();
   float *centre = to.centre + index * p.d, *values = to.moments + index * o * p.v, *spread = to.spread + index * f;
   std::fill(centre, centre + p.d, 0.0f), std::fill(values, values + o * p.v, 0.0f), std::fill(spread, spread + f, 0.0f);
   to.log_count[index] = count ? std::log(static_cast<float>(count)) : kLowest;
@@ -486,7 +529,7 @@ struct Block {
     own = plan[4];
     base = far.first / kPanel * kPanel;
     width = far.size() ? (far.last + kPanel - 1) / kPanel * kPanel - base : 0;
-    coordinates = resized(coordinates_, count * p->r), pairs = resized(pairs_, count * p->f());
+    coordinates = resized(coordinates_, count * p->s()), pairs = resized(pairs_, count * p->f());
     far_weights = resized(far_, count * width), bonus = resized(bonus_, count * width);
     near_weights = resized(near_, count * near_size()), own_weights = resized(own_, count * rounded(own * p->L));
   }
@@ -497,10 +540,10 @@ struct Block {
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
     const int64_t C = p->C(), f = p->f(), r = p->r;
-    const float* map = p->query_map + head % p->h * p->d * r;
-    product(count, r, p->d, queries(), p->d, map, r, 0.0f, coordinates, r);
+    const float* map = p->query_map + head % p->h * p->d * p->s();
+    product(count, p->s(), p->d, queries(), p->d, map, p->s(), false, coordinates, p->s());
     for (int64_t i = 0; f && i < count; ++i) {
-      const float* a = coordinates + i * r;
+      const float* a = coordinates + i * p->s();
       float* to = pairs + i * f;
       for (int64_t x = 0; x < r; ++x)
         for (int64_t y = x; y < r; ++y) *to++ = a[x] * a[y];
@@ -727,18 +770,18 @@ struct Forward {
     for (const Range& range : block.near) {
       product(
           block.count, v, range.size(), block.near_weights + column, block.near_size(),
-          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, 1.0f, output, v);
+          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, true, output, v);
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
     if (!size) return;
     const float* weights = block.far_weights + block.far.first - block.base;
-    if (o == 1) return product(block.count, v, size, weights, width, far, v, 1.0f, output, v);
+    if (o == 1) return product(block.count, v, size, weights, width, far, v, true, output, v);
     float* sums = resized(moments, block.count * o * v);
-    product(block.count, o * v, size, weights, width, far, o * v, 0.0f, sums, o * v);
+    product(block.count, o * v, size, weights, width, far, o * v, false, sums, o * v);
     for (int64_t i = 0; i < block.count; ++i) {
       for (int64_t x = 0; x < o; ++x) {
-        const float a = x ? block.coordinates[i * p.r + x - 1] : 1.0f;
+        const float a = x ? block.coordinates[i * p.s() + x - 1] : 1.0f;
         for (int64_t t = 0; t < v; ++t) output[i * v + t] += a * sums[(i * o + x) * v + t];
       }
     }
@@ -751,8 +794,7 @@ struct Forward {
     const float *x = block.far_weights + i * width, *g = block.bonus + i * width;
     if (block.p->f()) {
       float* to = resized(rating, width);
-#pragma omp simd
-      for (int64_t c = 0; c < width; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
+      for (int64_t c = 0; c < width; c += kLanes) store(to + c, load(x + c) + square_root(2.0f * load(g + c)));
       x = to;
     }
     highest.find(x, width, block.own, own);
@@ -922,7 +964,7 @@ struct Backward {
       product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[i * total + j] * (ds[i * size + j] - delta[i]);
-      product(count, d, size, ds, size, clusters.key + slot * d, d, 1.0f, query_grads, d);
+      product(count, d, size, ds, size, clusters.key + slot * d, d, true, query_grads, d);
       product_at(size, d, count, ds, size, block.queries(), d, 1.0f, key.data() + range.first * d, d);
       column += size;
     }
@@ -945,10 +987,10 @@ struct Backward {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 0; y < o; ++y)
           for (int64_t t = 0; t < v; ++t)
-            x[(i * o + y) * v + t] = (y ? block.coordinates[i * r + y - 1] : 1.0f) * grad[i * v + t];
+            x[(i * o + y) * v + t] = (y ? block.coordinates[i * p.s() + y - 1] : 1.0f) * grad[i * v + t];
       pulled = x;
       float* tilts = resized(sums, count * o * v);
-      product(count, o * v, size, weights, width, moment, o * v, 0.0f, tilts, o * v);
+      product(count, o * v, size, weights, width, moment, o * v, false, tilts, o * v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, tilts + (i * o + y) * v, v);
     }
@@ -960,7 +1002,7 @@ struct Backward {
 #pragma omp simd
       for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
     }
-    product(count, d, size, ds, size, clusters.centre + at * d, d, 1.0f, query_grads, d);
+    product(count, d, size, ds, size, clusters.centre + at * d, d, true, query_grads, d);
     product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + first * d, d);
     if (!f) return;
     for (int64_t i = 0; i < count; ++i)
@@ -968,14 +1010,14 @@ struct Backward {
         ds[i * size + c] = bonus[i * width + c] < kSpreadLimit ? ds[i * size + c] : 0.0f;
     product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + first * f, f);
     float* dp = resized(pair_grads, count * f);
-    product(count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
+    gemm('N', 'N', count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
     for (int64_t i = 0; i < count; ++i) {
-      const float* a = block.coordinates + i * r;
+      const float* a = block.coordinates + i * p.s();
       for (int64_t x = 0, pair = i * f; x < r; ++x)
         for (int64_t y = x; y < r; ++y, ++pair) da[i * r + x] += dp[pair] * a[y], da[i * r + y] += dp[pair] * a[x];
     }
-    const float* map = p.query_map + block.head % p.h * d * r;
-    product_bt(count, d, r, da, r, map, r, 1.0f, query_grads, d);
+    const float* map = p.query_map + block.head % p.h * d * p.s();
+    product_bt(count, d, r, da, r, map, p.s(), 1.0f, query_grads, d);
     product_at(d, r, count, block.queries(), d, da, r, 1.0f, to.query_map, r);
   }
 
@@ -990,7 +1032,7 @@ struct Backward {
       const int32_t* members = clusters.members + index * p.L;
       const float *mean = clusters.moments + index * o * v, *dv = moments.data() + cluster * o * v;
       const int64_t count = std::count_if(members, members + p.L, [](int32_t j) { return j >= 0; });
-      if (f) cluster_deviations(p, members, first, z, deviations);
+      if (f) cluster_deviations(p, members, first, z, scratch);
       const float share = 1.0f / std::max<int64_t>(count, 1);
       for (int64_t l = 0; l < count; ++l) {
         const int64_t slot = cluster * p.L + l;
@@ -1013,8 +1055,8 @@ struct Backward {
     }
     if (!f) return;
     const int64_t count = std::min(p.R, p.n - first);
-    const float* map = p.key_map + head % p.h * d * r;
-    product_bt(count, d, r, dz, r, map, r, 1.0f, to.key + first * d, d);
+    const float* map = p.key_map + head % p.h * d * p.s();
+    product_bt(count, d, r, dz, r, map, p.s(), 1.0f, to.key + first * d, d);
     product_at(d, r, count, p.keys(head) + first * d, d, dz, r, 1.0f, to.key_map, r);
   }
 };

@@ -41,6 +41,7 @@ using std::optional;
 constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/cluster.py
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
 constexpr int64_t kLanes = 16;
+constexpr int64_t kTogether = 4;  // blocks of queries that visit their own clusters together
 constexpr int64_t kPanel = 32;  // clusters whose logits are computed side by side
 
 // -- vectors ------------------------------------------------------------------------------------------------------------
@@ -326,6 +327,8 @@ void for_each_task(int64_t tasks, const Body& body) {
   });
 }
 
+int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 float* resized(std::vector<float>& x, int64_t n) {
   if (static_cast<int64_t>(x.size()) < n) x.resize(n);
   return x.data();
@@ -509,10 +512,9 @@ struct Block {
   Range far, near[2];          // clusters; slots of members before and after the far runs
   int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
-  std::vector<int32_t> owned, starts, next_, pair_queries, pair_places;  // see sort_pairs
-  std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_;
+  std::vector<float> coordinates_, pairs_, far_, bonus_, near_;
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
-  float *far_weights, *bonus, *near_weights, *own_weights;  // (count, width) twice, (count, near), (count, own · L)
+  float *far_weights, *bonus, *near_weights;  // (count, width) twice, (count, near)
 
   int64_t near_size() const { return near[0].size() + near[1].size(); }
   const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
@@ -531,11 +533,8 @@ struct Block {
     width = far.size() ? (far.last + kPanel - 1) / kPanel * kPanel - base : 0;
     coordinates = resized(coordinates_, count * p->s()), pairs = resized(pairs_, count * p->f());
     far_weights = resized(far_, count * width), bonus = resized(bonus_, count * width);
-    near_weights = resized(near_, count * near_size()), own_weights = resized(own_, count * rounded(own * p->L));
+    near_weights = resized(near_, count * near_size());
   }
-
-  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-  int64_t own_stride() const { return rounded(own * p->L); }
 
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
@@ -583,62 +582,77 @@ struct Block {
     }
   }
 
-  // Orders the pairs of queries and own clusters by cluster, so that its keys stay in the nearest cache for all of them.
-  void sort_pairs(const int32_t* chosen, int64_t most) {
-    starts.assign(far.size() + 1, 0);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t m = 0; m < own; ++m) ++starts[chosen[i * most + m] - far.first + 1];
-    owned.clear();
-    for (int64_t c = 0; c < far.size(); ++c) {
-      if (starts[c + 1]) owned.push_back(far.first + c);
+  void leave_out(int64_t i, const int32_t* chosen) const {
+    for (int64_t m = 0; m < own; ++m) far_weights[i * width + chosen[m] - base] = kLowest;
+  }
+};
+
+// The pairs of some queries of one head and their own clusters, and their scores. More queries than a block has, so that
+// the keys of a cluster are fetched once for many of them: they are what does not fit into the cache of a core.
+struct Own {
+  const Problem* p = nullptr;
+  int64_t head, count, stride;  // stride: between the rows of queries in weights
+  std::vector<int32_t> owned, starts, next_, pair_queries, pair_places;  // see sort_pairs
+  std::vector<float> weights_;
+  float* weights;  // (count, stride)
+
+  // chosen: (count, most), −1 where a query has fewer.
+  void sort_pairs(const Problem& problem, int64_t of_head, int64_t queries, const int32_t* chosen, int64_t most) {
+    p = &problem, head = of_head, count = queries, stride = rounded(most * p->L);
+    const int64_t C = p->C();
+    starts.assign(C + 1, 0), owned.clear();
+    for (int64_t i = 0; i < count * most; ++i)
+      if (chosen[i] >= 0) ++starts[chosen[i] + 1];
+    for (int64_t c = 0; c < C; ++c) {
+      if (starts[c + 1]) owned.push_back(c);
       starts[c + 1] += starts[c];
     }
-    pair_places.resize(count * own), pair_queries.resize(count * own);
+    pair_places.resize(starts[C]), pair_queries.resize(starts[C]);
     next_.assign(starts.begin(), starts.end() - 1);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t m = 0; m < own; ++m) {
-        const int32_t pair = next_[chosen[i * most + m] - far.first]++;
-        pair_queries[pair] = i, pair_places[pair] = i * own_stride() + m * p->L;
+      for (int64_t m = 0; m < most && chosen[i * most + m] >= 0; ++m) {
+        const int32_t pair = next_[chosen[i * most + m]]++;
+        pair_queries[pair] = i, pair_places[pair] = i * stride + m * p->L;
       }
+    weights = resized(weights_, count * stride);
   }
 
   // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own, and fetches the rows (n numbers
   // per key) of the next one.
   template <typename Body>
-  void for_each_own(const float* rows, int64_t n, const Body& body) const {
+  void for_each(const float* rows, int64_t n, const Body& body) const {
     const int64_t numbers = p->L * n;
-    for (size_t c = 0; own && c < owned.size(); ++c) {
+    for (size_t c = 0; c < owned.size(); ++c) {
       if (c + 1 < owned.size()) {
         const float* next = rows + (head * p->C() + owned[c + 1]) * numbers;
         for (int64_t i = 0; i < numbers; i += kLanes) __builtin_prefetch(next + i);
       }
-      const int64_t at = owned[c] - far.first;
-      body(owned[c], starts[at], starts[at + 1]);
+      body(owned[c], starts[owned[c]], starts[owned[c] + 1]);
     }
   }
 
   // Products of rows of queries (n numbers each) with the rows of their own clusters, to the places of the pairs in `to`.
-  void own_products(const float* queries, const float* rows, int64_t n, float* to) const {
+  void products(const float* queries, const float* rows, int64_t n, float* to) const {
     by_width(n / kLanes, [&](auto width) {
       by_group(p->L, [&](auto group) {
         constexpr int64_t size = kLanes / group;
-        alignas(64) float products[kLanes];
+        alignas(64) float found[kLanes];
         const float* x[group];
-        for_each_own(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
+        for_each(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
           const float* row = rows + (head * p->C() + cluster) * p->L * n;
           for (int64_t pair = first; pair < last; pair += group) {
             const int64_t pairs = std::min<int64_t>(group, last - pair);
             for (int64_t g = 0; g < group; ++g) x[g] = queries + pair_queries[pair + std::min(g, pairs - 1)] * n;
             for (int64_t l = 0; l < p->L; l += size) {
-              const Vector found = dots<width, group>(x, row + l * n, p->L - l, n);
+              const Vector all = dots<width, group>(x, row + l * n, p->L - l, n);
               if (group == 1 && l + size <= p->L) {
-                store(to + pair_places[pair] + l, found);
+                store(to + pair_places[pair] + l, all);
                 continue;
               }
-              store(products, found);
+              store(found, all);
               const int64_t keys = std::min(size, p->L - l);
               for (int64_t g = 0; g < pairs; ++g)
-                for (int64_t j = 0; j < keys; ++j) to[pair_places[pair + g] + l + j] = products[g * size + j];
+                for (int64_t j = 0; j < keys; ++j) to[pair_places[pair + g] + l + j] = found[g * size + j];
             }
           }
         });
@@ -646,21 +660,41 @@ struct Block {
     });
   }
 
-  void own_scores(const Clusters& clusters) const {
-    own_products(queries(), clusters.key, p->d, own_weights);
-    if (p->key_open || p->n % p->R) {
-      for_each_own(nullptr, 0, [&](int64_t cluster, int64_t first, int64_t last) {
-        const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
-        for (int64_t l = 0; l < p->L; ++l)
-          for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) own_weights[pair_places[pair] + l] = kLowest;
-      });
-    }
-    for (int64_t i = 0; i < count; ++i)
-      std::fill(own_weights + i * own_stride() + own * p->L, own_weights + (i + 1) * own_stride(), kLowest);
+  void scores(const float* queries, const Clusters& clusters) const {
+    std::fill(weights, weights + count * stride, kLowest);
+    products(queries, clusters.key, p->d, weights);
+    if (!p->key_open && p->n % p->R == 0) return;
+    for_each(nullptr, 0, [&](int64_t cluster, int64_t first, int64_t last) {
+      const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
+      for (int64_t l = 0; l < p->L; ++l)
+        for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) weights[pair_places[pair] + l] = kLowest;
+    });
   }
 
-  void leave_out(int64_t i, const int32_t* chosen) const {
-    for (int64_t m = 0; m < own; ++m) far_weights[i * width + chosen[m] - base] = kLowest;
+  // to (count, n): each query's row += its weights (laid out as `weights` is) times the rows of its own clusters.
+  void add_products(const float* x, const float* rows, int64_t n, float* to) const {
+    by_width(n / kLanes, [&](auto width) {
+      for_each(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
+        const float* row = rows + (head * p->C() + cluster) * p->L * n;
+        for (int64_t pair = first; pair < last; ++pair)
+          add_rows<width>(
+              to + pair_queries[pair] * n, p->L, n, [&](int64_t l) { return x[pair_places[pair] + l]; },
+              [&](int64_t l) { return row + l * n; });
+      });
+    });
+  }
+
+  // to (C, L, n) of this head: each key's row += its weights times the rows (n numbers) of the queries.
+  void add_transposed(const float* x, const float* queries, int64_t n, float* to) const {
+    by_width(n / kLanes, [&](auto width) {
+      for_each(to - head * p->C() * p->L * n, n, [&](int64_t cluster, int64_t first, int64_t last) {
+        for (int64_t l = 0; l < p->L; ++l)
+          add_rows<width>(
+              to + (cluster * p->L + l) * n, last - first, n,
+              [&](int64_t pair) { return x[pair_places[first + pair] + l]; },
+              [&](int64_t pair) { return queries + pair_queries[first + pair] * n; });
+      });
+    });
   }
 };
 
@@ -688,8 +722,6 @@ class Highest {
 
  private:
   static constexpr int64_t kMostRanked = 128;  // beyond, sorting is cheaper than comparing all with all
-  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
   // A number that at least `count` of the x reach: the lowest but few of the highest of interleaved groups.
   float bound(const float* x, int64_t n, int64_t count) {
     const int64_t groups = rounded(count + count / 2);
@@ -738,34 +770,36 @@ class Highest {
 
 struct Forward {
   Block block;
+  Own own;
   Highest highest;
   std::vector<float> rating, moments;
 
-  void run(const Problem& p, int64_t task, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
-    block.place(p, task);
+  // Blocks first..last-1 of one head.
+  void run(
+      const Problem& p, int64_t head, Range blocks, const Clusters& clusters, int32_t* chosen, int64_t most,
+      float* output, float* lse) {
+    int64_t start = -1, count = 0;
+    for (int64_t index = blocks.first; index < blocks.last; ++index) {
+      block.place(p, head * p.Q + index);
+      const int64_t row = head * p.n_q + block.first;
+      others(p, clusters, chosen + row * most, most, output + row * p.v, lse + row);
+      start = start < 0 ? row : start, count += block.count;
+    }
+    if (most) own_clusters(p, head, start, count, clusters, chosen + start * most, most, output + start * p.v, lse + start);
+  }
+
+ private:
+  // Output and log-sum-exp of a block over far clusters and near keys, without the own clusters, which are chosen here.
+  void others(const Problem& p, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
     block.scores(clusters);
-    const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), width = block.width, v = p.v, o = p.o();
-    output += row * v;
+    const int64_t size = block.far.size(), width = block.width, v = p.v, o = p.o();
     std::fill(output, output + block.count * v, 0.0f);
-    chosen += row * most;
     for (int64_t i = 0; i < block.count; ++i) {
       int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
       if (block.own) choose(i, own), block.leave_out(i, own);
+      lse[i] = softmax(i);
     }
-    if (block.own) block.sort_pairs(chosen, most), block.own_scores(clusters);
-    for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i);
-    by_width(v / kLanes, [&](auto vectors) {
-      block.for_each_own(clusters.value, v, [&](int64_t cluster, int64_t first, int64_t last) {
-        const float* values = clusters.value + (block.head * p.C() + cluster) * p.L * v;
-        for (int64_t pair = first; pair < last; ++pair) {
-          const float* weights = block.own_weights + block.pair_places[pair];
-          add_rows<vectors>(
-              output + block.pair_queries[pair] * v, p.L, v, [&](int64_t l) { return weights[l]; },
-              [&](int64_t l) { return values + l * v; });
-        }
-      });
-    });
     int64_t column = 0;
     for (const Range& range : block.near) {
       product(
@@ -787,7 +821,27 @@ struct Forward {
     }
   }
 
- private:
+  // Adds what own clusters give to the output and log-sum-exp of the others.
+  void own_clusters(
+      const Problem& p, int64_t head, int64_t row, int64_t count, const Clusters& clusters, const int32_t* chosen,
+      int64_t most, float* output, float* lse) {
+    own.sort_pairs(p, head, count, chosen, most);
+    own.scores(p.query + row * p.d, clusters);
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = own.weights + i * own.stride;
+      const float highest = std::max(maximum(x, own.stride), lse[i]);
+      if (highest <= kLowest / 2) {  // no usable key
+        std::fill(x, x + own.stride, 0.0f);
+        continue;
+      }
+      const float others = exp_nonpositive(lse[i] - highest), sum = others + exponentials(x, own.stride, highest);
+      for (int64_t j = 0; j < own.stride; ++j) x[j] /= sum;
+      for (int64_t t = 0; t < p.v; ++t) output[i * p.v + t] *= others / sum;
+      lse[i] = highest + std::log(sum);
+    }
+    own.add_products(own.weights, clusters.value, p.v, output);
+  }
+
   // The own clusters of a query: by score plus the standard deviation of the scores within.
   void choose(int64_t i, int32_t* own) {
     const int64_t width = block.width;
@@ -806,20 +860,15 @@ struct Forward {
   float softmax(int64_t i) {
     const int64_t size = block.width;
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
-    float* own = block.own_weights + i * block.own_stride();
-    float most = std::max(maximum(far, size), maximum(near, block.near_size()));
-    most = std::max(most, maximum(own, block.own_stride()));
+    const float most = std::max(maximum(far, size), maximum(near, block.near_size()));
     if (most <= kLowest / 2) {  // no usable key
       std::fill(far, far + size, 0.0f), std::fill(near, near + block.near_size(), 0.0f);
-      std::fill(own, own + block.own_stride(), 0.0f);
       return kLowest;
     }
-    float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
-    sum += exponentials(own, block.own_stride(), most);
+    const float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
     const float share = 1.0f / sum;
     for (int64_t c = 0; c < size; ++c) far[c] *= share;
     for (int64_t j = 0; j < block.near_size(); ++j) near[j] *= share;
-    for (int64_t j = 0; j < block.own_stride(); ++j) own[j] *= share;
     return most + std::log(sum);
   }
 };
@@ -848,8 +897,10 @@ std::vector<Tensor> forward(
   make_clusters(p, clusters), pack_all(p, clusters);
   int32_t* chosen = own.data_ptr<int32_t>();
   float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
-  for_each_task<Forward>(heads * p.Q, [&](Forward& forward, int64_t task) {
-    forward.run(p, task, clusters, chosen, most, out, sums);
+  const int64_t parts = (p.Q + kTogether - 1) / kTogether;
+  for_each_task<Forward>(heads * parts, [&](Forward& forward, int64_t task) {
+    const int64_t part = task % parts * kTogether;
+    forward.run(p, task / parts, {part, std::min(part + kTogether, p.Q)}, clusters, chosen, most, out, sums);
   });
   return {output, lse, own, members, centre, moments, spread, log_count};
 }
@@ -863,6 +914,7 @@ struct Gradients {
 
 struct Backward {
   Block block;
+  Own own;
   RunScratch scratch;
   std::vector<float> key, value, centre, moments, spread;  // gradients of members and moments of all clusters
   std::vector<float> delta, own_flow, near_flow, far_flow, tilted, sums, pair_grads, coordinate_grads, run_grads;
@@ -879,6 +931,14 @@ struct Backward {
       const int64_t row = head * p.n_q + block.first;
       one_block(p, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
     }
+    for (int64_t index = blocks.first; most && index < blocks.last; index += kTogether) {
+      block.place(p, head * p.Q + index);
+      const int64_t row = head * p.n_q + block.first;
+      block.place(p, head * p.Q + std::min(index + kTogether, blocks.last) - 1);
+      const int64_t count = head * p.n_q + block.first + block.count - row;
+      own_clusters(
+          p, head, row, count, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
+    }
     for (int64_t run = 0; run < p.runs(); ++run) to_keys(p, head, run, clusters, to);
   }
 
@@ -890,17 +950,21 @@ struct Backward {
     const int64_t count = block.count, d = p.d, v = p.v;
     float* query_grads = to.query + (block.head * p.n_q + block.first) * d;
     std::fill(query_grads, query_grads + count * d, 0.0f);
-    resized(delta, count);
-    // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
-    for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
-    own_clusters(p, clusters, chosen, most, lse, grad, query_grads);
-    weigh(block.far_weights, block.width, lse), weigh(block.near_weights, block.near_size(), lse);
+    differences(count, v, output, grad);
+    for (int64_t i = 0; block.own && i < count; ++i) block.leave_out(i, chosen + i * most);
+    weigh(block.far_weights, count, block.width, lse), weigh(block.near_weights, count, block.near_size(), lse);
     near_keys(p, clusters, grad, query_grads);
     far_clusters(p, clusters, grad, query_grads, to);
   }
 
-  void weigh(float* x, int64_t size, const float* lse) const {
-    for (int64_t i = 0; i < block.count; ++i) {
+  // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
+  void differences(int64_t count, int64_t v, const float* output, const float* grad) {
+    resized(delta, count);
+    for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
+  }
+
+  void weigh(float* x, int64_t count, int64_t size, const float* lse) const {
+    for (int64_t i = 0; i < count; ++i) {
       float* row = x + i * size;
       const float sum = lse[i];
       if (sum <= kLowest / 2) {  // no usable key
@@ -913,43 +977,21 @@ struct Backward {
   }
 
   void own_clusters(
-      const Problem& p, const Clusters& clusters, const int32_t* chosen, int64_t most, const float* lse,
-      const float* grad, float* query_grads) {
-    if (!block.own) return;
-    const int64_t stride = block.own_stride(), d = p.d, v = p.v, L = p.L;
-    for (int64_t i = 0; i < block.count; ++i) block.leave_out(i, chosen + i * most);
-    block.sort_pairs(chosen, most), block.own_scores(clusters);
-    weigh(block.own_weights, stride, lse);
-    float *ds = resized(own_flow, block.count * stride), *weights = block.own_weights;
-    std::fill(ds, ds + block.count * stride, 0.0f);
-    block.own_products(grad, clusters.value, v, ds);
-    for (int64_t i = 0; i < block.count; ++i)
-      for (int64_t j = i * stride; j < (i + 1) * stride; ++j) ds[j] = weights[j] * (ds[j] - delta[i]);
-    const float* queries = block.queries();
-    const int32_t *query = block.pair_queries.data(), *place = block.pair_places.data();
-    by_width(v / kLanes, [&](auto width) {
-      block.for_each_own(value.data() - block.head * p.C() * L * v, v, [&](int64_t cluster, int64_t first, int64_t last) {
-        for (int64_t l = 0; l < L; ++l)
-          add_rows<width>(
-              value.data() + (cluster * L + l) * v, last - first, v,
-              [&](int64_t pair) { return weights[place[first + pair] + l]; },
-              [&](int64_t pair) { return grad + query[first + pair] * v; });
-      });
-    });
-    by_width(d / kLanes, [&](auto width) {
-      block.for_each_own(clusters.key, d, [&](int64_t cluster, int64_t first, int64_t last) {
-        for (int64_t l = 0; l < L; ++l)
-          add_rows<width>(
-              key.data() + (cluster * L + l) * d, last - first, d,
-              [&](int64_t pair) { return ds[place[first + pair] + l]; },
-              [&](int64_t pair) { return queries + query[first + pair] * d; });
-        const float* keys = clusters.key + (block.head * p.C() + cluster) * L * d;
-        for (int64_t pair = first; pair < last; ++pair)
-          add_rows<width>(
-              query_grads + query[pair] * d, L, d, [&](int64_t l) { return ds[place[pair] + l]; },
-              [&](int64_t l) { return keys + l * d; });
-      });
-    });
+      const Problem& p, int64_t head, int64_t row, int64_t count, const Clusters& clusters, const int32_t* chosen,
+      int64_t most, const float* output, const float* lse, const float* grad, const Gradients& to) {
+    const float* queries = p.query + row * p.d;
+    own.sort_pairs(p, head, count, chosen, most);
+    own.scores(queries, clusters);
+    weigh(own.weights, count, own.stride, lse);
+    differences(count, p.v, output, grad);
+    float* ds = resized(own_flow, count * own.stride);
+    std::fill(ds, ds + count * own.stride, 0.0f);
+    own.products(grad, clusters.value, p.v, ds);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = i * own.stride; j < (i + 1) * own.stride; ++j) ds[j] = own.weights[j] * (ds[j] - delta[i]);
+    own.add_transposed(own.weights, grad, p.v, value.data());
+    own.add_transposed(ds, queries, p.d, key.data());
+    own.add_products(ds, clusters.key, p.d, to.query + row * p.d);
   }
 
   void near_keys(const Problem& p, const Clusters& clusters, const float* grad, float* query_grads) {

@@ -41,7 +41,7 @@ using std::optional;
 constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/cluster.py
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
 constexpr int64_t kLanes = 16;
-constexpr int64_t kTogether = 4;  // blocks of queries that visit their own clusters together
+constexpr int64_t kTogether = 8;  // blocks of queries that visit their own clusters together
 constexpr int64_t kPanel = 32;  // clusters whose logits are computed side by side
 
 // -- vectors ------------------------------------------------------------------------------------------------------------
@@ -241,12 +241,12 @@ void product(
     int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add,
     float* c, int64_t c_stride) {
   const auto columns = [&](auto vectors, int64_t j) {
-    constexpr int kRows = 6;
     int64_t i = 0;
-    for (; i + kRows <= m; i += kRows)
-      product_tile<kRows, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
-    for (; i < m; ++i)
-      product_tile<1, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+    const auto tiles = [&](auto rows) {
+      for (; i + rows <= m; i += rows)
+        product_tile<rows, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+    };
+    tiles(std::integral_constant<int, 6>()), tiles(std::integral_constant<int, 4>()), tiles(std::integral_constant<int, 1>());
   };
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) columns(std::integral_constant<int, 4>(), j);

@@ -13,6 +13,7 @@ model on it. A run's folder holds
     checkpoints/            best.ckpt (tested), last.ckpt (resumed from) and the one before it
     test_predictions.npz    predicted and true class of every scored test item
     result.json             the record, written last: a run with it has ended well
+    .approx-attn-run        says that the folder is a run's; `approx-attn runs` deletes none without
 """
 
 from __future__ import annotations
@@ -133,8 +134,9 @@ def _run(
     config: dict[str, Any], folder: Path, data: SequenceDataModule, task: SequenceTask, trainer: pl.Trainer
 ) -> TrainResult:
     if distributed.is_first():
+        record.mark_run(folder)
         record.remove_unfinished(folder)
-        record.write_text_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+        record.write_text_atomically(folder / record.CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)))
     start = checkpoints.ResumePoint()
     if config["resume"]:
         start = distributed.agree(lambda: checkpoints.find_resume_point(folder))
@@ -295,15 +297,18 @@ def find_run(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     """Where a run writes, and its record if it is to be resumed and has ended well.
 
     A fresh run never enters a folder in which something ran before: it gets the next free number.
+
+    Raises:
+        ConfigError: the folder holds files that no run has written.
     """
     folder = run_folder(config)
-    if config["resume"]:
-        return folder, record.read_result(folder) if record.is_finished(folder) else None
     fresh, number = folder, 1
-    while (fresh / "config.yaml").exists():
+    while not config["resume"] and record.holds_run(fresh):
         number += 1
         fresh = folder.with_name(f"{folder.name}-{number}")
-    return fresh, None
+    if record.is_foreign(fresh):
+        raise ConfigError(f"paths.run_dir must be a new folder, an empty one or that of a run, got {str(fresh)!r}.")
+    return fresh, record.read_result(fresh) if record.is_finished(fresh) else None
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:

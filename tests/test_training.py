@@ -256,6 +256,21 @@ def test_wrong_configuration_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_never_enters_a_folder_of_somebody_else(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lr: 1")
+    with pytest.raises(ConfigError, match=r"paths\.run_dir must be a new folder, an empty one or that of a run"):
+        train({**config(tmp_path, f"paths.run_dir={tmp_path}"), "resume": resume})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_an_earlier_version_s_run_without_a_marker_is_still_found(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "old")
+    (tmp_path / "old" / ".approx-attn-run").unlink()
+    settings = {**run.record["config"], "paths": {"runs": "runs", "run_dir": str(tmp_path / "old")}}
+    assert train({**settings, "resume": True}).metrics == run.metrics
+
+
 @pytest.mark.parametrize(
     "target", ["os.system", "approx_attn.results.record.os.system", "approx_attn.cli.main", "torch.optim.SGD"]
 )

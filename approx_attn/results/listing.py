@@ -1,37 +1,35 @@
 """The verb `approx-attn runs`: which runs there are, by what they are; and the removal of those of no use.
 
 Reads each run's `result.json`, or `config.yaml` where there is none yet; nothing else, so thousands take seconds.
+What is removed, `pruning` decides.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
+from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
 from approx_attn.command import run_plain
 from approx_attn.configuration import ConfigError, config_dir, plain
 from approx_attn.instantiation import suggestion
-from approx_attn.results import record
+from approx_attn.results import pruning, record
 from approx_attn.results.table import wide_console
 
 STATUSES = ("finished", "failed", "running", "unfinished")
 ORDERS = ("data", "attention", "seed", "status", "accuracy", "seconds", "date")
 FIELDS = ("status", "data", "attention", "seed")  # filters that are not paths into the configuration
 DAY = 24 * 3600.0
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where it is built
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def find_runs(root: str | Path) -> Iterator[RunEntry]:
     """All runs below a folder, sorted by where they lie. Links are not followed."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if record.RESULT_FILE in files or "config.yaml" in files:
+        if {record.MARKER, record.RESULT_FILE, record.CONFIG_FILE} & set(files) and record.holds_run(folder):
             subfolders.clear()
             yield read_run(Path(folder))
 
@@ -103,21 +101,18 @@ def find_runs(root: str | Path) -> Iterator[RunEntry]:
 def read_run(folder: Path) -> RunEntry:
     """One run; what cannot be read counts as missing."""
     result = record.read_result(folder) or {}
-    config = result.get("config") or {}
-    if not config:
-        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    config = record.stored_config(folder) or {}
     status = result.get("status")
     if status not in ("finished", "failed"):
         status = "running" if is_running(folder) else "unfinished"
-    newest = max((folder / name for name in (record.RESULT_FILE, "config.yaml")), key=_modified)
-    return RunEntry(folder, status, config if isinstance(config, dict) else {}, result, _modified(newest))
+    newest = max((folder / name for name in (record.RESULT_FILE, record.CONFIG_FILE, record.MARKER)), key=_modified)
+    return RunEntry(folder, status, config, result, _modified(newest))
 
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the run's lock."""
     try:
-        with open(folder / ".lock") as file:
+        with open(folder / record.LOCK_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -166,22 +161,6 @@ def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def prune(runs: Sequence[RunEntry], root: str | Path) -> int:
-    """Delete runs, and the folders that this leaves empty; returns how many. A run that is running stays."""
-    root = Path(root)
-    deleted = 0
-    for run in runs:
-        if is_running(run.folder) or run.folder.is_symlink():
-            continue
-        shutil.rmtree(run.folder)
-        deleted += 1
-        for parent in run.folder.parents:
-            if parent == root or not parent.is_relative_to(root) or any(parent.iterdir()):
-                break
-            parent.rmdir()
-    return deleted
-
-
 # -- the verb ------------------------------------------------------------------------------------------
 
 
@@ -216,8 +195,9 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
         raise ConfigError(f"older_than must be a number of days of at least 0, got {days!r}.")
     if own["sort"] not in ORDERS:
         raise ConfigError(f"sort={own['sort']!r} is unknown{suggestion(str(own['sort']), ORDERS)}")
-    if not isinstance(own["prune"], bool):
-        raise ConfigError(f"prune must be true or false, got {own['prune']!r}.")
+    for key in ("prune", "confirm"):
+        if not isinstance(own[key], bool):
+            raise ConfigError(f"{key} must be true or false, got {own[key]!r}.")
     if own["prune"] and own["status"] is None and days is None:
         raise ConfigError("prune=true needs status=failed, status=unfinished or older_than=<days>, else all would go.")
     if not Path(str(own["folder"])).is_dir():
@@ -260,15 +240,48 @@ def _list_or_prune(arguments: Sequence[str]) -> None:
     runs = chosen_runs(own, filters)
     console = wide_console()
     if own["prune"]:
-        deleted = prune([run for run in runs if run.status != "running"], own["folder"])
-        console.print(f"{deleted} of {len(runs)} runs deleted.", highlight=False)
+        _prune(runs, Path(own["folder"]), own["confirm"], console)
         return
     console.print(as_table(runs, str(own["folder"])))
     failed = [run for run in runs if run.status == "failed"]
     for run in failed[:20]:
         console.print(f"{run.folder}: {run.result.get('error', '')}", highlight=False, markup=False)
     if own["status"] is not None or own["older_than"] is not None:
-        console.print("prune=true deletes these.", highlight=False)
+        console.print("prune=true deletes these, and first shows how much that is.", highlight=False)
+
+
+def _prune(runs: Sequence[RunEntry], root: Path, confirmed: bool, console: Console) -> None:
+    """Show what is to be deleted, ask unless that has been confirmed, and delete it.
+
+    Raises:
+        ConfigError: not confirmed, and nobody can be asked.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    chosen = []
+    for run in runs:
+        kept = "is running" if run.status == "running" else pruning.why_kept(run.folder, root)
+        if kept is not None:
+            say(f"{run.folder} {kept}: it stays.")
+            continue
+        files = pruning.files_of(run.folder, run.config)
+        chosen.append(files)
+        say(f"{run.folder}: {run.status}, {_size(files.size)}")
+        for path in files.foreign:
+            say(f"{path} was not written by a run: it stays, with its folder.")
+    total = f"{len(chosen)} runs, {_size(sum(files.size for files in chosen))}"
+    if chosen and not confirmed:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ConfigError(f"prune=true deletes nothing before it is confirmed; confirm=true deletes {total}.")
+        confirmed = input(f"Delete {total}? [y/N] ").strip().lower() in ("y", "yes")
+    deleted = pruning.delete(chosen, root) if confirmed else 0
+    say(f"{deleted} of {len(runs)} runs deleted.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def as_table(runs: Sequence[RunEntry], folder: str) -> Table:

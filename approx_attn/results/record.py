@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
 
 RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
+MARKER = ".approx-attn-run"  # says that a folder was made for a run; nothing is deleted without it
 
 # Parts of a configuration that say where and how a run is watched, not what it computes.
 OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
@@ -167,6 +171,48 @@ def is_finished(folder: str | Path) -> bool:
     return result is not None and result.get("status") == "finished"
 
 
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where it is built
+
+
+def stored_config(folder: str | Path) -> dict[str, Any] | None:
+    """The configuration of the run in a folder; None where no run has written one, whatever else lies there."""
+    config = (read_result(folder) or {}).get("config")
+    if not config:
+        try:
+            config = yaml.load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"), _Loader)
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return None
+    # Files of that name are common; these keys together are of this package's runs.
+    is_of_a_run = isinstance(config, dict) and {"name", "seed"} <= config.keys()
+    return config if is_of_a_run and isinstance(config.get("attention"), dict) else None
+
+
+def mark_run(folder: str | Path) -> None:
+    """Mark a folder as made for a run."""
+    write_text_atomically(
+        Path(folder) / MARKER, "A run of approx_attn, which `approx-attn runs prune=true` may delete.\n"
+    )
+
+
+def is_marked(folder: str | Path) -> bool:
+    """Whether a folder was made for a run; those of runs before there was a marker are not marked."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a run was begun in a folder, be it before there was a marker."""
+    return is_marked(folder) or stored_config(folder) is not None
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether something lies at a place, or in a folder, that no run has put there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return os.path.lexists(folder)
+    others = (path.name for path in folder.iterdir() if path.name != LOCK_FILE and path.suffix != UNFINISHED)
+    return next(others, None) is not None and not holds_run(folder)
+
+
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Hold a run's folder: a second process that wants the same run waits for the first to end.
@@ -175,7 +221,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / LOCK_FILE, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield

@@ -46,6 +46,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
         self.damaged.discard(path)
 
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """A checkpoint; the files beside it that it counts on are found where it lies now."""
+        checkpoint = super().load_checkpoint(path, *args, **options)
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and "dirpath" in state:
+                _move(state, Path(path).resolve().parent)
+        return checkpoint
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -79,6 +87,15 @@ def find_resume_point(folder: Path) -> ResumePoint:
     return ResumePoint(damaged=frozenset(reasons))
 
 
+def _move(state: dict[str, Any], folder: Path) -> None:
+    """Put another folder into the paths in the state of a callback that keeps checkpoints."""
+    state["dirpath"] = str(folder)
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        if state.get(key):
+            state[key] = str(folder / Path(state[key]).name)
+    state["best_k_models"] = {str(folder / Path(k).name): v for k, v in state.get("best_k_models", {}).items()}
+
+
 def damage(path: str | Path) -> str | None:
     """What is wrong with a checkpoint file, in a few words; None if its checksums are right."""
     try:
@@ -101,7 +118,7 @@ def _examine(path: Path) -> tuple[str | None, int]:
         missing = [key for key in NEEDED if key not in saved]
         if missing:
             return f"{path} holds no {', '.join(missing)}", 0
-        for best in _best_files(saved["callbacks"]):
+        for best in _best_files(saved["callbacks"], path.parent):
             reason = damage(best)
             if reason is not None:  # its weights cannot be had again by training on from here
                 return f"{best}, which {path.name} counts on, {reason}", 0
@@ -110,10 +127,10 @@ def _examine(path: Path) -> tuple[str | None, int]:
         return f"{path} cannot be read ({' '.join(str(error).split())[:200]})", 0
 
 
-def _best_files(callbacks: Mapping[str, Any]) -> list[str]:
-    """The files that hold the best weights so far, according to the callbacks that watch a figure."""
+def _best_files(callbacks: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The files in a folder that hold the best weights so far, according to the callbacks that watch a figure."""
     states = [state for state in callbacks.values() if isinstance(state, Mapping) and state.get("monitor")]
-    return [state["best_model_path"] for state in states if state.get("best_model_path")]
+    return [folder / Path(state["best_model_path"]).name for state in states if state.get("best_model_path")]
 
 
 def _told(reasons: Mapping[Path, str]) -> str:

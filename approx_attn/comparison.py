@@ -211,6 +211,10 @@ def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
     for item in passed_on:
         if item.key_or_group == "seed":
             raise ConfigError("seed is set by the comparison; write seeds=[...].")
+        if item.key_or_group == "paths.run_dir":
+            raise ConfigError(
+                "paths.run_dir is the folder of one run, and a comparison has several; write paths.runs=."
+            )
         if item.key_or_group in ("launcher", "hydra/launcher"):
             raise ConfigError(
                 f"{item.key_or_group} is not used by compare, which trains one run after the other; start the runs "

@@ -87,8 +87,19 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             given["dirpath"] = folder / checkpoints.FOLDER
         if issubclass(cls, ModelCheckpoint):
             given["enable_version_counter"] = False
+        if node.get("monitor") is not None and "mode" in inspect.signature(cls).parameters:
+            given["mode"] = _mode_of(node, key)
+            node = {name: value for name, value in node.items() if name != "mode"}
         callbacks.append(build(node, key, pl.Callback, **given))
     return callbacks
+
+
+def _mode_of(node: Mapping[str, Any], key: str) -> str:
+    """The direction of the figure that a callback watches; saying another is an error."""
+    mode = record.direction(str(node["monitor"]))
+    if node.get("mode") not in (None, mode):
+        raise ConfigError(f"{key}.mode must be {mode} or null with monitor={node['monitor']}, got {node['mode']!r}.")
+    return mode
 
 
 def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:

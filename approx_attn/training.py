@@ -299,7 +299,7 @@ def find_run(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     A fresh run never enters a folder in which something ran before: it gets the next free number.
 
     Raises:
-        ConfigError: the folder holds files that no run has written.
+        ConfigError: the folder holds files that no run has written, or the run to be resumed is another one.
     """
     folder = run_folder(config)
     fresh, number = folder, 1
@@ -308,7 +308,22 @@ def find_run(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
         fresh = folder.with_name(f"{folder.name}-{number}")
     if record.is_foreign(fresh):
         raise ConfigError(f"paths.run_dir must be a new folder, an empty one or that of a run, got {str(fresh)!r}.")
+    refuse_another_run(fresh, config)
     return fresh, record.read_result(fresh) if record.is_finished(fresh) else None
+
+
+def refuse_another_run(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to take the run in a folder for that of a configuration if anything that decides it differs.
+
+    Raises:
+        ConfigError: names the first keys that differ.
+    """
+    stored = record.stored_config(folder)
+    found = [] if stored is None else record.differences(stored, config)
+    if found:
+        told = ", ".join(f"{key} {was!r} there and {asked!r} here" for key, was, asked in found[:3])
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ConfigError(f"resume=true cannot continue {folder}, which is another run: {told}{more}.")
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:

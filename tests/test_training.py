@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -182,6 +183,16 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.setattr(SequenceTask, "training_step", training_step)
 
 
+def test_the_best_checkpoint_is_the_best_whichever_figure_is_watched(tmp_path: Path) -> None:
+    words = ["trainer.max_epochs=4", "callbacks.early_stopping.monitor=val/accuracy"]
+    for figure, best in (("accuracy", max), ("loss", min)):
+        result = train(config(tmp_path, *words, f"callbacks.best_checkpoint.monitor=val/{figure}"))
+        with (result.run_dir / "metrics.csv").open(newline="") as file:
+            seen = [float(row[f"val/{figure}"]) for row in csv.DictReader(file) if row[f"val/{figure}"]]
+        assert len(set(seen)) > 1
+        assert result.metrics[f"best_val/{figure}"] == pytest.approx(best(seen))
+
+
 def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> None:
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
     with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
@@ -228,6 +239,10 @@ def test_a_loss_that_explodes_stops_the_run_and_a_spike_does_not(
         (["trainer.max_epochs=many"], r"trainer\.max_epochs"),
         (["trainer.precision=17"], "precision"),
         (["callbacks.early_stopping.monitor=val/acuracy"], r"monitor must be one of"),
+        (
+            ["callbacks.early_stopping.mode=max"],
+            r"callbacks\.early_stopping\.mode must be min or null with monitor=val/l",
+        ),
         (["seed=-1"], "seed"),
         (["+attention.kep=0.1"], r"attention\.kep is not an option of exact"),
         (["+data.foo=1"], r"data\.foo is not an option"),
@@ -254,6 +269,23 @@ def test_wrong_configuration_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path / "runs", *overrides))
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_configuration_is_not_taken_for_the_run_in_a_folder(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    asked = {**run.record["config"], "resume": True, "paths": {"runs": "runs", "run_dir": str(tmp_path / "run")}}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = {**asked, "optimizer": {**asked["optimizer"], "lr": 0.5}, "seed": 2}
+    for finished in (True, False):
+        if not finished:
+            (tmp_path / "run" / "result.json").unlink()
+            del before[tmp_path / "run" / "result.json"]
+        with pytest.raises(
+            ConfigError, match=r"another run: seed 1 there and 2 here, .*optimizer\.lr 0\.004 there and 0\.5"
+        ):
+            train(other)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert train({**asked, "data": {**asked["data"], "num_workers": 1}}).metrics == run.metrics
 
 
 @pytest.mark.parametrize("resume", [True, False])

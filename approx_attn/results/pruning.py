@@ -59,7 +59,8 @@ def files_of(folder: Path, config: Mapping[str, Any]) -> RunFiles:
     """Tell the files that a run with this configuration writes from others."""
     escaped = map(re.escape, (*WRITTEN_BY_RUNS, *_checkpoints(config)))
     written = re.compile("|".join(p.replace(r"\*\*", ".*").replace(r"\*", "[^/]*") for p in escaped))
-    own, foreign = [], []
+    own: list[Path] = []
+    foreign: list[Path] = []
     for parent, subfolders, files in os.walk(folder):
         links = [name for name in subfolders if os.path.islink(os.path.join(parent, name))]
         for path in (Path(parent, name) for name in sorted([*files, *links])):

@@ -24,6 +24,8 @@ from typing import IO, Any
 import torch
 import yaml
 
+from approx_attn.results.table import METRICS
+
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -40,20 +42,60 @@ SERVING_DATA = frozenset({"num_workers", "num_proc", "cache_dir"})
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
 
 
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what a run computes, its seed left out.
+
+    Args:
+        config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
+    """
+    part = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
+    if isinstance(part.get("callbacks"), Mapping):
+        callbacks = {key: value for key, value in part["callbacks"].items() if key not in OBSERVING_CALLBACKS}
+        part["callbacks"] = {key: _with_mode(node) for key, node in callbacks.items()}
+    if isinstance(part.get("data"), Mapping):
+        part["data"] = {key: value for key, value in part["data"].items() if key not in SERVING_DATA}
+    return part
+
+
+def _with_mode(node: Any) -> Any:
+    """A callback's node with the direction of the figure that it watches written out."""
+    if isinstance(node, Mapping) and node.get("monitor") is not None and node.get("mode") is None:
+        return {**node, "mode": direction(str(node["monitor"]))}
+    return node
+
+
+def direction(figure: str) -> str:
+    """Whether the best value of a figure such as `val/loss` is the least (`min`) or the greatest (`max`)."""
+    metric = METRICS.get(figure.rpartition("/")[2])
+    return "max" if metric is None or metric.higher_is_better else "min"
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Ten hexadecimal digits that identify a resolved configuration, its seed left out.
 
     Args:
         config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
     """
-    deciding = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
-    callbacks = deciding.get("callbacks") or {}
-    if OBSERVING_CALLBACKS & callbacks.keys():
-        deciding["callbacks"] = {key: value for key, value in callbacks.items() if key not in OBSERVING_CALLBACKS}
-    if isinstance(deciding.get("data"), Mapping):
-        deciding["data"] = {key: value for key, value in deciding["data"].items() if key not in SERVING_DATA}
-    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return hashlib.sha256(_canonical(deciding(config)).encode()).hexdigest()[:10]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two configurations are those of different runs: dotted key, stored value, asked value."""
+    ours, theirs = ({"seed": config.get("seed"), **deciding(config)} for config in (stored, asked))
+    return list(_differences(ours, theirs, ""))
+
+
+def _differences(stored: Any, asked: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if not (isinstance(stored, Mapping) and isinstance(asked, Mapping)):
+        if _canonical(stored) != _canonical(asked):
+            yield key, stored, asked
+        return
+    for name in [*stored, *(name for name in asked if name not in stored)]:
+        yield from _differences(stored.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
 
 
 def run_folder(root: str | Path, config: Mapping[str, Any], *, data: str, attention: str) -> Path:

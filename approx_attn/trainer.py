@@ -19,12 +19,12 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from approx_attn import checkpoints, distributed
-from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps
+from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps, Validations
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import (
     ConfigError,
@@ -45,7 +45,7 @@ LOGGER_PACKAGES = {"WandbLogger": "approx-attn[wandb]", "RunMLFlowLogger": "appr
 def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
     """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`."""
     shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
-    callbacks = [*shown, SeedSteps(config["seed"]), *build_callbacks(config, folder)]
+    callbacks = [*shown, SeedSteps(config["seed"]), Validations(), *build_callbacks(config, folder)]
     checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     node = {key: value for key, value in config["trainer"].items() if key != "strategy"}
     try:
@@ -87,6 +87,8 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             given["dirpath"] = folder / checkpoints.FOLDER
         if issubclass(cls, ModelCheckpoint):
             given["enable_version_counter"] = False
+        if issubclass(cls, EarlyStopping):
+            given["strict"] = False  # a run that ends before its first validation ends well
         if node.get("monitor") is not None and "mode" in inspect.signature(cls).parameters:
             given["mode"] = _mode_of(node, key)
             node = {name: value for name, value in node.items() if name != "mode"}

@@ -36,7 +36,7 @@ from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
-from approx_attn.callbacks import StepTimer
+from approx_attn.callbacks import StepTimer, Validations
 from approx_attn.command import run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import DataSpec, SequenceDataModule
@@ -156,13 +156,16 @@ def _run(
     metrics = {key: float(value) for key, value in {**best, **tested}.items()}
     if distributed.is_first():
         save_predictions(folder, task)
-    timer = next((c for c in trainer.callbacks if isinstance(c, StepTimer)), None)  # type: ignore[attr-defined]
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    timer = next((callback for callback in callbacks if isinstance(callback, StepTimer)), None)
     result = {
         **describe_run(config, task, data.spec),
         "status": "finished",
         "metrics": metrics,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
+        "validations": sum(callback.count for callback in callbacks if isinstance(callback, Validations)),
+        "tested_weights": "best" if best else "last",
         "step_seconds": timer.median if timer else None,
         "seconds": time.time() - started,
         "environment": {
@@ -219,6 +222,11 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < -1:
         raise ConfigError(
             f"trainer.max_epochs must be a whole number, 0 to test without training or -1 for no limit, got {epochs!r}."
+        )
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, int | float) and not ((interval >= 1 and isinstance(interval, int)) or 0 < interval <= 1):
+        raise ConfigError(
+            f"trainer.val_check_interval must be a share of an epoch above 0 or a number of steps, got {interval!r}."
         )
     if epochs == -1 and trainer.get("max_steps", -1) == -1 and not trainer.get("max_time"):
         raise ConfigError("trainer.max_epochs=-1 needs trainer.max_steps or trainer.max_time, else a run never ends.")
@@ -387,5 +395,7 @@ def _train_and_report(config: DictConfig) -> None:
         f"{key} {result.metrics[key]:.4f}" for key in ("test/accuracy", "test/loss") if key in result.metrics
     )
     known = "finished before" if result.task is None else ("continued" if result.resumed else "trained")
+    if result.record.get("tested_weights") == "last":
+        known = f"{known} (tested: the last weights)"
     label = f"{result.record['name']} · {result.record['attention']} · seed {result.record['seed']}"
     print(f"{label}: {known}, {figures}\n  {result.run_dir}")

@@ -193,6 +193,45 @@ def test_the_best_checkpoint_is_the_best_whichever_figure_is_watched(tmp_path: P
         assert result.metrics[f"best_val/{figure}"] == pytest.approx(best(seen))
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["trainer.max_steps=3"], "trainer.max_steps=3 ends before the first validation, after batch 4"),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches=0 leaves nothing to validate on"),
+        (
+            ["trainer.check_val_every_n_epoch=3"],
+            "trainer.max_epochs=2 ends before the first validation, after batch 12",
+        ),
+        (["trainer.max_steps=1", "trainer.accumulate_grad_batches=3"], "trainer.max_steps=1 ends before the first"),
+    ],
+)
+def test_a_run_without_validation_says_so_and_tests_its_last_weights(
+    words: list[str], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train(config(tmp_path, *words))
+    assert reason in caplog.text
+    assert (result.record["validations"], result.record["tested_weights"]) == (0, "last")
+    figures = evaluate(result.run_dir / "checkpoints" / "last.ckpt")
+    assert figures["test/loss"] == pytest.approx(result.metrics["test/loss"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.max_steps=4"],
+        ["trainer.max_steps=2", "trainer.val_check_interval=0.5"],
+        ["trainer.check_val_every_n_epoch=2"],
+        ["trainer.max_steps=2", "trainer.accumulate_grad_batches=3"],
+    ],
+)
+def test_a_run_that_comes_to_just_one_validation_does_not_say_that_there_is_none(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(config(tmp_path, *words)).record
+    assert (record["validations"], record["tested_weights"]) == (1, "best")
+    assert "validation" not in caplog.text
+
+
 def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> None:
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
     with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
@@ -238,6 +277,10 @@ def test_a_loss_that_explodes_stops_the_run_and_a_spike_does_not(
         (["optimizer.lr=-1"], r"optimizer\.lr must be a number above 0"),
         (["trainer.max_epochs=many"], r"trainer\.max_epochs"),
         (["trainer.precision=17"], "precision"),
+        (
+            ["trainer.val_check_interval=0"],
+            r"trainer\.val_check_interval must be a share of an epoch above 0 or a number",
+        ),
         (["callbacks.early_stopping.monitor=val/acuracy"], r"monitor must be one of"),
         (
             ["callbacks.early_stopping.mode=max"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from torch import Tensor
 from approx_attn import training
 from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
+from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import require_plain_name, suggestion
@@ -111,7 +112,17 @@ class Comparison:
 
 def main(arguments: Sequence[str]) -> int:
     """The verb `compare`; returns the exit code."""
-    return run_plain("compare", lambda: compare(arguments), arguments)
+    return run_plain("compare", lambda: require_all(compare(arguments)), arguments)
+
+
+def require_all(rows: Sequence[ComparisonRow]) -> None:
+    """Raises `Unsuccessful` unless all runs of a table finished, with figures that are numbers."""
+    missing = sum(len(row.missing) for row in rows)
+    if missing:
+        raise Unsuccessful(f"{missing} of {missing + sum(len(row.finished) for row in rows)} runs failed.")
+    for row in rows:
+        if row.figure is None or not math.isfinite(row.figure.mean):
+            raise Unsuccessful(f"the figure of {row.name} is no finite number.")
 
 
 def compare(arguments: Sequence[str], console: Console | None = None) -> list[ComparisonRow]:

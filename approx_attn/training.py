@@ -37,7 +37,7 @@ from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
 from approx_attn.callbacks import StepTimer, Validations
-from approx_attn.command import run_command
+from approx_attn.command import require_finite, run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import DataSpec, SequenceDataModule
 from approx_attn.instantiation import (
@@ -399,3 +399,4 @@ def _train_and_report(config: DictConfig) -> None:
         known = f"{known} (tested: the last weights)"
     label = f"{result.record['name']} · {result.record['attention']} · seed {result.record['seed']}"
     print(f"{label}: {known}, {figures}\n  {result.run_dir}")
+    require_finite({key: value for key, value in result.metrics.items() if key.startswith("test/")})

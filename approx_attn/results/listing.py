@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
-from approx_attn.configuration import ConfigError, config_dir, plain
+from approx_attn.command import Unsuccessful, run_plain
+from approx_attn.configuration import ConfigError, available_choices, config_dir, plain
 from approx_attn.instantiation import suggestion
 from approx_attn.results import pruning, record
 from approx_attn.results.table import wide_console
@@ -209,9 +209,17 @@ def chosen_runs(own: Mapping[str, Any], filters: Mapping[str, Any]) -> list[RunE
     """The runs that the words ask for, in the order that they ask for.
 
     Raises:
-        ConfigError: a filter by a key that no run's configuration has.
+        ConfigError: a filter by a key that no run's configuration has, or by a name that nothing has.
     """
     runs = list(find_runs(own["folder"]))
+    names = {
+        "attention": {*available_attention(), *(run.attention for run in runs)},
+        "data": {*available_choices("data"), *(run.data for run in runs)},
+    }
+    for key, accepted in names.items():
+        for name in own[key] if isinstance(own[key], list) else [own[key]]:
+            if name is not None and name not in accepted:
+                raise ConfigError(f"{key}={name} is unknown{suggestion(str(name), accepted)}")
     for key in filters:
         if runs and all(select(run.config, key) is MISSING for run in runs):
             known = {name for run in runs[:100] for name in dotted_keys(run.config)} | set(own)
@@ -242,6 +250,9 @@ def _list_or_prune(arguments: Sequence[str]) -> None:
     if own["prune"]:
         _prune(runs, Path(own["folder"]), own["confirm"], console)
         return
+    if not runs:
+        words = [word for word in arguments if not word.startswith(("folder=", "sort=", "verbose="))]
+        raise Unsuccessful(f"no run in {own['folder']}{' has ' if words else ''}{' and '.join(words)}.")
     console.print(as_table(runs, str(own["folder"])))
     failed = [run for run in runs if run.status == "failed"]
     for run in failed[:20]:
@@ -288,17 +299,51 @@ def as_table(runs: Sequence[RunEntry], folder: str) -> Table:
     """One row per run."""
     numbers = ", ".join(f"{sum(run.status == status for run in runs)} {status}" for status in STATUSES)
     table = Table(title=f"{len(runs)} runs in {folder}", title_justify="left", caption=numbers, caption_justify="left")
-    for header, numeric in COLUMNS:
+    apart = distinctions(runs)
+    columns = [column for column in COLUMNS if column[0] != DISTINCTIONS or any(apart)]
+    for header, numeric in columns:
         table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=header == "date")
-    for run in runs:
-        table.add_row(*_cells(run, folder))
+    for run, words in zip(runs, apart, strict=True):
+        cells = dict(zip([header for header, _ in COLUMNS], _cells(run, words, folder), strict=True))
+        table.add_row(*(cells[header] for header, _ in columns))
     return table
 
+
+def distinctions(runs: Sequence[RunEntry]) -> list[str]:
+    """For every run, the settings that not all runs of its data and mechanism share; options and seeds left out."""
+    settings = [_settings(run) for run in runs]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        groups.setdefault((run.data, run.attention), []).append(own)
+    words = []
+    for run, own in zip(runs, settings, strict=True):
+        alike = groups[run.data, run.attention]
+        differing = [key for key in own if any(other.get(key, MISSING) != own[key] for other in alike)]
+        more = " ..." if len(differing) > SHOWN_DISTINCTIONS else ""
+        words.append(" ".join(f"{key}={own[key]}" for key in differing[:SHOWN_DISTINCTIONS]) + more)
+    return words
+
+
+def _settings(run: RunEntry) -> dict[str, Any]:
+    """What decides a run, by dotted key, without what other columns show."""
+    config = record.deciding(run.config)
+    keys = [key for key in dotted_keys(config) if not key.startswith(("attention", "model.attention."))]
+    values = {key: select(config, key) for key in keys}
+    return {
+        key: value
+        for key, value in values.items()
+        if not isinstance(value, Mapping) and not (key == "data.seed" and value == run.seed)
+    }
+
+
+DISTINCTIONS = "differs in"
+SHOWN_DISTINCTIONS = 4
 
 COLUMNS = (
     ("data", False),
     ("attention", False),
     ("options", False),
+    (DISTINCTIONS, False),
     ("seed", True),
     ("status", False),
     ("test accuracy %", True),
@@ -308,7 +353,7 @@ COLUMNS = (
 )
 
 
-def _cells(run: RunEntry, folder: str) -> list[str]:
+def _cells(run: RunEntry, apart: str, folder: str) -> list[str]:
     accuracy = "–" if run.accuracy is None else f"{100 * run.accuracy:.2f}"
     seconds = "–" if run.seconds is None else f"{run.seconds:.0f}"
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written))
@@ -316,6 +361,7 @@ def _cells(run: RunEntry, folder: str) -> list[str]:
         run.data,
         run.attention,
         run.options,
+        apart,
         "–" if run.seed is None else str(run.seed),
         run.status,
         accuracy,

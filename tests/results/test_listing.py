@@ -79,6 +79,25 @@ def test_words_choose(root: Path, words: list[str], expected: list[str]) -> None
     assert listed(root, *words) == expected
 
 
+def test_what_sets_rows_apart_is_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["runs", f"folder={root}"])
+    assert "differs in" not in capsys.readouterr().out, "seeds and options have columns of their own"
+    other = add_run(root, "topk", 2, keep=0.5)
+    result = json.loads((other / "result.json").read_text())
+    result["config"]["optimizer"]["lr"] = 0.5
+    (other / "result.json").write_text(json.dumps(result))
+    own, filters = listing.split_words([f"folder={root}"])
+    apart = listing.distinctions(listing.chosen_runs(own, filters))
+    assert apart == ["", "", "optimizer.lr=0.004", "optimizer.lr=0.004", "optimizer.lr=0.5"]
+    cli.main(["runs", f"folder={root}"])
+    assert "differs in" in capsys.readouterr().out
+
+
+def test_nothing_found_is_said_and_is_no_success(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", f"folder={root}", "attention=exact", "seed=7"]) == 1
+    assert f"error: no run in {root} has attention=exact and seed=7." in capsys.readouterr().err
+
+
 def prune(root: Path, *words: str) -> int:
     return cli.main(["runs", f"folder={root}", "prune=true", "confirm=true", *words])
 
@@ -180,6 +199,8 @@ def test_damaged_runs_are_listed_too(root: Path) -> None:
         (["older_than=-1"], "older_than must be a number of days"),
         (["sort=size"], "sort='size' is unknown"),
         (["optimizer.lrr=1"], "optimizer.lrr is not a key of any run here; did you mean 'optimizer.lr'?"),
+        (["attention=tpok"], "attention=tpok is unknown; did you mean 'topk'?"),
+        (["data=[digits,digitz]"], "data=digitz is unknown; did you mean 'digits'?"),
         (["failed"], "write key=value"),
         (["folder=nowhere"], "is not a folder"),
     ],

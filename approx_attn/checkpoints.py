@@ -87,6 +87,52 @@ def find_resume_point(folder: Path) -> ResumePoint:
     return ResumePoint(damaged=frozenset(reasons))
 
 
+def saved_weights(path: str | Path) -> dict[str, Any]:
+    """The weights in a checkpoint, by name.
+
+    Raises:
+        ValueError: in a few words, why they cannot be had.
+    """
+    reason = damage(path)
+    if reason is not None:
+        raise ValueError(reason)
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except Exception as error:  # files that are not checkpoints fail in many ways
+        raise ValueError(f"cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def copy_to_extend(start: ResumePoint, folder: Path) -> ResumePoint:
+    """Copy what a longer run needs of a finished one into its folder; early stopping counts anew there.
+
+    Args:
+        start: the checkpoint of the finished run.
+        folder: of the longer run.
+
+    Raises:
+        DiskFullError: no space; nothing counts as copied.
+    """
+    assert start.path is not None
+    saved = torch.load(start.path, map_location="cpu", weights_only=True)
+    for best in _best_files(saved["callbacks"], start.path.parent):
+        with record.open_atomically(folder / FOLDER / best.name) as file:
+            file.write(best.read_bytes())
+    saved["callbacks"] = {
+        key: state for key, state in saved["callbacks"].items() if not key.startswith("EarlyStopping")
+    }
+    loop = saved["loops"]["fit_loop"]
+    progress = loop["epoch_progress"]
+    within = not loop["epoch_loop.batch_progress"]["is_last_batch"]
+    if within and progress["total"]["completed"] != progress["total"]["processed"]:
+        # The end of the run broke the epoch off, which counts as over there and goes on here.
+        for part in ("total", "current"):
+            progress[part]["processed"] -= 1
+    path = folder / FOLDER / LAST
+    with record.open_atomically(path) as file:
+        torch.save(saved, file)
+    return ResumePoint(path, start.step)
+
+
 def _move(state: dict[str, Any], folder: Path) -> None:
     """Put another folder into the paths in the state of a callback that keeps checkpoints."""
     state["dirpath"] = str(folder)

@@ -226,6 +226,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
             raise ConfigError(
                 "paths.run_dir is the folder of one run, and a comparison has several; write paths.runs=."
             )
+        if item.key_or_group == "extend":
+            raise ConfigError("extend trains one run longer; a longer comparison has a larger trainer.max_epochs.")
         if item.key_or_group in ("launcher", "hydra/launcher"):
             raise ConfigError(
                 f"{item.key_or_group} is not used by compare, which trains one run after the other; start the runs "
@@ -332,6 +334,7 @@ def _build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequenc
         container = training.check_config(config)
         pl.seed_everything(container["seed"], workers=True, verbose=False)
         tasks[label] = training.build_task(container, data.spec)
+        training.warm_start(tasks[label], container)
     return tasks, data
 
 

@@ -331,6 +331,45 @@ def test_another_configuration_is_not_taken_for_the_run_in_a_folder(run: Any, tm
     assert train({**asked, "data": {**asked["data"], "num_workers": 1}}).metrics == run.metrics
 
 
+def test_a_warm_start_is_from_the_weights_of_a_checkpoint(run: Any, tmp_path: Path) -> None:
+    best = run.run_dir / "checkpoints" / "best.ckpt"
+    given = ["attention=topk", f"init_from={best}"]
+    untrained = train(config(tmp_path, *given, "trainer.max_epochs=0"))
+    assert untrained.metrics["test/loss"] == pytest.approx(run.metrics["test/loss"])
+    trained = train(config(tmp_path, *given))
+    assert trained.record["steps"] == 8
+    assert trained.record["init_from"]["path"] == str(best)
+    assert trained.run_dir.name != run.run_dir.name
+    # A run is started from weights, wherever they lie.
+    moved = Path(shutil.copy(best, tmp_path / "moved.ckpt"))
+    again = {**config(tmp_path, "attention=topk", f"init_from={moved}"), "resume": True}
+    assert train(again).run_dir == trained.run_dir
+    assert train({**trained.record["config"], "resume": True}).run_dir == trained.run_dir
+    saved = torch.load(best, weights_only=True)
+    next(iter(saved["state_dict"].values())).zero_()
+    torch.save(saved, moved)
+    assert train(again).run_dir != trained.run_dir
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["attention=topk", "model.dim=32"],
+            r"token_embedding\.weight is \(\d+, 16\) there and \(\d+, 32\) here, .* more",
+        ),
+        (["attention=eigen_row"], r"does not fit this model: model\.\S+ is missing there and \(.*\) here"),
+        (["init_from=nowhere.ckpt"], r"init_from must be a checkpoint file or null, got 'nowhere\.ckpt'"),
+        (["init_from=README.md"], r"init_from='README\.md' is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(words: list[str], message: str, run: Any, tmp_path: Path) -> None:
+    given = f"init_from={run.run_dir / 'checkpoints' / 'best.ckpt'}"
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "runs", given, *words))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_never_enters_a_folder_of_somebody_else(resume: bool, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("lr: 1")

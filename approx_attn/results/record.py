@@ -34,6 +34,9 @@ MARKER = ".approx-attn-run"  # says that a folder was made for a run; nothing is
 # Parts of a configuration that say where and how a run is watched, not what it computes.
 OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
 
+# Keys that came later, with the values at which a run is what it was without them.
+NEUTRAL = {"init_from": None, "extend": None, "compile": False}
+
 OBSERVING_CALLBACKS = frozenset({"resumable"})
 
 # Options of data modules that say how batches are made, not what is in them.
@@ -49,12 +52,34 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
     """
     part = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
+    part = {key: value for key, value in part.items() if key not in NEUTRAL or value != NEUTRAL[key]}
+    if "init_from" in part:
+        part["init_from"] = _content(part["init_from"])
     if isinstance(part.get("callbacks"), Mapping):
         callbacks = {key: value for key, value in part["callbacks"].items() if key not in OBSERVING_CALLBACKS}
         part["callbacks"] = {key: _with_mode(node) for key, node in callbacks.items()}
     if isinstance(part.get("data"), Mapping):
         part["data"] = {key: value for key, value in part["data"].items() if key not in SERVING_DATA}
     return part
+
+
+def _content(init_from: Any) -> Any:
+    """What the weights are, wherever they lie: the checksum of the file, or the one that was noted."""
+    if isinstance(init_from, Mapping):
+        return init_from.get("sha256")
+    return file_digest(init_from) if Path(str(init_from)).is_file() else init_from
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    status = os.stat(path)
+    return _file_digest(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.cache
+def _file_digest(path: str, modified: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_mode(node: Any) -> Any:

@@ -335,6 +335,7 @@ def _build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequenc
         pl.seed_everything(container["seed"], workers=True, verbose=False)
         tasks[label] = training.build_task(container, data.spec)
         training.warm_start(tasks[label], container)
+        training.compile_model(tasks[label], container)
     return tasks, data
 
 

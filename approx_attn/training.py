@@ -153,6 +153,7 @@ def _run(
     started, environment = time.time(), record.environment()
     if start.path is None and not config.get("init_from"):
         fit_bases(task, data, config)
+    compile_model(task, config)
     try:
         fit_from(start, task, data, trainer)
     except Exception as error:
@@ -333,6 +334,12 @@ def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
 
 def _shape(weights: Mapping[str, Any], name: str) -> str:
     return str(tuple(weights[name].shape)) if name in weights else "missing"
+
+
+def compile_model(task: SequenceTask, config: Mapping[str, Any]) -> None:
+    """Have torch compile the model when it is first called, if the configuration says so; weights keep their names."""
+    if config.get("compile"):
+        task.model.compile()
 
 
 def fit_bases(task: SequenceTask, data: SequenceDataModule, config: Mapping[str, Any]) -> None:

@@ -415,6 +415,18 @@ def test_damaged_or_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
         load_task(tmp_path / "damaged.ckpt")
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_figures(tmp_path: Path) -> None:
+    plain_run = train(config(tmp_path))
+    compiled = train(config(tmp_path, "compile=true"))
+    assert compiled.task.model._compiled_call_impl is not None  # type: ignore[union-attr]
+    assert compiled.record["config"]["compile"] is True
+    assert compiled.run_dir.name != plain_run.run_dir.name
+    assert compiled.metrics["test/loss"] == pytest.approx(plain_run.metrics["test/loss"], rel=1e-3)
+    checkpoint = compiled.run_dir / "checkpoints" / "best.ckpt"
+    assert evaluate(checkpoint)["test/loss"] == pytest.approx(compiled.metrics["test/loss"], rel=1e-3)
+
+
 def test_training_leaves_no_global_state_behind(tmp_path: Path) -> None:
     before = torch.are_deterministic_algorithms_enabled()
     train(config(tmp_path, "trainer.max_epochs=1"))

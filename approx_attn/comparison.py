@@ -31,7 +31,7 @@ from approx_attn.attention.registry import attention_options, available_attentio
 from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.instantiation import require_plain_name, suggestion
+from approx_attn.instantiation import require_plain_name, require_writable, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
 from approx_attn.results import record
 from approx_attn.results.aggregate import StepMeasurement, comparison_rows
@@ -142,6 +142,10 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     """
     console = wide_console() if console is None else console
     comparison = plan(arguments)
+    require_writable("results", comparison.folder)
+    for run in (run for by_seed in comparison.runs.values() for run in by_seed.values()):
+        if not record.is_finished(run.folder):
+            require_writable("paths.runs", run.folder)
     with quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)

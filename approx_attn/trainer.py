@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -142,7 +143,7 @@ def fit_from(start: checkpoints.ResumePoint, task: SequenceTask, data: SequenceD
     resumable = next((c for c in trainer.callbacks if isinstance(c, Resumable)), None)  # type: ignore[attr-defined]
     interruption: BaseException | None = None
     try:
-        with record.disk_full_named(trainer.default_root_dir):
+        with record.disk_full_named(trainer.default_root_dir), _full_disks_told_once():
             trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
     except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of SIGTERM and of Ctrl-C
         interruption = error
@@ -211,6 +212,17 @@ def quiet(verbose: bool = False) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _full_disks_told_once() -> Iterator[None]:
+    """Without the traceback of the thread that writes for TensorBoard; what it raises comes up in the main thread."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if record.is_disk_full(args.exc_value) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ from approx_attn.instantiation import (
     build,
     check_arguments,
     require_plain_name,
+    require_writable,
     sentence,
     suggestion,
     target_class,
@@ -108,6 +109,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
     folder, finished = find_run(container)
     if finished is not None and not distributed.is_started():
         return TrainResult(folder, finished["metrics"], finished, resumed=True)
+    require_writable("paths.run_dir" if container["paths"].get("run_dir") else "paths.runs", folder)
     with quiet(container["verbose"]), deterministic_algorithms_restored():
         data = check_run(container, folder)
         make_splits(data)

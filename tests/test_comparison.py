@@ -152,6 +152,14 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("key", ["results", "paths.runs"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_work(key, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path, "attention=[exact]", f"{key}={tmp_path / 'file' / 'x'}")) == 2
+    assert f"error: {key}: nothing can be written to" in capsys.readouterr().err
+
+
 def test_measurements_are_kept_with_where_they_were_made(finished):
     folder, *_ = finished
     kept = json.loads((folder / "results" / "tiny" / "measurements.json").read_text())

@@ -234,7 +234,10 @@ def test_a_run_that_comes_to_just_one_validation_does_not_say_that_there_is_none
 
 def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> None:
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
-    with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
+    with pytest.raises(
+        DivergedError,
+        match=r"step \d+ with attention=exact \(learning rate 1e\+30,.*learning rate too high.*optimizer\.lr",
+    ):
         train(settings)
     (path,) = tmp_path.glob("digits/exact/*/result.json")
     failure = json.loads(path.read_text())
@@ -329,6 +332,16 @@ def test_another_configuration_is_not_taken_for_the_run_in_a_folder(run: Any, tm
             train(other)
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert train({**asked, "data": {**asked["data"], "num_workers": 1}}).metrics == run.metrics
+
+
+@pytest.mark.parametrize("key", ["paths.runs", "paths.run_dir"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_work(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("approx_attn.training.make_splits", lambda data: pytest.fail("data were read"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"{key}: nothing can be written to .*file.* \(Not a directory\)"):
+        train(config(tmp_path, f"{key}={tmp_path / 'file' / 'run'}"))
 
 
 def test_a_warm_start_is_from_the_weights_of_a_checkpoint(run: Any, tmp_path: Path) -> None:

@@ -155,10 +155,10 @@ def disk_full_named(path: str | Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error; libraries wrap what the system says."""
+    """Whether a full disk, or a limit on files, is behind an error; libraries wrap what the system says."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -425,6 +426,19 @@ def test_a_full_disk_under_the_log_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(RunCSVLogger, "save", save)
     with pytest.raises(DiskFullError, match="No space left on the disk of /dev/full"):
         train(config(tmp_path))
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_a_limit_on_files_is_told_once_with_tensorboard_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: Any, data: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    with pytest.raises(DiskFullError, match="No space left on the disk of"):
+        train(config(tmp_path, "logger=tensorboard"))
+    assert "Traceback" not in capfd.readouterr().err
     assert not list(tmp_path.rglob("result.json"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -438,6 +439,18 @@ def test_a_compiled_model_trains_to_the_same_figures(tmp_path: Path) -> None:
     assert compiled.metrics["test/loss"] == pytest.approx(plain_run.metrics["test/loss"], rel=1e-3)
     checkpoint = compiled.run_dir / "checkpoints" / "best.ckpt"
     assert evaluate(checkpoint)["test/loss"] == pytest.approx(compiled.metrics["test/loss"], rel=1e-3)
+
+
+def test_the_progress_bar_keeps_to_one_line_and_counts_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    train(config(tmp_path, "progress_bar=true", "trainer.max_epochs=1"))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    shown = [line for line in re.split(r"[\r\n]+", text) if "acc: " in line]
+    assert shown
+    assert all(line.startswith("Epoch 1/1 ") and "loss: " in line and len(line) <= 80 for line in shown)
 
 
 def test_training_leaves_no_global_state_behind(tmp_path: Path) -> None:

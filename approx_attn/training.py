@@ -254,6 +254,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"trainer.val_check_interval must be a share of an epoch above 0 or a number of steps, got {interval!r}."
         )
+    every = trainer.get("check_val_every_n_epoch", 1)
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ConfigError(f"trainer.check_val_every_n_epoch must be a whole number above 0 or null, got {every!r}.")
     if epochs == -1 and trainer.get("max_steps", -1) == -1 and not trainer.get("max_time"):
         raise ConfigError("trainer.max_epochs=-1 needs trainer.max_steps or trainer.max_time, else a run never ends.")
 
@@ -301,12 +304,14 @@ def check_trained(config: Mapping[str, Any], task: SequenceTask) -> None:
     Raises:
         ConfigError: no training is asked for, and the model is not wholly one that was trained before.
     """
-    if config["trainer"]["max_epochs"] != 0 or config.get("init_from"):
+    trainer = config["trainer"]
+    budget = next((key for key in ("max_epochs", "max_steps", "limit_train_batches") if trainer.get(key) == 0), None)
+    if budget is None or config.get("init_from"):
         return
     new = getattr(task.model, "new_parameters", None)
     if new is None or new:
         which = f"; model.path has no fitting {new[0]}" if new else ", and this model starts at random"
-        raise ConfigError(f"trainer.max_epochs=0 tests a model that was trained before{which}.")
+        raise ConfigError(f"trainer.{budget}=0 tests a model that was trained before{which}.")
 
 
 def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
@@ -392,7 +397,8 @@ def refuse_another_run(folder: Path, config: Mapping[str, Any]) -> None:
     if found:
         told = ", ".join(f"{key} {was!r} there and {asked!r} here" for key, was, asked in found[:3])
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ConfigError(f"resume=true cannot continue {folder}, which is another run: {told}{more}.")
+        longer = "; extend trains a finished run longer" if {key for key, _, _ in found} <= BUDGET_KEYS else ""
+        raise ConfigError(f"resume=true cannot continue {folder}, which is another run: {told}{more}{longer}.")
 
 
 def refuse_extension(config: Mapping[str, Any], folder: Path) -> None:

@@ -332,6 +332,11 @@ def test_another_configuration_is_not_taken_for_the_run_in_a_folder(run: Any, tm
         ):
             train(other)
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    longer = {**asked, "trainer": {**asked["trainer"], "max_epochs": 9}}
+    with pytest.raises(
+        ConfigError, match=r"trainer\.max_epochs 2 there and 9 here; extend trains a finished run longer"
+    ):
+        train(longer)
     assert train({**asked, "data": {**asked["data"], "num_workers": 1}}).metrics == run.metrics
 
 

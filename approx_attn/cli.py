@@ -65,6 +65,8 @@ def usage() -> str:
             *lines,
             "",
             "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2.",
+            "exit codes: 0 done; 1 failed, or a run of several did, or a figure is not finite, or no run was found;",
+            "            2 refused before anything was written; 128 + n stopped by signal n, and can be continued.",
         ]
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,17 @@ from approx_attn.stopping import Stopped
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
 INTERRUPTED = 130
+
+
+class Unsuccessful(Exception):
+    """A command came to its end without the result that it is for; the message is one sentence."""
+
+
+def require_finite(figures: Mapping[str, float]) -> None:
+    """Raises `Unsuccessful` that names the first figure that is no finite number."""
+    for key, value in figures.items():
+        if not math.isfinite(value):
+            raise Unsuccessful(f"{key} is {value}, so there is no result.")
 
 
 def run_command(
@@ -175,7 +187,7 @@ def _report(error: Exception, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | Unsuccessful):
         print(f"error: {text}", file=sys.stderr)
         return code
     hint = "" if verbose else " (verbose=true shows where)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,10 @@ from torch import Tensor
 from approx_attn import training
 from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
+from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.instantiation import require_plain_name, suggestion
+from approx_attn.instantiation import require_plain_name, require_writable, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
 from approx_attn.results import record
 from approx_attn.results.aggregate import StepMeasurement, comparison_rows
@@ -111,7 +112,17 @@ class Comparison:
 
 def main(arguments: Sequence[str]) -> int:
     """The verb `compare`; returns the exit code."""
-    return run_plain("compare", lambda: compare(arguments), arguments)
+    return run_plain("compare", lambda: require_all(compare(arguments)), arguments)
+
+
+def require_all(rows: Sequence[ComparisonRow]) -> None:
+    """Raises `Unsuccessful` unless all runs of a table finished, with figures that are numbers."""
+    missing = sum(len(row.missing) for row in rows)
+    if missing:
+        raise Unsuccessful(f"{missing} of {missing + sum(len(row.finished) for row in rows)} runs failed.")
+    for row in rows:
+        if row.figure is None or not math.isfinite(row.figure.mean):
+            raise Unsuccessful(f"the figure of {row.name} is no finite number.")
 
 
 def compare(arguments: Sequence[str], console: Console | None = None) -> list[ComparisonRow]:
@@ -131,6 +142,10 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     """
     console = wide_console() if console is None else console
     comparison = plan(arguments)
+    require_writable("results", comparison.folder)
+    for run in (run for by_seed in comparison.runs.values() for run in by_seed.values()):
+        if not record.is_finished(run.folder):
+            require_writable("paths.runs", run.folder)
     with quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)
@@ -211,6 +226,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
     for item in passed_on:
         if item.key_or_group == "seed":
             raise ConfigError("seed is set by the comparison; write seeds=[...].")
+        if item.key_or_group == "paths.run_dir":
+            raise ConfigError(
+                "paths.run_dir is the folder of one run, and a comparison has several; write paths.runs=."
+            )
+        if item.key_or_group == "extend":
+            raise ConfigError("extend trains one run longer; a longer comparison has a larger trainer.max_epochs.")
         if item.key_or_group in ("launcher", "hydra/launcher"):
             raise ConfigError(
                 f"{item.key_or_group} is not used by compare, which trains one run after the other; start the runs "
@@ -317,6 +338,8 @@ def _build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequenc
         container = training.check_config(config)
         pl.seed_everything(container["seed"], workers=True, verbose=False)
         tasks[label] = training.build_task(container, data.spec)
+        training.warm_start(tasks[label], container)
+        training.compile_model(tasks[label], container)
     return tasks, data
 
 

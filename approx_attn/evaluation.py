@@ -18,7 +18,7 @@ from rich.table import Table
 
 from approx_attn import checkpoints
 from approx_attn.callbacks import ProgressBar, SeedSteps
-from approx_attn.command import run_command
+from approx_attn.command import require_finite, run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import ConfigError, build, sentence, suggestion
@@ -145,3 +145,4 @@ def _evaluate_and_report(config: DictConfig) -> None:
     for key, value in metrics.items():
         table.add_row(key, f"{value:.6f}")
     Console().print(table)
+    require_finite(metrics)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from approx_attn import cli
 from approx_attn.attention import available_attention
@@ -51,6 +52,17 @@ def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_a_figure_that_is_not_finite_is_no_success(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    for weight in saved["state_dict"].values():
+        weight.fill_(float("nan"))
+    torch.save(saved, checkpoint)
+    assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 1
+    assert "error: test/loss is nan, so there is no result.\n" in capsys.readouterr().err
 
 
 def test_sweep_runs_every_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

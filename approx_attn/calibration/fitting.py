@@ -184,6 +184,11 @@ def _exact_attention(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 def run_model(model: nn.Module, batch: Any) -> int:
     """Run the model on one batch, on the model's device; returns the number of sequences."""
+    if isinstance(batch, str) or (isinstance(batch, Sequence) and any(isinstance(part, str) for part in batch)):
+        raise ValueError(
+            "calibration must be a list of batches of the model's inputs (mappings, tuples or tensors), "
+            f"got {batch!r:.60}; tokenize texts first."
+        )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def moved(part: Any) -> Any:

@@ -40,6 +40,7 @@ class DataSpec:
         causal: the model must not look ahead.
         two_towers: a batch holds two sequences per label (`tokens_b`, `keep_b`).
         pad_id: token id of padding.
+        class_names: what the classes are called, in their order; empty where they are only numbered.
         num_items: sizes of the training, validation and test split, None before `setup`.
         describe: one line for people.
     """
@@ -51,6 +52,7 @@ class DataSpec:
     causal: bool
     two_towers: bool = False
     pad_id: int = PAD
+    class_names: tuple[str, ...] = ()
     num_items: tuple[int, int, int] | None = None
     describe: str = ""
 

@@ -30,7 +30,7 @@ class ImageClassificationData(SequenceDataModule):
         resolution: side in pixels that images are scaled to; what the model declares.
         channels: 3 for colour, 1 for grey.
         mean, std: pixels from 0 to 1 become (pixel − mean) / std.
-        train_split, val_split, test_split, val_share, train_size, val_size, test_size, data_seed: see
+        train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size, data_seed: see
             `TextClassificationData`.
         batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
     """
@@ -50,8 +50,9 @@ class ImageClassificationData(SequenceDataModule):
         std: float = 0.5,
         train_split: str = "train",
         val_split: str | None = None,
-        test_split: str = "test",
+        test_split: str | None = "test",
         val_share: float = 0.1,
+        test_share: float | None = None,
         train_size: int | None = None,
         val_size: int | None = None,
         test_size: int | None = None,
@@ -74,9 +75,9 @@ class ImageClassificationData(SequenceDataModule):
         self.resolution = require_count("data.resolution", resolution)
         self.channels, self.mean, self.std = channels, float(mean), float(std)
         self.splitting = checked_splitting(
-            train_split, val_split, test_split, val_share, (train_size, val_size, test_size), data_seed
+            train_split, val_split, test_split, val_share, test_share, (train_size, val_size, test_size), data_seed
         )
-        self._num_classes = 0
+        self._class_names: tuple[str, ...] = ()
 
     def prepare_data(self) -> None:
         load_source(self.path, self.name)
@@ -88,7 +89,7 @@ class ImageClassificationData(SequenceDataModule):
         for split in splits.values():
             require_column(split, column, "data.pixel_column", self.path)
             require_column(split, self.label_column, "data.label_column", self.path)
-        labels, self._num_classes = class_labels(
+        labels, self._class_names = class_labels(
             source[self.splitting["train_split"]], splits, self.label_column, self.path
         )
         # `with_labels` goes by the table, which holds images undecoded; the feature says how to decode them.
@@ -104,7 +105,8 @@ class ImageClassificationData(SequenceDataModule):
         return DataSpec(
             kind="classification",
             vocab_size=1,
-            num_classes=self._num_classes,
+            num_classes=len(self._class_names),
+            class_names=self._class_names,
             max_length=self.resolution**2,
             causal=False,
             describe=f"images of {self.path}, {self.resolution} × {self.resolution} pixels",

@@ -33,6 +33,9 @@ OBSERVING_CALLBACKS = frozenset({"resumable"})
 # Options of data modules that say how batches are made, not what is in them.
 SERVING_DATA = frozenset({"num_workers", "num_proc", "cache_dir"})
 
+# Options of data modules that are younger than records of runs; None says what those runs did without them.
+YOUNGER_DATA = frozenset({"test_share"})
+
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
 
 
@@ -47,7 +50,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
     if OBSERVING_CALLBACKS & callbacks.keys():
         deciding["callbacks"] = {key: value for key, value in callbacks.items() if key not in OBSERVING_CALLBACKS}
     if isinstance(deciding.get("data"), Mapping):
-        deciding["data"] = {key: value for key, value in deciding["data"].items() if key not in SERVING_DATA}
+        deciding["data"] = {
+            key: value
+            for key, value in deciding["data"].items()
+            if key not in SERVING_DATA and not (key in YOUNGER_DATA and value is None)
+        }
     canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 

@@ -35,6 +35,7 @@ from approx_attn.instantiation import (
     target_class,
 )
 from approx_attn.loggers import RunCSVLogger
+from approx_attn.metrics import METRICS, metric_names
 from approx_attn.results import record
 from approx_attn.stopping import Stopped, requeue
 from approx_attn.tasks.base import SequenceTask
@@ -76,10 +77,9 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
         key = f"callbacks.{name}"
         given: dict[str, Any] = {}
         cls = target_class(node, key, pl.Callback)
-        if node.get("monitor") not in (None, *SequenceTask.figures):
-            raise ConfigError(
-                f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
-            )
+        watched = monitored(config)
+        if node.get("monitor") not in (None, *watched):
+            raise ConfigError(f"{key}.monitor must be one of {', '.join(watched)}, got {node['monitor']!r}.")
         refuse_paths_outside(node, key)
         if node.get("filename") is not None:  # {figure:format} becomes a number
             require_plain_name(f"{key}.filename", re.sub(r"\{.*?\}", "_", str(node["filename"])))
@@ -89,6 +89,15 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             given["enable_version_counter"] = False
         callbacks.append(build(node, key, pl.Callback, **given))
     return callbacks
+
+
+def monitored(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figures that callbacks may watch: loss, accuracy, and the metrics asked for that are one number."""
+    asked = (METRICS[name] for name in metric_names(config.get("metrics")))
+    return (
+        *SequenceTask.figures,
+        *(f"val/{metric.name}" for metric in asked if metric.compute and not metric.per_class),
+    )
 
 
 def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:

@@ -11,7 +11,7 @@ model on it. A run's folder holds
     metrics.csv             what was logged while training
     events.out.tfevents.*   the same for TensorBoard
     checkpoints/            best.ckpt (tested), last.ckpt (resumed from) and the one before it
-    test_predictions.npz    predicted and true class of every scored test item
+    test_predictions.npz    predicted class, its probability and the true class of every scored test item
     result.json             the record, written last: a run with it has ended well
 """
 
@@ -48,7 +48,9 @@ from approx_attn.instantiation import (
     suggestion,
     target_class,
 )
+from approx_attn.metrics import metric_names
 from approx_attn.results import record
+from approx_attn.results.stored_metrics import PREDICTIONS_FILE, how_to_get, lacking, with_metrics
 from approx_attn.stopping import was_requeued
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import build_trainer, deterministic_algorithms_restored, fit_from, quiet, restore_best
@@ -57,7 +59,7 @@ REQUIRED_KEYS = frozenset(
     {"name", "seed", "resume", "progress_bar", "verbose", "paths"}
     | {"attention", "data", "model", "task", "optimizer", "trainer"}
 )
-OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger"})
+OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger", "metrics"})
 
 
 @dataclass
@@ -117,7 +119,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
             folder, _ = distributed.agree(lambda: find_run(container))
             with distributed.first_only(lambda: record.run_lock(folder)):
                 # Another process may have finished it while this one waited for the lock.
-                finished = distributed.agree(lambda: record.read_result(folder) if record.is_finished(folder) else None)
+                finished = distributed.agree(lambda: read_finished(folder, container))
                 if finished is not None:
                     return TrainResult(folder, finished["metrics"], finished, resumed=True)
                 return _run(container, folder, data, task, build_trainer(container, folder))
@@ -194,6 +196,7 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     seed = container["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be a whole number from 0 to 4294967295, got {seed!r}.")
+    metric_names(container.get("metrics"))
     for key in ("resume", "progress_bar", "verbose"):
         if not isinstance(container[key], bool):
             raise ConfigError(f"{key} must be true or false, got {container[key]!r}.")
@@ -298,12 +301,19 @@ def find_run(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     """
     folder = run_folder(config)
     if config["resume"]:
-        return folder, record.read_result(folder) if record.is_finished(folder) else None
+        return folder, read_finished(folder, config)
     fresh, number = folder, 1
     while (fresh / "config.yaml").exists():
         number += 1
         fresh = folder.with_name(f"{folder.name}-{number}")
     return fresh, None
+
+
+def read_finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a run that has ended well, with the metrics of a configuration as far as its predictions go."""
+    if not record.is_finished(folder):
+        return None
+    return with_metrics(record.read_result(folder) or {}, folder, metric_names(config.get("metrics")))
 
 
 def run_folder(config: Mapping[str, Any]) -> Path:
@@ -345,11 +355,14 @@ def describe_run(config: dict[str, Any], task: SequenceTask, spec: DataSpec) -> 
 
 
 def save_predictions(folder: Path, task: SequenceTask) -> None:
-    """`test_predictions.npz` with the arrays `prediction` and `label`, one entry per scored test item."""
+    """Arrays `prediction`, `probability` and `label` as a file, one entry per scored test item."""
     if task.predictions is None:
         return
-    arrays: dict[str, Any] = {key: value.numpy().astype(np.int32) for key, value in task.predictions.items()}
-    with record.open_atomically(folder / "test_predictions.npz") as file:
+    arrays: dict[str, Any] = {
+        key: value.numpy().astype(np.float32 if value.is_floating_point() else np.int32)
+        for key, value in task.predictions.items()
+    }
+    with record.open_atomically(folder / PREDICTIONS_FILE) as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -363,9 +376,12 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train_and_report(config: DictConfig) -> None:
     result = train(config)
-    figures = ", ".join(
-        f"{key} {result.metrics[key]:.4f}" for key in ("test/accuracy", "test/loss") if key in result.metrics
-    )
+    asked = metric_names(config.get("metrics"))
+    of_asked = (key for key in result.metrics if key.startswith(tuple(f"test/{name}" for name in asked)))
+    shown = dict.fromkeys(("test/accuracy", "test/loss", *of_asked))
+    figures = ", ".join(f"{key} {result.metrics[key]:.4f}" for key in shown if key in result.metrics)
     known = "finished before" if result.task is None else ("continued" if result.resumed else "trained")
     label = f"{result.record['name']} · {result.record['attention']} · seed {result.record['seed']}"
     print(f"{label}: {known}, {figures}\n  {result.run_dir}")
+    for name in lacking(result.record, asked):
+        print(f"  {name}: {how_to_get(name, result.run_dir)}")

@@ -26,7 +26,7 @@ import torch
 RESULT_FILE = "result.json"
 
 # Parts of a configuration that say where and how a run is watched, not what it computes.
-OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
+OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar", "metrics"})
 
 OBSERVING_CALLBACKS = frozenset({"resumable"})
 

@@ -33,6 +33,7 @@ def test_the_hash_follows_what_decides_the_outcome():
 
 def test_options_that_are_younger_than_records_leave_the_hash_alone_where_they_do_nothing():
     assert config_hash({**CONFIG, "data": {"test_share": None}}) == config_hash({**CONFIG, "data": {}})
+    assert config_hash({**CONFIG, "metrics": ["f1"]}) == config_hash(CONFIG), "they only look at a run"
     assert config_hash({**CONFIG, "data": {"test_share": 0.2}}) != config_hash({**CONFIG, "data": {}})
 
 

@@ -15,6 +15,10 @@ from approx_attn.instantiation import ConfigWarning, suggestion
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("approx_attn.training:main", "train and test one model: data=digits attention=eigen_row seed=1"),
     "evaluate": ("approx_attn.evaluation:main", "test a checkpoint: checkpoint=<file>"),
+    "predict": (
+        "approx_attn.prediction:main",
+        "classes of new texts or images: checkpoint=<file> data=<file or folder> output=<file.csv>",
+    ),
     "compare": ("approx_attn.comparison:main", "train what is missing and print one table: attention=[exact,topk]"),
     "calibrate": ("approx_attn.calibration.command:main", "fit bases on a live model and its data"),
     "reconstruct": (

@@ -14,8 +14,9 @@ A subclass states its `DataSpec` and its three splits as `datasets.Dataset`; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import pytorch_lightning as pl
@@ -104,6 +105,18 @@ class SequenceDataModule(pl.LightningDataModule):
     def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> PackedSequences:
         """Lay out one split for batching; a hook for modules that cut or mask in their own way."""
         return PackedSequences(dataset, spec.max_length, pad_to_longest=self.pad_to_longest, pad_id=spec.pad_id)
+
+    input_kind: ClassVar[Literal["text", "image"] | None] = None
+    """What new inputs of a trained model are; None where data is generated or comes in another form."""
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Any:
+        """Lay out new inputs for batching, without labels; for modules with an `input_kind`.
+
+        Args:
+            inputs: texts, or paths of images.
+            spec: that of the trained model.
+        """
+        raise NotImplementedError
 
     # -- the same for all --------------------------------------------------------------------------
 

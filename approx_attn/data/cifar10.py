@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from approx_attn.data.base import DataSpec, SequenceDataModule, require_count
 from approx_attn.data.cache import quiet_datasets
-from approx_attn.data.packing import BYTE_VOCAB_SIZE
+from approx_attn.data.packing import BYTE_VOCAB_SIZE, PackedSequences
 from approx_attn.data.sources import carve, checked_splitting, class_labels, load_source, require_column, with_labels
 
 KNOWN_COLUMNS = ("pixels", "image", "img")
@@ -55,6 +57,7 @@ class Cifar10Data(SequenceDataModule):
     """
 
     has_static_spec = False
+    input_kind = "image"
 
     def __init__(
         self,
@@ -130,6 +133,10 @@ class Cifar10Data(SequenceDataModule):
             grey = [as_square(pixels, column, self.path) for pixels in raw_bytes(split, column, self.path)]
         return [shrink(image, self.resolution).tobytes() for image in grey]
 
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
+        pixels = [shrink(read_grey(path), self.resolution).tobytes() for path in inputs]
+        return self.pack("test", datasets.Dataset.from_dict({"tokens": pixels}), spec)
+
     def make_spec(self) -> DataSpec:
         return DataSpec(
             kind="classification",
@@ -140,6 +147,13 @@ class Cifar10Data(SequenceDataModule):
             causal=False,
             describe=f"grey images of {self.path}, {self.resolution} × {self.resolution} pixels",
         )
+
+
+def read_grey(path: str, side: int | None = None) -> np.ndarray:
+    """(height, width) uint8 of an image file, scaled to a square of `side` pixels if that is given."""
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    return np.asarray(grey if side is None else grey.resize((side, side), Image.Resampling.BOX))
 
 
 def raw_bytes(split: datasets.Dataset, column: str, path: str) -> list[bytes]:

@@ -36,6 +36,7 @@ class ImageClassificationData(SequenceDataModule):
     """
 
     has_static_spec = False
+    input_kind = "image"
 
     def __init__(
         self,
@@ -112,6 +113,10 @@ class ImageClassificationData(SequenceDataModule):
             describe=f"images of {self.path}, {self.resolution} × {self.resolution} pixels",
         )
 
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Images:
+        images = datasets.Dataset.from_dict({"pixels": list(inputs)}).cast_column("pixels", datasets.Image())
+        return self.pack("test", images, spec)
+
     def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> Any:
         return Images(dataset, self.resolution, self.channels, self.mean, self.std, self.path)
 
@@ -120,7 +125,7 @@ class Images(Dataset):
     """One split; images are decoded when a batch asks for them.
 
     Args:
-        dataset: columns `pixels`, images or the bytes of square grey ones, and `label`.
+        dataset: columns `pixels`, images or the bytes of square grey ones, and `label`, if they are labelled.
         resolution, channels, mean, std: see `ImageClassificationData`.
         path: where the images come from, for messages.
     """
@@ -144,7 +149,8 @@ class Images(Dataset):
             rows = self.dataset[list(indices)]
         pixels = np.stack([self._read(image) for image in rows["pixels"]])  # (b, channels, h, w) uint8
         scaled = (torch.from_numpy(pixels).float() / 255 - self.mean) / self.std
-        return {"pixels": scaled, "labels": torch.tensor(rows["label"])}
+        batch = {"pixels": scaled}
+        return {**batch, "labels": torch.tensor(rows["label"])} if "label" in rows else batch
 
     def _read(self, image: Any) -> np.ndarray:
         """(channels, resolution, resolution) uint8."""

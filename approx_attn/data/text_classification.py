@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from approx_attn.data.base import (
     require_count,
     require_one_of,
 )
+from approx_attn.data.cache import quiet_datasets
 from approx_attn.data.packing import BYTE_VOCAB_SIZE, PAD, PackedSequences
 from approx_attn.data.sources import (
     carve,
@@ -69,6 +71,7 @@ class TextClassificationData(SequenceDataModule):
     """
 
     has_static_spec = False
+    input_kind = "text"
 
     def __init__(
         self,
@@ -129,12 +132,19 @@ class TextClassificationData(SequenceDataModule):
         labels, self._class_names = class_labels(
             source[self.splitting["train_split"]], splits, self.label_column, self.path
         )
-        tokens = {name: split.select_columns([self.text_column]) for name, split in splits.items()}
-        if self.tokenizer is not None:
-            tokens = self._tokenize(tokens)
-        else:
-            tokens = {name: split.rename_column(self.text_column, "tokens") for name, split in tokens.items()}
+        tokens = self._tokens({name: split.select_columns([self.text_column]) for name, split in splits.items()})
         return {name: with_labels(split, labels[name]) for name, split in tokens.items()}
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
+        with quiet_datasets():
+            split = self._tokens({"test": datasets.Dataset.from_dict({self.text_column: list(inputs)})})["test"]
+        return self.pack("test", split, spec)
+
+    def _tokens(self, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        """Columns of texts as columns of tokens."""
+        if self.tokenizer is None:
+            return {name: split.rename_column(self.text_column, "tokens") for name, split in splits.items()}
+        return self._tokenize(splits)
 
     def _tokenize(self, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """Token ids by the tokenizer, kept in the cache of the `datasets` library."""

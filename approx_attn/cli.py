@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from approx_attn.instantiation import ConfigWarning, suggestion
+from approx_attn.instantiation import suggestion
+from approx_attn.notices import ConfigWarning
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {

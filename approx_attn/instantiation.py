@@ -14,7 +14,6 @@ import inspect
 import os
 import types
 import typing
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,17 +33,6 @@ CHECKED_BY_THEMSELVES = [["approx_attn", part] for part in ("attention", "data",
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message is one sentence that names the key."""
-
-
-class ConfigWarning(UserWarning):
-    """A configuration that can be run and was hardly meant; the message is one sentence that names the key."""
-
-
-@functools.cache  # a comparison reads its data many times
-def warn(text: str) -> None:
-    """Warn once of what was hardly meant; the first of several processes speaks for all."""
-    if os.environ.get("RANK", "0") == "0":
-        warnings.warn(text, ConfigWarning, stacklevel=2)
 
 
 def build(node: Mapping[str, Any], key: str, kind: type, **given: Any) -> Any:

@@ -213,6 +213,9 @@ def _predict_and_write(options: dict[str, Any]) -> None:
     output, data = Path(str(options["output"])), options["data"]
     if output.is_dir() or output in [Path(str(item)) for item in ([data] if isinstance(data, str) else data)]:
         raise ConfigError(f"output={str(output)!r} must be a file of its own, not a folder or what is read.")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"output={str(output)!r} cannot be written: {folder} is no folder that may be written to.")
     predictions = predict(
         options["checkpoint"], data, text_column=options["text_column"], batch_size=options["batch_size"]
     )

@@ -196,8 +196,9 @@ class SequenceTask(pl.LightningModule):
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor, Tensor]:
         """The predicted and true class of every scored item, and the probability of the former."""
         loss, logits, labels = self._loss(batch)
-        best, predicted = logits.float().max(dim=-1)
-        probability = (best - logits.float().logsumexp(dim=-1)).exp()
+        predicted = logits.argmax(dim=-1)
+        best = logits.gather(-1, predicted[:, None]).squeeze(-1)
+        probability = (best.float() - logits.float().logsumexp(dim=-1)).exp()  # (items,)
         if stage in self.tallies:
             cast(Tally, self.tallies[stage]).update(predicted, labels, probability)
         if len(labels) or distributed.is_joined():  # what one process logs, all must

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from approx_attn.instantiation import suggestion
+from approx_attn.notices import ConfigWarning
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("approx_attn.training:main", "train and test one model: data=digits attention=eigen_row seed=1"),
     "evaluate": ("approx_attn.evaluation:main", "test a checkpoint: checkpoint=<file>"),
+    "predict": (
+        "approx_attn.prediction:main",
+        "classes of new texts or images: checkpoint=<file> data=<file or folder> output=<file.csv>",
+    ),
     "compare": ("approx_attn.comparison:main", "train what is missing and print one table: attention=[exact,topk]"),
     "calibrate": ("approx_attn.calibration.command:main", "fit bases on a live model and its data"),
     "reconstruct": (
@@ -51,7 +59,17 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the scripts are doors to this."""
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-    return run(sys.argv[1:] if arguments is None else arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+        return run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Print what this package warns of as one line, without the line of code that says so."""
+    if issubclass(category, ConfigWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        otherwise(message, category, *rest)
 
 
 def usage() -> str:

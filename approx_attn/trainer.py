@@ -36,6 +36,7 @@ from approx_attn.instantiation import (
     target_class,
 )
 from approx_attn.loggers import RunCSVLogger
+from approx_attn.metrics import METRICS, metric_direction, metric_names
 from approx_attn.results import record
 from approx_attn.stopping import Stopped, requeue
 from approx_attn.tasks.base import SequenceTask
@@ -77,10 +78,9 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
         key = f"callbacks.{name}"
         given: dict[str, Any] = {}
         cls = target_class(node, key, pl.Callback)
-        if node.get("monitor") not in (None, *SequenceTask.figures):
-            raise ConfigError(
-                f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
-            )
+        watched = monitored(config)
+        if node.get("monitor") not in (None, *watched):
+            raise ConfigError(f"{key}.monitor must be one of {', '.join(watched)}, got {node['monitor']!r}.")
         refuse_paths_outside(node, key)
         if node.get("filename") is not None:  # {figure:format} becomes a number
             require_plain_name(f"{key}.filename", re.sub(r"\{.*?\}", "_", str(node["filename"])))
@@ -99,10 +99,19 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
 
 def _mode_of(node: Mapping[str, Any], key: str) -> str:
     """The direction of the figure that a callback watches; saying another is an error."""
-    mode = record.direction(str(node["monitor"]))
+    mode = metric_direction(str(node["monitor"]))
     if node.get("mode") not in (None, mode):
         raise ConfigError(f"{key}.mode must be {mode} or null with monitor={node['monitor']}, got {node['mode']!r}.")
     return mode
+
+
+def monitored(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figures that callbacks may watch: loss, accuracy, and the metrics asked for that are one number."""
+    asked = (METRICS[name] for name in metric_names(config.get("metrics")))
+    return (
+        *SequenceTask.figures,
+        *(f"val/{metric.name}" for metric in asked if metric.compute and not metric.per_class),
+    )
 
 
 def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:

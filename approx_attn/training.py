@@ -11,7 +11,7 @@ model on it. A run's folder holds
     metrics.csv             what was logged while training
     events.out.tfevents.*   the same for TensorBoard
     checkpoints/            best.ckpt (tested), last.ckpt (resumed from) and the one before it
-    test_predictions.npz    predicted and true class of every scored test item
+    test_predictions.npz    predicted class, its probability and the true class of every scored test item
     result.json             the record, written last: a run with it has ended well
     .approx-attn-run        says that the folder is a run's; `approx-attn runs` deletes none without
 """
@@ -50,7 +50,9 @@ from approx_attn.instantiation import (
     suggestion,
     target_class,
 )
+from approx_attn.metrics import metric_names
 from approx_attn.results import record
+from approx_attn.results.stored_metrics import PREDICTIONS_FILE, how_to_get, lacking, with_metrics
 from approx_attn.stopping import was_requeued
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import build_trainer, deterministic_algorithms_restored, fit_from, quiet, restore_best
@@ -61,7 +63,7 @@ REQUIRED_KEYS = frozenset(
     {"name", "seed", "resume", "progress_bar", "verbose", "paths"}
     | {"attention", "data", "model", "task", "optimizer", "trainer"}
 )
-OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger", "init_from", "extend", "compile"})
+OPTIONAL_KEYS = frozenset({"scheduler", "callbacks", "logger", "metrics", "init_from", "extend", "compile"})
 
 # What a run that extends another may change: how long it is.
 BUDGET_KEYS = frozenset({"trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "extend"})
@@ -127,7 +129,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
             folder, _ = distributed.agree(lambda: find_run(container))
             with distributed.first_only(lambda: record.run_lock(folder)):
                 # Another process may have finished it while this one waited for the lock.
-                finished = distributed.agree(lambda: record.read_result(folder) if record.is_finished(folder) else None)
+                finished = distributed.agree(lambda: read_finished(folder, container))
                 if finished is not None:
                     return TrainResult(folder, finished["metrics"], finished, resumed=True)
                 return _run(container, folder, data, task, build_trainer(container, folder))
@@ -211,6 +213,7 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     seed = container["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be a whole number from 0 to 4294967295, got {seed!r}.")
+    metric_names(container.get("metrics"))
     for key in ("resume", "progress_bar", "verbose", "compile"):
         if not isinstance(container.get(key, False), bool):
             raise ConfigError(f"{key} must be true or false, got {container[key]!r}.")
@@ -383,7 +386,7 @@ def find_run(config: Mapping[str, Any]) -> tuple[Path, dict[str, Any] | None]:
     if record.is_foreign(fresh):
         raise ConfigError(f"paths.run_dir must be a new folder, an empty one or that of a run, got {str(fresh)!r}.")
     refuse_another_run(fresh, config)
-    return fresh, record.read_result(fresh) if record.is_finished(fresh) else None
+    return fresh, read_finished(fresh, config)
 
 
 def refuse_another_run(folder: Path, config: Mapping[str, Any]) -> None:
@@ -442,6 +445,13 @@ def extended(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"run_dir": config["extend"], **{key: known.get(key) for key in ("config_hash", "epochs", "steps")}}
 
 
+def read_finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a run that has ended well, with the metrics of a configuration as far as its predictions go."""
+    if not record.is_finished(folder):
+        return None
+    return with_metrics(record.read_result(folder) or {}, folder, metric_names(config.get("metrics")))
+
+
 def run_folder(config: Mapping[str, Any]) -> Path:
     """`paths.run_dir`, or the place below `paths.runs` that the configuration and seed decide."""
     paths = config["paths"]
@@ -483,11 +493,14 @@ def describe_run(config: dict[str, Any], task: SequenceTask, spec: DataSpec) -> 
 
 
 def save_predictions(folder: Path, task: SequenceTask) -> None:
-    """`test_predictions.npz` with the arrays `prediction` and `label`, one entry per scored test item."""
+    """Arrays `prediction`, `probability` and `label` as a file, one entry per scored test item."""
     if task.predictions is None:
         return
-    arrays: dict[str, Any] = {key: value.numpy().astype(np.int32) for key, value in task.predictions.items()}
-    with record.open_atomically(folder / "test_predictions.npz") as file:
+    arrays: dict[str, Any] = {
+        key: value.numpy().astype(np.float32 if value.is_floating_point() else np.int32)
+        for key, value in task.predictions.items()
+    }
+    with record.open_atomically(folder / PREDICTIONS_FILE) as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -501,13 +514,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train_and_report(config: DictConfig) -> None:
     result = train(config)
-    figures = ", ".join(
-        f"{key} {result.metrics[key]:.4f}" for key in ("test/accuracy", "test/loss") if key in result.metrics
-    )
+    asked = metric_names(config.get("metrics"))
+    of_asked = (key for key in result.metrics if key.startswith(tuple(f"test/{name}" for name in asked)))
+    shown = dict.fromkeys(("test/accuracy", "test/loss", *of_asked))
+    figures = ", ".join(f"{key} {result.metrics[key]:.4f}" for key in shown if key in result.metrics)
     begun = "extended" if result.record.get("extends") else "trained"
     known = "finished before" if result.task is None else ("continued" if result.resumed else begun)
     if result.record.get("tested_weights") == "last":
         known = f"{known} (tested: the last weights)"
     label = f"{result.record['name']} · {result.record['attention']} · seed {result.record['seed']}"
     print(f"{label}: {known}, {figures}\n  {result.run_dir}")
+    for name in lacking(result.record, asked):
+        print(f"  {name}: {how_to_get(name, result.run_dir)}")
     require_finite({key: value for key, value in result.metrics.items() if key.startswith("test/")})

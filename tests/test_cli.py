@@ -121,6 +121,13 @@ def test_what_compare_cannot_use_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
-def test_what_evaluate_replaces_is_added_with_a_plus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["evaluate", "checkpoint=x.ckpt", "data.path=y"]) == 2
-    assert "write +data.path=... to add it" in capsys.readouterr().err
+def test_evaluate_replaces_options_of_the_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
+    words = [f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best.ckpt'}", "progress_bar=false"]
+    found = []
+    for more in (["data.eval_batch_size=100"], ["+data.eval_batch_size=100"], ["trainer.limit_test_batches=1.0"]):
+        assert cli.main(["evaluate", *words, *more, "metrics=[f1]"]) == 0
+        found.append(next(line for line in capsys.readouterr().out.splitlines() if "test/f1" in line))
+    assert found[0] == found[1] != found[2], "two batches of 100, of the same items, and all 360"
+    assert cli.main(["evaluate", *words, "data.batchsize=4"]) == 2
+    assert "data.batchsize is not an option of DigitsData; did you mean 'batch_size'?" in capsys.readouterr().err

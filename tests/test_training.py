@@ -174,6 +174,15 @@ def test_token_prediction_scores_labelled_positions_only(tmp_path: Path) -> None
     assert predictions["label"].min() >= 0
 
 
+@pytest.mark.parametrize(("epochs", "told"), [(3, False), (100_000, True)])
+def test_a_long_training_says_how_long_after_its_first_steps(
+    epochs: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["callbacks.step_timer.warm_up=0", "trainer.max_time=00:00:00:02", f"trainer.max_epochs={epochs}"]
+    train(config(tmp_path, *words))
+    assert ("training will take about" in capsys.readouterr().err) == told
+
+
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     """Replace the loss of every training step by `spoil(loss, step)`, steps counted from 1."""
     original = SequenceTask.training_step

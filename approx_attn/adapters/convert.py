@@ -19,6 +19,7 @@ from approx_attn.adapters.multihead import MultiheadAttention, TorchMultiheadAtt
 from approx_attn.attention import AttentionMechanism, Cost, build_attention
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
+from approx_attn.calibration.fitting import refuse_texts
 
 LONGEST_DEFAULT = 2048
 """Mechanisms with parts laid out over positions get at most this max_length unless one is given."""
@@ -158,6 +159,7 @@ def measure_shapes(model: nn.Module, example: Any) -> dict[str, AttentionShape]:
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call `model` on a batch of inputs: a mapping of keyword arguments, a tuple of arguments, or one argument."""
+    refuse_texts(batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +18,7 @@ from approx_attn.calibration.command import chosen_mechanisms
 from approx_attn.calibration.embeddings import Batch, EmbeddingPreservation, preserve_embeddings
 from approx_attn.calibration.sources import load_encoder
 from approx_attn.command import run_plain, settings
-from approx_attn.data.sources import load_source, require_column, require_split
+from approx_attn.data.sources import is_file, load_source, require_column, require_split
 from approx_attn.instantiation import ConfigError
 
 
@@ -58,7 +59,10 @@ def read_texts(tokenizer: Any, path: str, split: str, count: int, options: Mappi
     sentences, all texts are taken.
     """
     try:
-        dataset = require_split(load_source(path), split, "split", path)
+        splits = load_source(path)
+        if is_file(path):
+            splits = halves(splits, {options["calibration_split"], options["split"]})
+        dataset = require_split(splits, split, "split", path)
         require_column(dataset, options["text_column"], "text_column", path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -72,6 +76,14 @@ def read_texts(tokenizer: Any, path: str, split: str, count: int, options: Mappi
     size = options["batch_size"]
     groups = [chosen[i : i + size] for i in range(0, count, size)]
     return [dict(tokenizer.pad({"input_ids": group}, return_tensors="pt")) for group in groups]
+
+
+def halves(splits: Mapping[str, Dataset], names: Collection[str]) -> dict[str, Dataset]:
+    """A file without splits as two halves, drawn at random but always the same; whole where one name asks for both."""
+    (whole,) = splits.values()
+    order = np.random.default_rng(1).permutation(len(whole))
+    parts = np.array_split(order, len(names))
+    return {name: whole.select(np.sort(part)) for name, part in zip(sorted(names), parts, strict=True)}
 
 
 def as_table(results: Sequence[EmbeddingPreservation], model: str) -> Table:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.base import require_positive
+from approx_attn.data.sources import read_text
 from approx_attn.instantiation import ConfigError, build
 
 Batch = Mapping[str, Tensor]
@@ -53,7 +54,10 @@ def load_source(
         return _checkpoint(model, sequences, test_sequences)
     if data is None or not Path(data).is_file():
         raise ConfigError(f"data={data} is not a file; give a text file.")
-    text = Path(data).read_text(encoding="utf-8")
+    try:
+        text = read_text(data, "data")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     network, tokenizer = load_encoder(model)
     half = len(text) // 2
     parts = []

@@ -58,7 +58,7 @@ def estimate(
         else:
             result.time = computed_time(container, task, data, world, tflops * 1e12 * utilization)
             result.notes.append(
-                "Time is of operations alone; small models are bound by starting them, not by their number."
+                "Time is at least that: it is of operations alone, and small models are bound by starting them."
             )
     if world > 1:
         result.notes.append("Messages between devices are not in the time.")

@@ -19,11 +19,11 @@ from typing import Any
 
 from approx_attn.command import exit_code
 from approx_attn.instantiation import ConfigError, suggestion
+from approx_attn.metrics import METRICS, Metric
 from approx_attn.results import record
 from approx_attn.results.schedule import describe_schedule
 from approx_attn.results.statistics import paired_difference, summarise
 from approx_attn.results.summary import SUMMARY_FILE
-from approx_attn.results.table import METRICS, Metric
 
 BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
 FAMILY = "eigen_"

@@ -13,6 +13,7 @@ from typing import Any
 
 from approx_attn import checkpoints
 from approx_attn.results import record
+from approx_attn.results.stored_metrics import PREDICTIONS_FILE
 
 # Beside the checkpoints that the configuration names; `*` stands for any characters but `/`, `**` for any.
 WRITTEN_BY_RUNS = (
@@ -22,7 +23,7 @@ WRITTEN_BY_RUNS = (
     record.CONFIG_FILE,
     "metrics.csv",
     "hparams.yaml",
-    "test_predictions.npz",
+    PREDICTIONS_FILE,
     "events.out.tfevents.*",
     f".*{record.UNFINISHED}",
     f"{checkpoints.FOLDER}/.*{record.UNFINISHED}",

@@ -24,7 +24,8 @@ from typing import IO, Any
 import torch
 import yaml
 
-from approx_attn.results.table import METRICS
+from approx_attn.instantiation import ConfigError
+from approx_attn.metrics import metric_direction
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
@@ -32,15 +33,16 @@ LOCK_FILE = ".lock"
 MARKER = ".approx-attn-run"  # says that a folder was made for a run; nothing is deleted without it
 
 # Parts of a configuration that say where and how a run is watched, not what it computes.
-OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
-
-# Keys that came later, with the values at which a run is what it was without them.
-NEUTRAL = {"init_from": None, "extend": None, "compile": False}
+OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar", "metrics"})
 
 OBSERVING_CALLBACKS = frozenset({"resumable"})
 
 # Options of data modules that say how batches are made, not what is in them.
 SERVING_DATA = frozenset({"num_workers", "num_proc", "cache_dir"})
+
+# Keys that are younger than records of runs, with the values at which a run is what it was without them.
+NEUTRAL = {"init_from": None, "extend": None, "compile": False}
+NEUTRAL_DATA = {"test_share": None}
 
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
 
@@ -52,15 +54,20 @@ def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
         config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
     """
     part = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
-    part = {key: value for key, value in part.items() if key not in NEUTRAL or value != NEUTRAL[key]}
+    part = _without(NEUTRAL, part)
     if "init_from" in part:
         part["init_from"] = _content(part["init_from"])
     if isinstance(part.get("callbacks"), Mapping):
         callbacks = {key: value for key, value in part["callbacks"].items() if key not in OBSERVING_CALLBACKS}
         part["callbacks"] = {key: _with_mode(node) for key, node in callbacks.items()}
     if isinstance(part.get("data"), Mapping):
-        part["data"] = {key: value for key, value in part["data"].items() if key not in SERVING_DATA}
+        data = {key: value for key, value in part["data"].items() if key not in SERVING_DATA}
+        part["data"] = _without(NEUTRAL_DATA, data)
     return part
+
+
+def _without(neutral: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in neutral or value != neutral[key]}
 
 
 def _content(init_from: Any) -> Any:
@@ -85,14 +92,9 @@ def _file_digest(path: str, modified: int, size: int) -> str:
 def _with_mode(node: Any) -> Any:
     """A callback's node with the direction of the figure that it watches written out."""
     if isinstance(node, Mapping) and node.get("monitor") is not None and node.get("mode") is None:
-        return {**node, "mode": direction(str(node["monitor"]))}
+        with contextlib.suppress(ConfigError):  # an unknown figure is refused where callbacks are built
+            return {**node, "mode": metric_direction(str(node["monitor"]))}
     return node
-
-
-def direction(figure: str) -> str:
-    """Whether the best value of a figure such as `val/loss` is the least (`min`) or the greatest (`max`)."""
-    metric = METRICS.get(figure.rpartition("/")[2])
-    return "max" if metric is None or metric.higher_is_better else "min"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -104,6 +104,23 @@ def test_verb_prints_and_writes_the_table(
     assert all(0.0 < float(row["cosine"]) <= 1.0 for row in rows)
 
 
+def test_a_file_calibrates_with_one_half_and_is_measured_on_the_other(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = folders
+    file, drawn = folder / "train.parquet", []
+    monkeypatch.setattr(
+        "approx_attn.calibration.embed_command.preserve_embeddings",
+        lambda model, taken, texts, *rest, **options: drawn.extend([taken, texts["train.parquet"]]) or [],
+    )
+    monkeypatch.setattr("approx_attn.calibration.embed_command.as_table", lambda *rest: "")
+    small = ["length=64", "sequences=6", "test_sequences=6", f"output={folder / 'out.csv'}"]
+    assert main([f"model={model}", f"calibration={file}", f"data=[{file}]", *small]) == 0
+    first, second = ({tuple(row.tolist()) for batch in half for row in batch["input_ids"]} for half in drawn)
+    assert (len(first), len(second)) == (6, 6)
+    assert not {tuple(t for t in row if t) for row in first} & {tuple(t for t in row if t) for row in second}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

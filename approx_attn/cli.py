@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     verb, *rest = arguments
-    if verb not in VERBS:
+    if verb not in VERBS and verb != "--version":
         print(f"error: {verb!r} is not a verb{suggestion(verb, VERBS)}", file=sys.stderr)
         return 2
     return run_verb(verb, rest)
@@ -49,9 +50,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the scripts are doors to this."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _print_what_can_be_printed()
+    if "--version" in (verb, *arguments):
+        from approx_attn import __version__
+
+        print(f"approx-attn {__version__}")
+        return 0
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-    return run(sys.argv[1:] if arguments is None else arguments)
+    return run(arguments)
+
+
+def _print_what_can_be_printed() -> None:
+    """A terminal or pipe without Unicode gets a question mark in place of what it cannot show, not an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def usage() -> str:
@@ -64,7 +78,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2.",
+            "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2; --version tells the version.",
         ]
     )
 
@@ -98,10 +112,10 @@ def list_mechanisms(arguments: Sequence[str] = ()) -> int:
 
 
 def _print_registry() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from approx_attn.attention import attention_class, available_attention
+    from approx_attn.output import print_table
 
     table = Table(title="Attention mechanisms", title_justify="left", caption_justify="left")
     table.caption = (
@@ -119,24 +133,30 @@ def _print_registry() -> None:
         cannot = [word for key, word in CAPABILITIES.items() if not getattr(cls.capabilities, key)]
         learned = "✓" if cls.capabilities.has_parameters else ""
         table.add_row(name, cls.cost_formula, learned, ", ".join(cannot) or "–")
-    Console().print(table)
+    print_table(table)
 
 
 def _print_options(name: str) -> None:
     import inspect
 
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from approx_attn.attention import attention_class, attention_options
+    from approx_attn.configuration import config_dir
+    from approx_attn.help import meanings
+    from approx_attn.output import print_table
 
+    said = meanings(config_dir() / "attention" / f"{name}.yaml")
     summary = inspect.cleandoc(attention_class(name).__doc__ or "").split("\n\n")[0]
     table = Table(title=f"attention={name}", title_justify="left", caption=summary, caption_justify="left")
     table.add_column("option", no_wrap=True)
     table.add_column("default")
+    table.add_column("meaning")
     for option, parameter in attention_options(name).items():
-        table.add_row(f"attention.{option}", "null" if parameter.default is None else str(parameter.default).lower())
-    Console().print(table)
+        default = "null" if parameter.default is None else str(parameter.default).lower()
+        table.add_row(f"attention.{option}", default, Text(said.get(option, "")))
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,12 @@ def print_table(table: Table, console: Console | None = None) -> None:
         console: `output_console()` if None.
     """
     console = output_console() if console is None else console
+    unlimited = console.options.update(width=NO_EDGE)
     for column in table.columns:
-        column.no_wrap = column.justify == "right"
-        column.overflow = "fold"
+        column.overflow, column.no_wrap = "fold", column.justify == "right"
+        if column.no_wrap:
+            cells = (column.header, *column.cells)
+            column.min_width = max(Measurement.get(console, unlimited, cell).maximum for cell in cells)
     first, *rest = table.columns
     parts: list[list[Column]] = []
     for column in rest:
@@ -54,7 +57,7 @@ def _part(table: Table, columns: list[Column]) -> Table:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    """Is the console wide enough for the longest word of every column?"""
+    """Is the console wide enough for every number, and the longest word of other columns?"""
     unlimited = console.options.update(width=NO_EDGE)
     return Measurement.get(console, unlimited, table).minimum <= console.width
 

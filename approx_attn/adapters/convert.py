@@ -344,8 +344,9 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     Returns:
         One description per attention layer that can be converted.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from approx_attn.output import print_table
 
     rows = [_describe(layer, length) for layer in find_layers(model)]
     table = Table(title=f"{type(model).__name__}: attention at {length} tokens")
@@ -359,7 +360,7 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
             relative = f"{row.cost.multiply_adds / row.exact_cost.multiply_adds:.2f} × exact"
         name = f"{row.attention} ({options})" if options else row.attention
         table.add_row(row.layer, row.kind, name, f"{row.parameters:,}", share, relative)
-    Console().print(table)
+    print_table(table)
     return rows
 
 

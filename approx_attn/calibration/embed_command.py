@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.base import require_positive
@@ -19,6 +18,7 @@ from approx_attn.calibration.sources import load_encoder
 from approx_attn.command import run_plain, settings
 from approx_attn.data.sources import load_source, require_column, require_split
 from approx_attn.instantiation import ConfigError
+from approx_attn.output import print_table, require_file
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,6 +34,7 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     """
     mechanisms = chosen_mechanisms(options)
     sets = options["data"] if isinstance(options["data"], list) else [options["data"]]
+    output = require_file("output", options["output"])
     for key in ("length", "sequences", "test_sequences", "batch_size"):
         _checked(key, options[key])
     model, tokenizer = load_encoder(str(options["model"]))
@@ -45,9 +46,8 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
         for name in sets
     }
     results = preserve_embeddings(model, taken, texts, mechanisms, progress=options["progress_bar"])
-    console = Console()
-    console.print(as_table(results, str(options["model"])))
-    console.print(f"[dim]{write_csv(results, Path(options['output']))}[/dim]")
+    print_table(as_table(results, str(options["model"])))
+    print(write_csv(results, output))
     return results
 
 
@@ -80,7 +80,7 @@ def as_table(results: Sequence[EmbeddingPreservation], model: str) -> Table:
     table.caption = "Mean-pooled last hidden states; nothing fine-tuned."
     sets = list(dict.fromkeys(result.data for result in results))
     for header in ("mechanism", "exact pairs", "score cost", *sets):
-        table.add_column(header, justify="left" if header == "mechanism" else "right", no_wrap=header == "mechanism")
+        table.add_column(header, justify="left" if header == "mechanism" else "right")
     for label in dict.fromkeys(result.label for result in results):
         row = {result.data: result for result in results if result.label == label}
         first = row[sets[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,9 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+CLOSED_PIPE = 141  # what a shell says of a command that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -59,7 +63,16 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
         return 0
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-    return run(arguments)
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except OSError as error:  # of the standard output; what else can fail, verbs say themselves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at exit again
+        if isinstance(error, BrokenPipeError):  # nobody reads any more, as after `| head`
+            return CLOSED_PIPE
+        print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+    return code
 
 
 def _print_what_can_be_printed() -> None:

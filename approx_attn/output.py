@@ -70,7 +70,7 @@ def require_file(key: str, path: Any) -> Path:
     """
     path = _path(key, path)
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{key}={path} must be a file, and there is something else.")
+        raise ConfigError(f"{key}={path} must be a file, and something else is there.")
     _try_folder(key, path, path.parent)
     if path.exists():
         try:

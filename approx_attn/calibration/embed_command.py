@@ -38,11 +38,9 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     for key in ("length", "sequences", "test_sequences", "batch_size"):
         _checked(key, options[key])
     model, tokenizer = load_encoder(str(options["model"]))
-    taken = read_texts(
-        tokenizer, str(options["calibration"]), options["calibration_split"], options["sequences"], options
-    )
+    taken = read_texts(tokenizer, "calibration", str(options["calibration"]), options["sequences"], options)
     texts = {
-        Path(str(name)).name: read_texts(tokenizer, str(name), options["split"], options["test_sequences"], options)
+        Path(str(name)).name: read_texts(tokenizer, "data", str(name), options["test_sequences"], options)
         for name in sets
     }
     results = preserve_embeddings(model, taken, texts, mechanisms, progress=options["progress_bar"])
@@ -51,24 +49,30 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     return results
 
 
-def read_texts(tokenizer: Any, path: str, split: str, count: int, options: Mapping[str, Any]) -> list[Batch]:
+def read_texts(tokenizer: Any, key: str, path: str, count: int, options: Mapping[str, Any]) -> list[Batch]:
     """Texts of a data set, drawn at random but always the same, as batches padded to the longest of each.
 
+    `key` is what the command line calls the data: `calibration` or `data`. A single file is all one split.
     Texts that fill the whole length are preferred; where there are not enough of them, such as in a set of
     sentences, all texts are taken.
     """
+    split_key = "calibration_split" if key == "calibration" else "split"
     try:
-        dataset = require_split(load_source(path), split, "split", path)
+        splits = load_source(path)
+        split = next(iter(splits)) if Path(path).is_file() else options[split_key]
+        dataset = require_split(splits, split, split_key, path)
         require_column(dataset, options["text_column"], "text_column", path)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(str(error).replace("data.path=", f"{key}=")) from error
     order = np.random.default_rng(0).permutation(len(dataset))[: 8 * count]
     drawn = dataset.select(order.tolist())[options["text_column"]]
     encoded = tokenizer(list(drawn), truncation=True, max_length=options["length"])["input_ids"]
     full = [ids for ids in encoded if len(ids) == options["length"]]
     chosen = (full if len(full) >= count else encoded)[:count]
     if len(chosen) < count:
-        raise ConfigError(f"data: the split {split} of {path} has {len(dataset)} texts, fewer than the {count} wanted.")
+        raise ConfigError(
+            f"{key}: {path} has {len(dataset)} texts in its split {split}, fewer than the {count} wanted."
+        )
     size = options["batch_size"]
     groups = [chosen[i : i + size] for i in range(0, count, size)]
     return [dict(tokenizer.pad({"input_ids": group}, return_tensors="pt")) for group in groups]

@@ -88,6 +88,8 @@ def _write_and_report(arguments: Sequence[str]) -> None:
             if key != "output":
                 raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
             output = value
+    if not folders:
+        raise ConfigError("results needs at least one folder of a comparison, got none.")
     text = write_document(require_file("output", output), [Path(folder) for folder in folders])
     print(f"Written: {output}")
     unread = text.count(NO_READING)

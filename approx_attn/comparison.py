@@ -31,9 +31,10 @@ from approx_attn.attention.registry import attention_options, available_attentio
 from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.instantiation import require_plain_name, require_writable, suggestion
+from approx_attn.instantiation import require_plain_name, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
 from approx_attn.metrics import DEFAULT, METRICS, Metric, metric_names
+from approx_attn.output import require_folder
 from approx_attn.results import record
 from approx_attn.results.aggregate import OtherRows, StepMeasurement, comparison_rows, other_rows
 from approx_attn.results.comparison_report import write_comparison
@@ -154,10 +155,10 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     """
     console = wide_console() if console is None else console
     comparison = plan(arguments)
-    require_writable("results", comparison.folder)
+    require_folder("results", comparison.folder)
     for run in (run for by_seed in comparison.runs.values() for run in by_seed.values()):
         if not record.is_finished(run.folder):
-            require_writable("paths.runs", run.folder)
+            require_folder("paths.runs", run.folder)
     with quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)

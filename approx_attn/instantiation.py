@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 import os
-import tempfile
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -108,22 +107,6 @@ def require_plain_name(key: str, value: Any) -> str:
     if name in ("", ".", "..") or Path(name).name != name or "\\" in name or not name.isprintable():
         raise ConfigError(f"{key} must be a plain name, not a path, got {name!r}.")
     return name
-
-
-def require_writable(key: str, folder: str | Path) -> None:
-    """Try whether files can be made in a folder, or where it would be made, before work begins; leaves nothing there.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    place = Path(folder)
-    while not os.path.lexists(place):
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{key}: nothing can be written to {str(folder)!r} ({error.strerror}).") from error
 
 
 def refuse_paths_outside(node: Mapping[str, Any], key: str) -> None:

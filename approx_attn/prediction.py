@@ -24,6 +24,7 @@ from approx_attn.data.base import DataSpec, SequenceDataModule, require_count_or
 from approx_attn.data.sources import READERS, load_source, read_text, require_column
 from approx_attn.evaluation import load_task
 from approx_attn.instantiation import ConfigError, build
+from approx_attn.output import require_file
 from approx_attn.results import record
 from approx_attn.trainer import quiet
 
@@ -210,12 +211,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _predict_and_write(options: dict[str, Any]) -> None:
-    output, data = Path(str(options["output"])), options["data"]
-    if output.is_dir() or output in [Path(str(item)) for item in ([data] if isinstance(data, str) else data)]:
-        raise ConfigError(f"output={str(output)!r} must be a file of its own, not a folder or what is read.")
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"output={str(output)!r} cannot be written: {folder} is no folder that may be written to.")
+    output, data = require_file("output", options["output"]), options["data"]
+    if output in [Path(str(item)) for item in ([data] if isinstance(data, str) else data)]:
+        raise ConfigError(f"output={output} must be a file of its own, not what is read.")
     predictions = predict(
         options["checkpoint"], data, text_column=options["text_column"], batch_size=options["batch_size"]
     )

@@ -45,12 +45,12 @@ from approx_attn.instantiation import (
     build,
     check_arguments,
     require_plain_name,
-    require_writable,
     sentence,
     suggestion,
     target_class,
 )
 from approx_attn.metrics import metric_names
+from approx_attn.output import require_folder
 from approx_attn.results import record
 from approx_attn.results.stored_metrics import PREDICTIONS_FILE, how_to_get, lacking, with_metrics
 from approx_attn.stopping import was_requeued
@@ -111,7 +111,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
     folder, finished = find_run(container)
     if finished is not None and not distributed.is_started():
         return TrainResult(folder, finished["metrics"], finished, resumed=True)
-    require_writable("paths.run_dir" if container["paths"].get("run_dir") else "paths.runs", folder)
+    require_folder("paths.run_dir" if container["paths"].get("run_dir") else "paths.runs", folder)
     with quiet(container["verbose"]), deterministic_algorithms_restored():
         data = check_run(container, folder)
         make_splits(data)

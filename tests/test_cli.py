@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import approx_attn
 from approx_attn import cli
 from approx_attn.attention import available_attention
 
@@ -41,7 +44,9 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str], monkeypa
     text = capsys.readouterr().out
     assert all(name in text for name in available_attention())
     assert cli.main(["list", "topk"]) == 0
-    assert "attention.keep" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "attention.keep" in text
+    assert "k: share of the keys that a query may use" in text
     assert cli.main(["list", "topc"]) == 2
     assert "did you mean 'topk'" in capsys.readouterr().err
 
@@ -79,6 +84,13 @@ def test_sweep_runs_every_job(capsys: pytest.CaptureFixture[str], tmp_path: Path
         (["train", "seed=1,2"], "add -m"),
         (["train", "data=mqar", "attention=linformer"], "does not support causal attention"),
         (["train", "-m", "attention=exact,linformer", "data=mqar"], "does not support causal attention"),
+        (["train", "-m", "attention=glob(zzz*)"], "attention=glob(zzz*) means no value at all."),
+        (["train", "-m", "--cfg", "job"], "train: -m and --cfg cannot be given together"),
+        (["train", "--bogus"], "train: unrecognized arguments: --bogus."),
+        (["train", "--config-dir", "missing"], "missing is not a folder."),
+        (["train", "--config-path", "missing"], "use --config-dir to add a folder"),
+        (["compare", "--cfg", "job"], "compare takes key=value and --help, got '--cfg'"),
+        (["compare", "-m", "data=digits,mqar"], "compare takes key=value and --help, got '-m'"),
         (["evaluate"], "checkpoint must be set"),
         (["evaluate", "checkpoint=missing.ckpt"], "checkpoint='missing.ckpt' is not a file."),
     ],
@@ -96,6 +108,37 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_another_folder_are_found_and_swept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "attention").mkdir(parents=True)
+    for name in ("mine_wide", "mine_narrow"):
+        text = "_target_: approx_attn.attention.topk.TopKAttention\n_partial_: true\nkeep: 0.5\n"
+        (folder / "attention" / f"{name}.yaml").write_text(text.replace("0.5", "0.1") if "narrow" in name else text)
+    words = ["train", *TINY, "-m", "--config-dir", str(folder), "attention=glob(mine_*)", f"paths.runs={tmp_path}/runs"]
+    assert cli.main(words) == 0
+    assert len(list(tmp_path.glob("runs/digits/topk/*/result.json"))) == 2
+    (folder / "attention" / "topk.yaml").write_text("keep: 0.5\n")
+    assert cli.main(["train", "--config-dir", str(folder), "--cfg", "job"]) == 2
+    assert "has the name of a file that is there already" in capsys.readouterr().err
+
+
+def test_help_says_what_keys_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "data=mqar", "attention=topk"]) == 0
+    text = capsys.readouterr().out
+    for said in ("data=mqar ", "attention.keep=0.25 .* # k: share of the keys", "model.dim=.* # features of a token"):
+        assert re.search(said, text), said
+    assert cli.main(["--version"]) == cli.main(["train", "--version"]) == 0
+    assert capsys.readouterr().out == f"approx-attn {approx_attn.__version__}\n" * 2
+
+
+def test_output_that_cannot_show_unicode_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["list"]) == 0
+    sys.stdout.flush()
+    assert b"n??d" in written.getvalue()
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])

@@ -157,7 +157,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_work(key, tmp_path,
     monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     assert main(arguments(tmp_path, "attention=[exact]", f"{key}={tmp_path / 'file' / 'x'}")) == 2
-    assert f"error: {key}: nothing can be written to" in capsys.readouterr().err
+    assert f"error: {key}={tmp_path / 'file' / 'x'}" in capsys.readouterr().err
 
 
 def test_measurements_are_kept_with_where_they_were_made(finished):

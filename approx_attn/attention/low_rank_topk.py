@@ -51,7 +51,7 @@ class LowRankTopKAttention(AttentionMechanism):
             chunk_size·k·d).
     """
 
-    capabilities = Capabilities(has_parameters=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
     cost_formula = "n²·(r + d), with scoring=gather n²·r + n·k·d, with basis=input n·d² + 9·d³ more"
     covariance: Tensor
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from approx_attn.metrics import Metric
 from approx_attn.results import record
@@ -201,10 +202,12 @@ def _add_learning_curves(report: Report, records: Records, metric: Metric) -> No
         values = metric.factor * np.array([[curve[step] for step in steps] for curve in curves])
         style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
-        axis.plot(steps, values.mean(axis=0), style, color=colour, label=plain_text(name))
+        marker = "o" if len(steps) == 1 else None  # a line of one point is none
+        axis.plot(steps, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     if not axis.lines:
         return
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("training step")
     axis.set_ylabel(f"validation {metric.header}")
     axis.grid(True, color="0.9")

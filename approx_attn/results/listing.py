@@ -22,7 +22,8 @@ from rich.table import Table
 from approx_attn.attention.registry import attention_options, available_attention
 from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, available_choices, config_dir, plain
-from approx_attn.instantiation import require_writable, suggestion
+from approx_attn.instantiation import suggestion
+from approx_attn.output import require_folder
 from approx_attn.results import pruning, record
 from approx_attn.results.table import wide_console
 
@@ -277,7 +278,7 @@ def _prune(runs: Sequence[RunEntry], root: Path, confirmed: bool, console: Conso
         if kept is not None:
             say(f"{run.folder} {kept}: it stays.")
             continue
-        require_writable("prune", run.folder)
+        require_folder("folder", run.folder)
         files = pruning.files_of(run.folder, run.config)
         chosen.append(files)
         say(f"{run.folder}: {run.status}, {_size(files.size)}")

@@ -100,8 +100,8 @@ def words(folder: Path) -> list[str]:
 
 def test_a_run_has_the_metrics_asked_for(tmp_path: Path) -> None:
     asked = f"metrics=[{','.join(ALL)}]"
-    watched = ["callbacks.best_checkpoint.monitor=val/f1", "callbacks.best_checkpoint.mode=max"]
-    run = train(compose_config([*SMALL, asked, *watched, f"paths.run_dir={tmp_path}"]))
+    watched = "callbacks.best_checkpoint.monitor=val/f1"
+    run = train(compose_config([*SMALL, asked, watched, f"paths.run_dir={tmp_path}"]))
     kept = np.load(tmp_path / "test_predictions.npz")
     assert run.metrics["test/f1"] == pytest.approx(f1_score(kept["label"], kept["prediction"], average="macro"))
     assert sum(key.startswith("test/per_class_accuracy/") for key in run.metrics) == 10
@@ -110,6 +110,22 @@ def test_a_run_has_the_metrics_asked_for(tmp_path: Path) -> None:
     assert "val/calibration_error" in (tmp_path / "metrics.csv").read_text()
     again = evaluate(tmp_path / "checkpoints" / "best.ckpt")
     assert again == pytest.approx({key: value for key, value in run.metrics.items() if key.startswith("test/")})
+
+
+def test_runs_that_go_on_from_others_have_the_metrics_asked_for(tmp_path: Path) -> None:
+    watched = ["metrics=[calibration_error]", "callbacks.best_checkpoint.monitor=val/calibration_error"]
+    run = train(compose_config([*SMALL, *watched, f"paths.runs={tmp_path}"]))
+    assert run.trainer.checkpoint_callback.mode == "min"  # type: ignore[union-attr]
+    words = [*SMALL, *watched, "metrics=[calibration_error,f1]", f"paths.runs={tmp_path}"]
+    again = train(compose_config([*words, "resume=true"]))
+    assert again.task is None
+    assert again.metrics.keys() == {*run.metrics, "test/f1"}
+    longer = train(compose_config([*words, f"extend={run.run_dir}", "trainer.max_epochs=3"]))
+    assert longer.metrics["best_val/calibration_error"] <= run.metrics["best_val/calibration_error"]
+    assert 0.0 <= longer.metrics["test/f1"] <= 1.0
+    best = run.run_dir / "checkpoints" / "best.ckpt"
+    warm = train(compose_config([*words, f"init_from={best}", "trainer.max_epochs=0"]))
+    assert warm.metrics["test/f1"] == pytest.approx(again.metrics["test/f1"])
 
 
 def test_old_runs_are_compared_by_metrics_that_their_predictions_tell(
@@ -156,6 +172,10 @@ def test_what_old_predictions_do_not_tell_is_said(runs: Path, capsys: pytest.Cap
     [
         (["metrics=[calibration]"], "metrics: 'calibration' is unknown; did you mean 'calibration_error'"),
         (["callbacks.best_checkpoint.monitor=val/f1"], r"monitor must be one of .* got 'val/f1'"),
+        (
+            ["metrics=[f1]", "callbacks.early_stopping.monitor=val/f1", "callbacks.early_stopping.mode=min"],
+            r"callbacks\.early_stopping\.mode must be max or null with monitor=val/f1, got 'min'",
+        ),
         (["data=mqar", "metrics=[per_class_accuracy]"], "per_class_accuracy is for classification"),
     ],
 )

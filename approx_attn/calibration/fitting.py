@@ -206,8 +206,8 @@ def refuse_texts(batch: Any) -> None:
     """Raise where texts, or the keys of a single batch, stand for batches of a model's inputs."""
     if isinstance(batch, str) or (isinstance(batch, Sequence) and any(isinstance(part, str) for part in batch)):
         raise ValueError(
-            "calibration must be a list of batches of the model's inputs (mappings, tuples or tensors), "
-            f"got {batch!r:.60}; tokenize texts first."
+            "calibration must be a list of batches, and example one batch, of the model's inputs (mappings, tuples or "
+            f"tensors), got {batch!r:.60}; tokenize texts first."
         )
 
 

@@ -41,6 +41,8 @@ using std::optional;
 constexpr float kSpreadLimit = 2.0f;  // SPREAD_LIMIT of kernels/cluster.py
 constexpr float kLowest = std::numeric_limits<float>::lowest() / 4;
 constexpr int64_t kLanes = 16;
+constexpr int64_t kTogether = 4;  // blocks of queries that visit their own clusters together
+constexpr int64_t kPanel = 32;  // clusters whose logits are computed side by side
 
 // -- vectors ------------------------------------------------------------------------------------------------------------
 
@@ -68,6 +70,19 @@ inline float exp_nonpositive(float exponent) {
   std::memcpy(&power, &bits, sizeof(power));
   // Exactly zero where it is closed: numbers below the normal ones would slow all products down.
   return exponent <= -87.0f ? 0.0f : p * power;
+}
+
+// Square roots of positive numbers to a relative 1e-7, about zero for others; the processor's own take twice as long.
+inline Vector square_root(Vector x) {
+  const Vector least = Vector{} + 1e-30f;
+  x = x > least ? x : least;
+#ifdef __AVX512F__
+  const Vector y = reinterpret_cast<Vector>(_mm512_rsqrt14_ps(reinterpret_cast<__m512>(x)));
+  return x * y * (1.5f - 0.5f * x * y * y);
+#else
+  for (int i = 0; i < kLanes; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+#endif
 }
 
 inline float maximum(const float* x, int64_t n) {
@@ -164,6 +179,17 @@ inline uint32_t above(const float* x, float least) {
 #endif
 }
 
+// How many of n numbers come before number i in ascending order, equal ones by place. Read in whole vectors.
+inline int64_t before(const float* x, int64_t n, int64_t i) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const uint32_t lower = ~reaching(x + j, x[i]) & 0xFFFF, equal = reaching(x + j, x[i]) & ~above(x + j, x[i]);
+    const uint32_t earlier = j > i ? 0 : i - j >= kLanes ? 0xFFFF : (1u << (i - j)) - 1;
+    count += __builtin_popcount(lower | (equal & earlier));
+  }
+  return count;
+}
+
 // Calls `body` with the number of vectors in a row as a constant where it is a usual one, else with 0.
 template <typename Body>
 inline void by_width(int64_t vectors, const Body& body) {
@@ -195,11 +221,37 @@ void gemm(
   sgemm_(&b_order, &a_order, &columns, &rows, &inner, &one, b, &ldb, a, &lda, &beta, c, &ldc);
 }
 
-// a (m × k) · b (k × n)
+// `rows` rows of a, `vectors` vectors of columns of b.
+template <int rows, int vectors>
+inline void product_tile(
+    int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add, float* c, int64_t c_stride) {
+  Vector sums[rows][vectors] = {};
+  for (int64_t x = 0; x < k; ++x, b += b_stride)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) sums[i][w] += a[i * a_stride + x] * load(b + w * kLanes);
+  for (int i = 0; i < rows; ++i)
+    for (int w = 0; w < vectors; ++w) {
+      float* to = c + i * c_stride + w * kLanes;
+      store(to, add ? load(to) + sums[i][w] : sums[i][w]);
+    }
+}
+
+// a (m × k) · b (k × n), with n in whole vectors: few columns, for which the BLAS is not made.
 void product(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add,
     float* c, int64_t c_stride) {
-  gemm('N', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+  const auto columns = [&](auto vectors, int64_t j) {
+    constexpr int kRows = 6;
+    int64_t i = 0;
+    for (; i + kRows <= m; i += kRows)
+      product_tile<kRows, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+    for (; i < m; ++i)
+      product_tile<1, vectors>(k, a + i * a_stride, a_stride, b + j, b_stride, add, c + i * c_stride + j, c_stride);
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= n; j += 4 * kLanes) columns(std::integral_constant<int, 4>(), j);
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) columns(std::integral_constant<int, 2>(), j);
+  for (; j < n; j += kLanes) columns(std::integral_constant<int, 1>(), j);
 }
 
 // a (m × k) · b (n × k)ᵀ
@@ -224,6 +276,7 @@ const float* floats(const Tensor& x) {
 }
 
 struct Problem {
+  Tensor query_maps, key_maps;  // (h, d, s)
   const float *query, *key, *value, *query_map, *key_map;
   const bool* key_open;  // (b, n), null if all are
   const int64_t* plan;   // (b | 1, Q, 5): far_first, far_last, near_first, near_last (runs), own (clusters)
@@ -234,11 +287,13 @@ struct Problem {
   int64_t runs() const { return (n + R - 1) / R; }
   int64_t per_run() const { return R / L; }
   int64_t C() const { return runs() * per_run(); }
+  int64_t panels() const { return (C() + kPanel - 1) / kPanel; }
   int64_t f() const { return order > 0 ? r * (r + 1) / 2 : 0; }
   int64_t o() const { return order > 1 ? 1 + r : 1; }
   const float* keys(int64_t head) const { return key + key_head(head) * n * d; }
   const float* values(int64_t head) const { return value + key_head(head) * n * v; }
   int64_t key_head(int64_t head) const { return head / h * h_kv + head % h / (h / h_kv); }  // head counts samples too
+  int64_t s() const { return (r + kLanes - 1) / kLanes * kLanes; }  // between rows of maps and of coordinates
   bool open(int64_t head, int64_t j) const { return j < n && (!key_open || key_open[head / h * n + j]); }
 };
 
@@ -248,13 +303,14 @@ Problem unpack(
     int64_t cluster, int64_t order) {
   Problem p;
   p.query = floats(query), p.key = floats(key), p.value = floats(value);
-  p.query_map = floats(query_map), p.key_map = floats(key_map);
   TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == at::kLong, "cluster attention takes a contiguous plan");
   p.plan = plan.const_data_ptr<int64_t>();
   if (key_open.has_value()) TORCH_CHECK(key_open->is_contiguous(), "cluster attention takes contiguous masks");
   p.key_open = key_open.has_value() ? key_open->const_data_ptr<bool>() : nullptr;
   p.b = query.size(0), p.h = query.size(1), p.n_q = query.size(2), p.d = query.size(3);
   p.h_kv = key.size(1), p.n = key.size(2), p.v = value.size(3), p.r = query_map.size(2);
+  p.query_maps = at::constant_pad_nd(query_map, {0, p.s() - p.r}), p.key_maps = at::constant_pad_nd(key_map, {0, p.s() - p.r});
+  p.query_map = floats(p.query_maps), p.key_map = floats(p.key_maps);
   p.plan_samples = plan.size(0), p.Q = plan.size(1);
   p.causal = causal, p.offset = offset, p.window = window, p.R = run, p.L = cluster, p.order = order;
   TORCH_CHECK(p.d % kLanes == 0 && p.v % kLanes == 0, "cluster attention takes features in multiples of 16");
@@ -271,6 +327,8 @@ void for_each_task(int64_t tasks, const Body& body) {
   });
 }
 
+int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 float* resized(std::vector<float>& x, int64_t n) {
   if (static_cast<int64_t>(x.size()) < n) x.resize(n);
   return x.data();
@@ -282,38 +340,55 @@ struct Clusters {  // of all heads
   int32_t* members;    // (b·h, C, L): keys, −1 in empty slots, which stand last
   float *key, *value;  // (b·h, C, L, d) and (b·h, C, L, v): the members', zero in empty slots
   float *centre, *moments, *spread, *log_count;  // (b·h, C, d), (b·h, C, o, v), (b·h, C, f), (b·h, C)
+  float* panels;  // (b·h, C / kPanel, d + f + 1, kPanel): centre, spread and log_count of kPanel clusters side by side
 };
 
 struct RunScratch {
-  std::vector<float> coordinates, deviations, gradients;
+  std::vector<float> coordinates, mean, deviations, along;
+  std::vector<int32_t> upper;
 };
 
 // Coordinates (R × r) of the keys of a run; zeros beyond the last key.
 const float* run_coordinates(const Problem& p, int64_t head, int64_t run, RunScratch& scratch) {
-  float* z = resized(scratch.coordinates, p.R * p.r);
+  float* z = resized(scratch.coordinates, p.R * p.s());
   const int64_t count = std::min(p.R, p.n - run * p.R);
-  std::fill(z + count * p.r, z + p.R * p.r, 0.0f);
+  std::fill(z + count * p.s(), z + p.R * p.s(), 0.0f);
   product(
-      count, p.r, p.d, p.keys(head) + run * p.R * p.d, p.d, p.key_map + head % p.h * p.d * p.r, p.r, 0.0f, z, p.r);
+      count, p.s(), p.d, p.keys(head) + run * p.R * p.d, p.d, p.key_map + head % p.h * p.d * p.s(), p.s(), false, z, p.s());
   return z;
 }
 
 // Halves a run at the median of one coordinate after the other until clusters of L are left; empty slots go last, equal
-// coordinates by position.
-void cut(const Problem& p, int64_t head, int64_t run, const float* z, int32_t* members) {
-  const int32_t R = p.R;
-  for (int32_t j = 0; j < R; ++j) members[j] = p.open(head, run * R + j) ? j : j + R;  // marked as empty
+// coordinates by position. Members of a half are those that fewer than half of its members come before: comparing all
+// with all needs no branches that a processor cannot foresee, and keeps members in the order of their positions.
+void cut(const Problem& p, int64_t head, int64_t run, const float* z, RunScratch& scratch, int32_t* members) {
+  const int64_t R = p.R, most = (R + kLanes - 1) / kLanes * kLanes;
+  constexpr float kNever = std::numeric_limits<float>::infinity();
+  float* along = resized(scratch.along, most);
+  scratch.upper.resize(R);
+  for (int64_t j = 0; j < R; ++j) members[j] = j;
   for (int64_t size = R, axis = 0; size > p.L; size /= 2, axis = (axis + 1) % p.r) {
-    const auto before = [&](int32_t x, int32_t y) {
-      if (x >= R || y >= R) return x < R || (y >= R && x < y);
-      const float zx = z[x * p.r + axis], zy = z[y * p.r + axis];
-      return zx < zy || (!(zy < zx) && x < y);
-    };
-    for (int64_t start = 0; start < R; start += size)
-      std::nth_element(members + start, members + start + size / 2, members + start + size, before);
+    for (int64_t start = 0; start < R; start += size) {
+      int32_t* part = members + start;
+      for (int64_t j = 0; j < size; ++j) {
+        const float x = z[part[j] * p.s() + axis];
+        along[j] = !p.open(head, run * R + part[j]) ? kNever : x == x ? x : 0.0f;
+      }
+      std::fill(along + size, along + (size + kLanes - 1) / kLanes * kLanes, kNever);
+      int64_t low = 0, high = 0;
+      for (int64_t j = 0; j < size; ++j) {
+        if (before(along, size, j) < size / 2) {
+          part[low++] = part[j];
+        } else {
+          scratch.upper[high++] = part[j];
+        }
+      }
+      std::copy_n(scratch.upper.begin(), high, part + low);
+    }
   }
-  for (int64_t start = 0; start < R; start += p.L) std::sort(members + start, members + start + p.L);
-  for (int64_t j = 0; j < R; ++j) members[j] = members[j] < R ? run * R + members[j] : -1;
+  for (int64_t start = 0; start < R; start += p.L)  // no cut, or one cluster of open and empty slots: empty ones last
+    std::stable_partition(members + start, members + start + p.L, [&](int32_t j) { return p.open(head, run * R + j); });
+  for (int64_t j = 0; j < R; ++j) members[j] = p.open(head, run * R + members[j]) ? run * R + members[j] : -1;
 }
 
 // Copies the keys and values of a run in the order of its clusters.
@@ -331,17 +406,18 @@ void gather(const Problem& p, int64_t head, int64_t run, const Clusters& to) {
 }
 
 // Deviations (L × r) of the members' coordinates from their mean; returns how many members there are.
-int64_t cluster_deviations(const Problem& p, const int32_t* members, int64_t first, const float* z, float* deviations) {
-  float mean[64] = {};
+int64_t cluster_deviations(const Problem& p, const int32_t* members, int64_t first, const float* z, RunScratch& scratch) {
+  scratch.mean.assign(p.r, 0.0f);
+  float *mean = scratch.mean.data(), *deviations = resized(scratch.deviations, p.L * p.r);
   int64_t count = 0;
   for (int64_t l = 0; l < p.L; ++l) {
     if (members[l] < 0) continue;
     ++count;
-    for (int64_t x = 0; x < p.r; ++x) mean[x] += z[(members[l] - first) * p.r + x];
+    for (int64_t x = 0; x < p.r; ++x) mean[x] += z[(members[l] - first) * p.s() + x];
   }
   for (int64_t l = 0; l < p.L; ++l)
     for (int64_t x = 0; x < p.r; ++x)
-      deviations[l * p.r + x] = members[l] < 0 ? 0.0f : z[(members[l] - first) * p.r + x] - mean[x] / count;
+      deviations[l * p.r + x] = members[l] < 0 ? 0.0f : z[(members[l] - first) * p.s() + x] - mean[x] / count;
   return count;
 }
 
@@ -349,8 +425,8 @@ void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const floa
                      RunScratch& scratch) {
   const int64_t index = head * p.C() + cluster, f = p.f(), o = p.o();
   const int32_t* members = to.members + index * p.L;
-  float* deviations = resized(scratch.deviations, p.L * p.r);
-  const int64_t count = cluster_deviations(p, members, first, z, deviations);
+  const int64_t count = cluster_deviations(p, members, first, z, scratch);
+  const float* deviations = scratch.deviations.data();
   float *centre = to.centre + index * p.d, *values = to.moments + index * o * p.v, *spread = to.spread + index * f;
   std::fill(centre, centre + p.d, 0.0f), std::fill(values, values + o * p.v, 0.0f), std::fill(spread, spread + f, 0.0f);
   to.log_count[index] = count ? std::log(static_cast<float>(count)) : kLowest;
@@ -368,16 +444,58 @@ void cluster_moments(const Problem& p, int64_t head, int64_t cluster, const floa
   }
 }
 
+// Lays out what the logits of clusters are computed from as `logits_tile` reads it.
+void pack(const Problem& p, int64_t head, int64_t panel, const Clusters& to) {
+  const int64_t f = p.f(), rows = p.d + f + 1;
+  float* out = to.panels + (head * p.panels() + panel) * rows * kPanel;
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const int64_t cluster = panel * kPanel + c, index = head * p.C() + cluster;
+    const bool there = cluster < p.C();
+    for (int64_t x = 0; x < p.d; ++x) out[x * kPanel + c] = there ? to.centre[index * p.d + x] : 0.0f;
+    for (int64_t x = 0; x < f; ++x) out[(p.d + x) * kPanel + c] = there ? to.spread[index * f + x] : 0.0f;
+    out[(p.d + f) * kPanel + c] = there ? to.log_count[index] : kLowest;
+  }
+}
+
+void pack_all(const Problem& p, const Clusters& to) {
+  for_each_task<RunScratch>(p.b * p.h * p.panels(), [&](RunScratch&, int64_t task) {
+    pack(p, task / p.panels(), task % p.panels(), to);
+  });
+}
+
 void make_clusters(const Problem& p, const Clusters& to) {
   const int64_t runs = p.runs();
   for_each_task<RunScratch>(p.b * p.h * runs, [&](RunScratch& scratch, int64_t task) {
     const int64_t head = task / runs, run = task % runs, first = run * p.per_run();
     const float* z = run_coordinates(p, head, run, scratch);
-    cut(p, head, run, z, to.members + (head * p.C() + first) * p.L);
+    cut(p, head, run, z, scratch, to.members + (head * p.C() + first) * p.L);
     gather(p, head, run, to);
     for (int64_t cluster = first; cluster < first + p.per_run(); ++cluster)
       cluster_moments(p, head, cluster, z, run * p.R, to, scratch);
   });
+}
+
+// Logits of `rows` queries (d numbers, and f products of coordinates, each) and the kPanel clusters of a panel, and the
+// part of them that the spread is, before its limit. `stride`: between rows of the results.
+template <int rows>
+inline void logits_tile(
+    const float* query, int64_t d, const float* pairs, int64_t f, const float* panel, float* logits, float* bonus,
+    int64_t stride) {
+  constexpr int vectors = kPanel / kLanes;
+  Vector sums[rows][vectors] = {}, spreads[rows][vectors] = {};
+  for (int64_t x = 0; x < d; ++x, panel += kPanel)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) sums[i][w] += query[i * d + x] * load(panel + w * kLanes);
+  for (int64_t x = 0; x < f; ++x, panel += kPanel)
+    for (int i = 0; i < rows; ++i)
+      for (int w = 0; w < vectors; ++w) spreads[i][w] += pairs[i * f + x] * load(panel + w * kLanes);
+  const Vector limit = Vector{} + kSpreadLimit;
+  for (int i = 0; i < rows; ++i)
+    for (int w = 0; w < vectors; ++w) {
+      const Vector spread = spreads[i][w], added = spread < limit ? spread : limit;
+      store(logits + i * stride + w * kLanes, sums[i][w] + added + load(panel + w * kLanes));
+      if (f) store(bonus + i * stride + w * kLanes, spread);
+    }
 }
 
 // -- weights of a block of queries ---------------------------------------------------------------------------------------
@@ -392,11 +510,11 @@ struct Block {
   const Problem* p = nullptr;
   int64_t head, first, count;  // of the queries
   Range far, near[2];          // clusters; slots of members before and after the far runs
+  int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
-  std::vector<int32_t> starts, next_, pair_queries, pair_places;  // see sort_pairs
-  std::vector<float> coordinates_, pairs_, far_, bonus_, near_, own_;
+  std::vector<float> coordinates_, pairs_, far_, bonus_, near_;
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
-  float *far_weights, *bonus, *near_weights, *own_weights;  // (count, far), (count, far), (count, near), (count, own · L)
+  float *far_weights, *bonus, *near_weights;  // (count, width) twice, (count, near)
 
   int64_t near_size() const { return near[0].size() + near[1].size(); }
   const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
@@ -411,38 +529,37 @@ struct Block {
     far = {plan[0] * p->per_run(), plan[1] * p->per_run()};
     near[0] = {plan[2] * p->R, plan[0] * p->R}, near[1] = {plan[1] * p->R, plan[3] * p->R};
     own = plan[4];
-    coordinates = resized(coordinates_, count * p->r), pairs = resized(pairs_, count * p->f());
-    far_weights = resized(far_, count * far.size()), bonus = resized(bonus_, count * far.size());
-    near_weights = resized(near_, count * near_size()), own_weights = resized(own_, count * rounded(own * p->L));
+    base = far.first / kPanel * kPanel;
+    width = far.size() ? (far.last + kPanel - 1) / kPanel * kPanel - base : 0;
+    coordinates = resized(coordinates_, count * p->s()), pairs = resized(pairs_, count * p->f());
+    far_weights = resized(far_, count * width), bonus = resized(bonus_, count * width);
+    near_weights = resized(near_, count * near_size());
   }
-
-  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-  int64_t own_stride() const { return rounded(own * p->L); }
 
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
     const int64_t C = p->C(), f = p->f(), r = p->r;
-    const float* map = p->query_map + head % p->h * p->d * r;
-    product(count, r, p->d, queries(), p->d, map, r, 0.0f, coordinates, r);
+    const float* map = p->query_map + head % p->h * p->d * p->s();
+    product(count, p->s(), p->d, queries(), p->d, map, p->s(), false, coordinates, p->s());
     for (int64_t i = 0; f && i < count; ++i) {
-      const float* a = coordinates + i * r;
+      const float* a = coordinates + i * p->s();
       float* to = pairs + i * f;
       for (int64_t x = 0; x < r; ++x)
         for (int64_t y = x; y < r; ++y) *to++ = a[x] * a[y];
     }
-    const int64_t at = head * C + far.first, size = far.size();
-    product_bt(count, size, p->d, queries(), p->d, clusters.centre + at * p->d, p->d, 0.0f, far_weights, size);
-    if (f) product_bt(count, size, f, pairs, f, clusters.spread + at * f, f, 0.0f, bonus, size);
-    for (int64_t i = 0; i < count; ++i) {
-      float* x = far_weights + i * size;
-      const float *g = bonus + i * size, *log_count = clusters.log_count + at;
-      if (f) {
-#pragma omp simd
-        for (int64_t c = 0; c < size; ++c) x[c] += (g[c] < kSpreadLimit ? g[c] : kSpreadLimit) + log_count[c];
-      } else {
-#pragma omp simd
-        for (int64_t c = 0; c < size; ++c) x[c] += log_count[c];
+    for (int64_t c = 0; c < width; c += kPanel) {
+      const float* panel = clusters.panels + (head * p->panels() + (base + c) / kPanel) * (p->d + f + 1) * kPanel;
+      constexpr int kRows = 6;
+      const int64_t step = count < kRows ? 1 : kRows;
+      for (int64_t start = 0; start < count; start += step) {
+        const int64_t i = std::min(start, count - step);  // the last rows twice where they do not fill a tile
+        const auto tile = step == 1 ? logits_tile<1> : logits_tile<kRows>;
+        tile(queries() + i * p->d, p->d, pairs + i * f, f, panel, far_weights + i * width + c, bonus + i * width + c, width);
       }
+    }
+    for (int64_t i = 0; width && i < count; ++i) {  // what whole panels have beside the far clusters: chosen after empty ones
+      float* x = far_weights + i * width;
+      std::fill(x, x + far.first - base, 2 * kLowest), std::fill(x + far.last - base, x + width, 2 * kLowest);
     }
     int64_t column = 0;
     for (const Range& range : near) {
@@ -465,44 +582,77 @@ struct Block {
     }
   }
 
-  // Orders the pairs of queries and own clusters by cluster, so that its keys stay in the nearest cache for all of them.
-  void sort_pairs(const int32_t* chosen, int64_t most) {
-    starts.assign(far.size() + 1, 0);
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t m = 0; m < own; ++m) ++starts[chosen[i * most + m] - far.first + 1];
-    for (int64_t c = 0; c < far.size(); ++c) starts[c + 1] += starts[c];
-    pair_places.resize(count * own), pair_queries.resize(count * own);
+  void leave_out(int64_t i, const int32_t* chosen) const {
+    for (int64_t m = 0; m < own; ++m) far_weights[i * width + chosen[m] - base] = kLowest;
+  }
+};
+
+// The pairs of some queries of one head and their own clusters, and their scores. More queries than a block has, so that
+// the keys of a cluster are fetched once for many of them: they are what does not fit into the cache of a core.
+struct Own {
+  const Problem* p = nullptr;
+  int64_t head, count, stride;  // stride: between the rows of queries in weights
+  std::vector<int32_t> owned, starts, next_, pair_queries, pair_places;  // see sort_pairs
+  std::vector<float> weights_;
+  float* weights;  // (count, stride)
+
+  // chosen: (count, most), −1 where a query has fewer.
+  void sort_pairs(const Problem& problem, int64_t of_head, int64_t queries, const int32_t* chosen, int64_t most) {
+    p = &problem, head = of_head, count = queries, stride = rounded(most * p->L);
+    const int64_t C = p->C();
+    starts.assign(C + 1, 0), owned.clear();
+    for (int64_t i = 0; i < count * most; ++i)
+      if (chosen[i] >= 0) ++starts[chosen[i] + 1];
+    for (int64_t c = 0; c < C; ++c) {
+      if (starts[c + 1]) owned.push_back(c);
+      starts[c + 1] += starts[c];
+    }
+    pair_places.resize(starts[C]), pair_queries.resize(starts[C]);
     next_.assign(starts.begin(), starts.end() - 1);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t m = 0; m < own; ++m) {
-        const int32_t pair = next_[chosen[i * most + m] - far.first]++;
-        pair_queries[pair] = i, pair_places[pair] = i * own_stride() + m * p->L;
+      for (int64_t m = 0; m < most && chosen[i * most + m] >= 0; ++m) {
+        const int32_t pair = next_[chosen[i * most + m]]++;
+        pair_queries[pair] = i, pair_places[pair] = i * stride + m * p->L;
       }
+    weights = resized(weights_, count * stride);
   }
 
-  // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own.
+  // Calls body(cluster, first pair, last pair) for every cluster that is somebody's own, and fetches the rows (n numbers
+  // per key) of the next one.
   template <typename Body>
-  void for_each_own(const Body& body) const {
-    for (int64_t c = 0; own && c < far.size(); ++c)
-      if (starts[c] < starts[c + 1]) body(far.first + c, starts[c], starts[c + 1]);
+  void for_each(const float* rows, int64_t n, const Body& body) const {
+    const int64_t numbers = p->L * n;
+    for (size_t c = 0; c < owned.size(); ++c) {
+      if (c + 1 < owned.size()) {
+        const float* next = rows + (head * p->C() + owned[c + 1]) * numbers;
+        for (int64_t i = 0; i < numbers; i += kLanes) __builtin_prefetch(next + i);
+      }
+      body(owned[c], starts[owned[c]], starts[owned[c] + 1]);
+    }
   }
 
   // Products of rows of queries (n numbers each) with the rows of their own clusters, to the places of the pairs in `to`.
-  void own_products(const float* queries, const float* rows, int64_t n, float* to) const {
+  void products(const float* queries, const float* rows, int64_t n, float* to) const {
     by_width(n / kLanes, [&](auto width) {
       by_group(p->L, [&](auto group) {
         constexpr int64_t size = kLanes / group;
-        alignas(64) float products[kLanes];
+        alignas(64) float found[kLanes];
         const float* x[group];
-        for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
+        for_each(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
           const float* row = rows + (head * p->C() + cluster) * p->L * n;
           for (int64_t pair = first; pair < last; pair += group) {
             const int64_t pairs = std::min<int64_t>(group, last - pair);
             for (int64_t g = 0; g < group; ++g) x[g] = queries + pair_queries[pair + std::min(g, pairs - 1)] * n;
             for (int64_t l = 0; l < p->L; l += size) {
-              store(products, dots<width, group>(x, row + l * n, p->L - l, n));
+              const Vector all = dots<width, group>(x, row + l * n, p->L - l, n);
+              if (group == 1 && l + size <= p->L) {
+                store(to + pair_places[pair] + l, all);
+                continue;
+              }
+              store(found, all);
+              const int64_t keys = std::min(size, p->L - l);
               for (int64_t g = 0; g < pairs; ++g)
-                std::copy_n(products + g * size, std::min(size, p->L - l), to + pair_places[pair + g] + l);
+                for (int64_t j = 0; j < keys; ++j) to[pair_places[pair + g] + l + j] = found[g * size + j];
             }
           }
         });
@@ -510,40 +660,57 @@ struct Block {
     });
   }
 
-  void own_scores(const Clusters& clusters) const {
-    own_products(queries(), clusters.key, p->d, own_weights);
-    if (p->key_open || p->n % p->R) {
-      for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
-        const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
-        for (int64_t l = 0; l < p->L; ++l)
-          for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) own_weights[pair_places[pair] + l] = kLowest;
-      });
-    }
-    for (int64_t i = 0; i < count; ++i)
-      std::fill(own_weights + i * own_stride() + own * p->L, own_weights + (i + 1) * own_stride(), kLowest);
+  void scores(const float* queries, const Clusters& clusters) const {
+    std::fill(weights, weights + count * stride, kLowest);
+    products(queries, clusters.key, p->d, weights);
+    if (!p->key_open && p->n % p->R == 0) return;
+    for_each(nullptr, 0, [&](int64_t cluster, int64_t first, int64_t last) {
+      const int32_t* members = clusters.members + (head * p->C() + cluster) * p->L;
+      for (int64_t l = 0; l < p->L; ++l)
+        for (int64_t pair = first; members[l] < 0 && pair < last; ++pair) weights[pair_places[pair] + l] = kLowest;
+    });
   }
 
-  // Clusters stand in far_weights from far.first on.
-  void leave_out(int64_t i, const int32_t* chosen) const {
-    for (int64_t m = 0; m < own; ++m) far_weights[i * far.size() + chosen[m] - far.first] = kLowest;
+  // to (count, n): each query's row += its weights (laid out as `weights` is) times the rows of its own clusters.
+  void add_products(const float* x, const float* rows, int64_t n, float* to) const {
+    by_width(n / kLanes, [&](auto width) {
+      for_each(rows, n, [&](int64_t cluster, int64_t first, int64_t last) {
+        const float* row = rows + (head * p->C() + cluster) * p->L * n;
+        for (int64_t pair = first; pair < last; ++pair)
+          add_rows<width>(
+              to + pair_queries[pair] * n, p->L, n, [&](int64_t l) { return x[pair_places[pair] + l]; },
+              [&](int64_t l) { return row + l * n; });
+      });
+    });
+  }
+
+  // to (C, L, n) of this head: each key's row += its weights times the rows (n numbers) of the queries.
+  void add_transposed(const float* x, const float* queries, int64_t n, float* to) const {
+    by_width(n / kLanes, [&](auto width) {
+      for_each(to - head * p->C() * p->L * n, n, [&](int64_t cluster, int64_t first, int64_t last) {
+        for (int64_t l = 0; l < p->L; ++l)
+          add_rows<width>(
+              to + (cluster * p->L + l) * n, last - first, n,
+              [&](int64_t pair) { return x[pair_places[first + pair] + l]; },
+              [&](int64_t pair) { return queries + pair_queries[first + pair] * n; });
+      });
+    });
   }
 };
 
-// The `count` highest of n numbers, lower places first among equals. `x` has room for a whole vector behind its end.
+// The `count` highest of n numbers, a multiple of kLanes; lower places first among equals.
 class Highest {
  public:
-  void find(float* x, int64_t n, int64_t count, int32_t* places) {
+  void find(const float* x, int64_t n, int64_t count, int32_t* places) {
     constexpr float kNone = kLowest * 2;
-    std::fill(x + n, x + rounded(n), kNone);
     const float least = bound(x, n, count);
-    values_.resize(rounded(n) + kLanes), places_.resize(n);
+    values_.resize(n + kLanes), places_.resize(n);
     int64_t found = 0;
     for (int64_t i = 0; i < n; i += kLanes)
       for (uint32_t bits = reaching(x + i, least); bits; bits &= bits - 1, ++found) {
         const int64_t place = i + __builtin_ctz(bits);
-        if (place < n) values_[found] = x[place], places_[found] = place;
+        values_[found] = x[place], places_[found] = place;
       }
-    found = std::min(found, n);
     std::fill_n(values_.begin() + found, kLanes, kNone);
     int64_t kept = 0;
     if (found <= count || found > kMostRanked) kept = all_or_sorted(found, count, places);
@@ -555,13 +722,11 @@ class Highest {
 
  private:
   static constexpr int64_t kMostRanked = 128;  // beyond, sorting is cheaper than comparing all with all
-  static int64_t rounded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
   // A number that at least `count` of the x reach: the lowest but few of the highest of interleaved groups.
   float bound(const float* x, int64_t n, int64_t count) {
     const int64_t groups = rounded(count + count / 2);
     if (n < 2 * groups || groups > kMostRanked) return kLowest * 2;
-    values_.resize(rounded(n) + kLanes);
+    values_.resize(n + kLanes);
     std::copy_n(x, groups, values_.begin());
     for (int64_t start = groups; start + groups <= n; start += groups) {
       for (int64_t i = 0; i < groups; i += kLanes) {
@@ -605,87 +770,105 @@ class Highest {
 
 struct Forward {
   Block block;
+  Own own;
   Highest highest;
   std::vector<float> rating, moments;
 
-  void run(const Problem& p, int64_t task, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
-    block.place(p, task);
+  // Blocks first..last-1 of one head.
+  void run(
+      const Problem& p, int64_t head, Range blocks, const Clusters& clusters, int32_t* chosen, int64_t most,
+      float* output, float* lse) {
+    int64_t start = -1, count = 0;
+    for (int64_t index = blocks.first; index < blocks.last; ++index) {
+      block.place(p, head * p.Q + index);
+      const int64_t row = head * p.n_q + block.first;
+      others(p, clusters, chosen + row * most, most, output + row * p.v, lse + row);
+      start = start < 0 ? row : start, count += block.count;
+    }
+    if (most) own_clusters(p, head, start, count, clusters, chosen + start * most, most, output + start * p.v, lse + start);
+  }
+
+ private:
+  // Output and log-sum-exp of a block over far clusters and near keys, without the own clusters, which are chosen here.
+  void others(const Problem& p, const Clusters& clusters, int32_t* chosen, int64_t most, float* output, float* lse) {
     block.scores(clusters);
-    const int64_t row = block.head * p.n_q + block.first, size = block.far.size(), v = p.v, o = p.o();
-    output += row * v;
+    const int64_t size = block.far.size(), width = block.width, v = p.v, o = p.o();
     std::fill(output, output + block.count * v, 0.0f);
-    chosen += row * most;
     for (int64_t i = 0; i < block.count; ++i) {
       int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
       if (block.own) choose(i, own), block.leave_out(i, own);
+      lse[i] = softmax(i);
     }
-    if (block.own) block.sort_pairs(chosen, most), block.own_scores(clusters);
-    for (int64_t i = 0; i < block.count; ++i) lse[row + i] = softmax(i, size);
-    by_width(v / kLanes, [&](auto width) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
-        const float* values = clusters.value + (block.head * p.C() + cluster) * p.L * v;
-        for (int64_t pair = first; pair < last; ++pair) {
-          const float* weights = block.own_weights + block.pair_places[pair];
-          add_rows<width>(
-              output + block.pair_queries[pair] * v, p.L, v, [&](int64_t l) { return weights[l]; },
-              [&](int64_t l) { return values + l * v; });
-        }
-      });
-    });
     int64_t column = 0;
     for (const Range& range : block.near) {
       product(
           block.count, v, range.size(), block.near_weights + column, block.near_size(),
-          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, 1.0f, output, v);
+          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, true, output, v);
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
-    if (o == 1) return product(block.count, v, size, block.far_weights, size, far, v, 1.0f, output, v);
     if (!size) return;
+    const float* weights = block.far_weights + block.far.first - block.base;
+    if (o == 1) return product(block.count, v, size, weights, width, far, v, true, output, v);
     float* sums = resized(moments, block.count * o * v);
-    product(block.count, o * v, size, block.far_weights, size, far, o * v, 0.0f, sums, o * v);
+    product(block.count, o * v, size, weights, width, far, o * v, false, sums, o * v);
     for (int64_t i = 0; i < block.count; ++i) {
       for (int64_t x = 0; x < o; ++x) {
-        const float a = x ? block.coordinates[i * p.r + x - 1] : 1.0f;
+        const float a = x ? block.coordinates[i * p.s() + x - 1] : 1.0f;
         for (int64_t t = 0; t < v; ++t) output[i * v + t] += a * sums[(i * o + x) * v + t];
       }
     }
   }
 
- private:
+  // Adds what own clusters give to the output and log-sum-exp of the others.
+  void own_clusters(
+      const Problem& p, int64_t head, int64_t row, int64_t count, const Clusters& clusters, const int32_t* chosen,
+      int64_t most, float* output, float* lse) {
+    own.sort_pairs(p, head, count, chosen, most);
+    own.scores(p.query + row * p.d, clusters);
+    for (int64_t i = 0; i < count; ++i) {
+      float* x = own.weights + i * own.stride;
+      const float highest = std::max(maximum(x, own.stride), lse[i]);
+      if (highest <= kLowest / 2) {  // no usable key
+        std::fill(x, x + own.stride, 0.0f);
+        continue;
+      }
+      const float others = exp_nonpositive(lse[i] - highest), sum = others + exponentials(x, own.stride, highest);
+      for (int64_t j = 0; j < own.stride; ++j) x[j] /= sum;
+      for (int64_t t = 0; t < p.v; ++t) output[i * p.v + t] *= others / sum;
+      lse[i] = highest + std::log(sum);
+    }
+    own.add_products(own.weights, clusters.value, p.v, output);
+  }
+
   // The own clusters of a query: by score plus the standard deviation of the scores within.
   void choose(int64_t i, int32_t* own) {
-    const int64_t size = block.far.size();
-    const float *x = block.far_weights + i * size, *g = block.bonus + i * size;
-    float* to = resized(rating, size + kLanes);
+    const int64_t width = block.width;
+    const float *x = block.far_weights + i * width, *g = block.bonus + i * width;
     if (block.p->f()) {
-#pragma omp simd
-      for (int64_t c = 0; c < size; ++c) to[c] = x[c] + std::sqrt(g[c] > 0.0f ? 2.0f * g[c] : 0.0f);
-    } else {
-      std::copy_n(x, size, to);
+      float* to = resized(rating, width);
+      for (int64_t c = 0; c < width; c += kLanes) store(to + c, load(x + c) + square_root(2.0f * load(g + c)));
+      x = to;
     }
-    highest.find(to, size, block.own, own);
-    for (int64_t m = 0; m < block.own; ++m) own[m] += block.far.first;
+    highest.find(x, width, block.own, own);
+    for (int64_t m = 0; m < block.own; ++m)  // of NaN ratings any place may be said to be the highest
+      own[m] = std::clamp<int64_t>(block.base + own[m], block.far.first, block.far.last - 1);
   }
 
   // Turns scores into weights; returns the logarithm of the sum of their exponentials, kLowest without any.
-  float softmax(int64_t i, int64_t size) {
+  float softmax(int64_t i) {
+    const int64_t size = block.width;
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
-    float* own = block.own_weights + i * block.own_stride();
-    float most = std::max(maximum(far, size), maximum(near, block.near_size()));
-    most = std::max(most, maximum(own, block.own_stride()));
+    const float most = std::max(maximum(far, size), maximum(near, block.near_size()));
     if (most <= kLowest / 2) {  // no usable key
       std::fill(far, far + size, 0.0f), std::fill(near, near + block.near_size(), 0.0f);
-      std::fill(own, own + block.own_stride(), 0.0f);
       return kLowest;
     }
-    float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
-    sum += exponentials(own, block.own_stride(), most);
+    const float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
     const float share = 1.0f / sum;
     for (int64_t c = 0; c < size; ++c) far[c] *= share;
     for (int64_t j = 0; j < block.near_size(); ++j) near[j] *= share;
-    for (int64_t j = 0; j < block.own_stride(); ++j) own[j] *= share;
     return most + std::log(sum);
   }
 };
@@ -706,14 +889,18 @@ std::vector<Tensor> forward(
   Tensor centre = numbers({heads, C, p.d}, query), moments = numbers({heads, C, p.o(), p.v}, query);
   Tensor spread = numbers({heads, C, p.f()}, query), log_count = numbers({heads, C}, query);
   Tensor sorted_key = numbers({heads, C, p.L, p.d}, query), sorted_value = numbers({heads, C, p.L, p.v}, query);
+  Tensor panels = numbers({heads, p.panels(), p.d + p.f() + 1, kPanel}, query);
   const Clusters clusters{
       members.data_ptr<int32_t>(), sorted_key.data_ptr<float>(), sorted_value.data_ptr<float>(),
-      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>()};
-  make_clusters(p, clusters);
+      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>(),
+      panels.data_ptr<float>()};
+  make_clusters(p, clusters), pack_all(p, clusters);
   int32_t* chosen = own.data_ptr<int32_t>();
   float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
-  for_each_task<Forward>(heads * p.Q, [&](Forward& forward, int64_t task) {
-    forward.run(p, task, clusters, chosen, most, out, sums);
+  const int64_t parts = (p.Q + kTogether - 1) / kTogether;
+  for_each_task<Forward>(heads * parts, [&](Forward& forward, int64_t task) {
+    const int64_t part = task % parts * kTogether;
+    forward.run(p, task / parts, {part, std::min(part + kTogether, p.Q)}, clusters, chosen, most, out, sums);
   });
   return {output, lse, own, members, centre, moments, spread, log_count};
 }
@@ -727,6 +914,7 @@ struct Gradients {
 
 struct Backward {
   Block block;
+  Own own;
   RunScratch scratch;
   std::vector<float> key, value, centre, moments, spread;  // gradients of members and moments of all clusters
   std::vector<float> delta, own_flow, near_flow, far_flow, tilted, sums, pair_grads, coordinate_grads, run_grads;
@@ -743,6 +931,14 @@ struct Backward {
       const int64_t row = head * p.n_q + block.first;
       one_block(p, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
     }
+    for (int64_t index = blocks.first; most && index < blocks.last; index += kTogether) {
+      block.place(p, head * p.Q + index);
+      const int64_t row = head * p.n_q + block.first;
+      block.place(p, head * p.Q + std::min(index + kTogether, blocks.last) - 1);
+      const int64_t count = head * p.n_q + block.first + block.count - row;
+      own_clusters(
+          p, head, row, count, clusters, chosen + row * most, most, output + row * p.v, lse + row, grad + row * p.v, to);
+    }
     for (int64_t run = 0; run < p.runs(); ++run) to_keys(p, head, run, clusters, to);
   }
 
@@ -754,17 +950,21 @@ struct Backward {
     const int64_t count = block.count, d = p.d, v = p.v;
     float* query_grads = to.query + (block.head * p.n_q + block.first) * d;
     std::fill(query_grads, query_grads + count * d, 0.0f);
-    resized(delta, count);
-    // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
-    for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
-    own_clusters(p, clusters, chosen, most, lse, grad, query_grads);
-    weigh(block.far_weights, block.far.size(), lse), weigh(block.near_weights, block.near_size(), lse);
+    differences(count, v, output, grad);
+    for (int64_t i = 0; block.own && i < count; ++i) block.leave_out(i, chosen + i * most);
+    weigh(block.far_weights, count, block.width, lse), weigh(block.near_weights, count, block.near_size(), lse);
     near_keys(p, clusters, grad, query_grads);
     far_clusters(p, clusters, grad, query_grads, to);
   }
 
-  void weigh(float* x, int64_t size, const float* lse) const {
-    for (int64_t i = 0; i < block.count; ++i) {
+  // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
+  void differences(int64_t count, int64_t v, const float* output, const float* grad) {
+    resized(delta, count);
+    for (int64_t i = 0; i < count; ++i) delta[i] = dot(grad + i * v, output + i * v, v);
+  }
+
+  void weigh(float* x, int64_t count, int64_t size, const float* lse) const {
+    for (int64_t i = 0; i < count; ++i) {
       float* row = x + i * size;
       const float sum = lse[i];
       if (sum <= kLowest / 2) {  // no usable key
@@ -777,43 +977,21 @@ struct Backward {
   }
 
   void own_clusters(
-      const Problem& p, const Clusters& clusters, const int32_t* chosen, int64_t most, const float* lse,
-      const float* grad, float* query_grads) {
-    if (!block.own) return;
-    const int64_t stride = block.own_stride(), d = p.d, v = p.v, L = p.L;
-    for (int64_t i = 0; i < block.count; ++i) block.leave_out(i, chosen + i * most);
-    block.sort_pairs(chosen, most), block.own_scores(clusters);
-    weigh(block.own_weights, stride, lse);
-    float *ds = resized(own_flow, block.count * stride), *weights = block.own_weights;
-    std::fill(ds, ds + block.count * stride, 0.0f);
-    block.own_products(grad, clusters.value, v, ds);
-    for (int64_t i = 0; i < block.count; ++i)
-      for (int64_t j = i * stride; j < (i + 1) * stride; ++j) ds[j] = weights[j] * (ds[j] - delta[i]);
-    const float* queries = block.queries();
-    const int32_t *query = block.pair_queries.data(), *place = block.pair_places.data();
-    by_width(v / kLanes, [&](auto width) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
-        for (int64_t l = 0; l < L; ++l)
-          add_rows<width>(
-              value.data() + (cluster * L + l) * v, last - first, v,
-              [&](int64_t pair) { return weights[place[first + pair] + l]; },
-              [&](int64_t pair) { return grad + query[first + pair] * v; });
-      });
-    });
-    by_width(d / kLanes, [&](auto width) {
-      block.for_each_own([&](int64_t cluster, int64_t first, int64_t last) {
-        for (int64_t l = 0; l < L; ++l)
-          add_rows<width>(
-              key.data() + (cluster * L + l) * d, last - first, d,
-              [&](int64_t pair) { return ds[place[first + pair] + l]; },
-              [&](int64_t pair) { return queries + query[first + pair] * d; });
-        const float* keys = clusters.key + (block.head * p.C() + cluster) * L * d;
-        for (int64_t pair = first; pair < last; ++pair)
-          add_rows<width>(
-              query_grads + query[pair] * d, L, d, [&](int64_t l) { return ds[place[pair] + l]; },
-              [&](int64_t l) { return keys + l * d; });
-      });
-    });
+      const Problem& p, int64_t head, int64_t row, int64_t count, const Clusters& clusters, const int32_t* chosen,
+      int64_t most, const float* output, const float* lse, const float* grad, const Gradients& to) {
+    const float* queries = p.query + row * p.d;
+    own.sort_pairs(p, head, count, chosen, most);
+    own.scores(queries, clusters);
+    weigh(own.weights, count, own.stride, lse);
+    differences(count, p.v, output, grad);
+    float* ds = resized(own_flow, count * own.stride);
+    std::fill(ds, ds + count * own.stride, 0.0f);
+    own.products(grad, clusters.value, p.v, ds);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = i * own.stride; j < (i + 1) * own.stride; ++j) ds[j] = own.weights[j] * (ds[j] - delta[i]);
+    own.add_transposed(own.weights, grad, p.v, value.data());
+    own.add_transposed(ds, queries, p.d, key.data());
+    own.add_products(ds, clusters.key, p.d, to.query + row * p.d);
   }
 
   void near_keys(const Problem& p, const Clusters& clusters, const float* grad, float* query_grads) {
@@ -828,7 +1006,7 @@ struct Backward {
       product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[i * total + j] * (ds[i * size + j] - delta[i]);
-      product(count, d, size, ds, size, clusters.key + slot * d, d, 1.0f, query_grads, d);
+      product(count, d, size, ds, size, clusters.key + slot * d, d, true, query_grads, d);
       product_at(size, d, count, ds, size, block.queries(), d, 1.0f, key.data() + range.first * d, d);
       column += size;
     }
@@ -840,7 +1018,9 @@ struct Backward {
     if (!size) return;
     const int64_t at = block.head * p.C() + block.far.first, first = block.far.first;
     const float* moment = clusters.moments + at * o * v;
-    float *weights = block.far_weights, *ds = resized(far_flow, count * size);
+    const int64_t width = block.width, skipped = first - block.base;
+    const float *weights = block.far_weights + skipped, *bonus = block.bonus + skipped;
+    float* ds = resized(far_flow, count * size);
     float* da = resized(coordinate_grads, count * r);
     std::fill(da, da + count * r, 0.0f);
     const float* pulled = grad;  // (count, o · v): the gradient times 1 and the coordinates
@@ -849,35 +1029,37 @@ struct Backward {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 0; y < o; ++y)
           for (int64_t t = 0; t < v; ++t)
-            x[(i * o + y) * v + t] = (y ? block.coordinates[i * r + y - 1] : 1.0f) * grad[i * v + t];
+            x[(i * o + y) * v + t] = (y ? block.coordinates[i * p.s() + y - 1] : 1.0f) * grad[i * v + t];
       pulled = x;
       float* tilts = resized(sums, count * o * v);
-      product(count, o * v, size, weights, size, moment, o * v, 0.0f, tilts, o * v);
+      product(count, o * v, size, weights, width, moment, o * v, false, tilts, o * v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, tilts + (i * o + y) * v, v);
     }
-    product_at(size, o * v, count, weights, size, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
+    product_at(size, o * v, count, weights, width, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
     product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
     for (int64_t i = 0; i < count; ++i) {
       float* x = ds + i * size;
-      const float *w = weights + i * size, shift = delta[i];
+      const float *w = weights + i * width, shift = delta[i];
 #pragma omp simd
       for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
     }
-    product(count, d, size, ds, size, clusters.centre + at * d, d, 1.0f, query_grads, d);
+    product(count, d, size, ds, size, clusters.centre + at * d, d, true, query_grads, d);
     product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + first * d, d);
     if (!f) return;
-    for (int64_t i = 0; i < count * size; ++i) ds[i] = block.bonus[i] < kSpreadLimit ? ds[i] : 0.0f;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < size; ++c)
+        ds[i * size + c] = bonus[i * width + c] < kSpreadLimit ? ds[i * size + c] : 0.0f;
     product_at(size, f, count, ds, size, block.pairs, f, 1.0f, spread.data() + first * f, f);
     float* dp = resized(pair_grads, count * f);
-    product(count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
+    gemm('N', 'N', count, f, size, ds, size, clusters.spread + at * f, f, 0.0f, dp, f);
     for (int64_t i = 0; i < count; ++i) {
-      const float* a = block.coordinates + i * r;
+      const float* a = block.coordinates + i * p.s();
       for (int64_t x = 0, pair = i * f; x < r; ++x)
         for (int64_t y = x; y < r; ++y, ++pair) da[i * r + x] += dp[pair] * a[y], da[i * r + y] += dp[pair] * a[x];
     }
-    const float* map = p.query_map + block.head % p.h * d * r;
-    product_bt(count, d, r, da, r, map, r, 1.0f, query_grads, d);
+    const float* map = p.query_map + block.head % p.h * d * p.s();
+    product_bt(count, d, r, da, r, map, p.s(), 1.0f, query_grads, d);
     product_at(d, r, count, block.queries(), d, da, r, 1.0f, to.query_map, r);
   }
 
@@ -892,7 +1074,7 @@ struct Backward {
       const int32_t* members = clusters.members + index * p.L;
       const float *mean = clusters.moments + index * o * v, *dv = moments.data() + cluster * o * v;
       const int64_t count = std::count_if(members, members + p.L, [](int32_t j) { return j >= 0; });
-      if (f) cluster_deviations(p, members, first, z, deviations);
+      if (f) cluster_deviations(p, members, first, z, scratch);
       const float share = 1.0f / std::max<int64_t>(count, 1);
       for (int64_t l = 0; l < count; ++l) {
         const int64_t slot = cluster * p.L + l;
@@ -915,8 +1097,8 @@ struct Backward {
     }
     if (!f) return;
     const int64_t count = std::min(p.R, p.n - first);
-    const float* map = p.key_map + head % p.h * d * r;
-    product_bt(count, d, r, dz, r, map, r, 1.0f, to.key + first * d, d);
+    const float* map = p.key_map + head % p.h * d * p.s();
+    product_bt(count, d, r, dz, r, map, p.s(), 1.0f, to.key + first * d, d);
     product_at(d, r, count, p.keys(head) + first * d, d, dz, r, 1.0f, to.key_map, r);
   }
 };
@@ -938,10 +1120,12 @@ std::vector<Tensor> backward(
   Tensor value_grads = at::zeros({p.b, p.h_kv, groups * parts, p.n, p.v}, query.options());
   Tensor map_grads = at::zeros({2, p.b * parts, p.h, p.d, p.r}, query.options());
   Tensor sorted_key = numbers({heads, p.C(), p.L, p.d}, query), sorted_value = numbers({heads, p.C(), p.L, p.v}, query);
+  Tensor panels = numbers({heads, p.panels(), p.d + p.f() + 1, kPanel}, query);
   const Clusters clusters{
       const_cast<int32_t*>(members.const_data_ptr<int32_t>()), sorted_key.data_ptr<float>(),
       sorted_value.data_ptr<float>(), const_cast<float*>(floats(centre)), const_cast<float*>(floats(moments)),
-      const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count))};
+      const_cast<float*>(floats(spread)), const_cast<float*>(floats(log_count)), panels.data_ptr<float>()};
+  pack_all(p, clusters);
   for_each_task<RunScratch>(heads * p.runs(), [&](RunScratch&, int64_t task) {
     gather(p, task / p.runs(), task % p.runs(), clusters);
   });

@@ -1,5 +1,7 @@
 """approx_attn: train transformers whose attention computes part of the scores and reconstructs the rest."""
 
+from typing import TYPE_CHECKING, Any
+
 from approx_attn.adapters.convert import convert, describe, revert
 from approx_attn.adapters.functional import scaled_dot_product_attention
 from approx_attn.adapters.multihead import MultiheadAttention
@@ -15,6 +17,9 @@ from approx_attn.attention import (
 )
 from approx_attn.calibration import calibrate
 
+if TYPE_CHECKING:
+    from approx_attn.prediction import load_model, predict
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -29,8 +34,19 @@ __all__ = [
     "convert",
     "describe",
     "load_converted",
+    "load_model",
+    "predict",
     "register_attention",
     "revert",
     "save_converted",
     "scaled_dot_product_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs Lightning and Hydra is imported when it is first used."""
+    if name in ("load_model", "predict"):
+        from approx_attn import prediction
+
+        return getattr(prediction, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from approx_attn.benchmark_memory import OutOfMemory, fresh_process_memory, is_o
 from approx_attn.benchmark_sources import SYNTHETIC, LayerInputs, Source, load_inputs
 from approx_attn.instantiation import ConfigError
 from approx_attn.measurement import Timing, peak_memory, time_alternately
+from approx_attn.output import print_table, require_folder
 
 PASSES = ("forward", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -79,22 +79,21 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
         ConfigError: a wrong value, before anything is measured.
     """
     specs = check(cfg)
+    output = require_folder("output", cfg["output"])
     device = _device(str(cfg["device"]))
     if cfg["threads"] is not None:
         torch.set_num_threads(int(cfg["threads"]))
-    console = Console()
     rows: list[Row] = []
     for length in cfg["length"]:
         source = load_inputs(cfg, length)
         for pass_name in cfg["pass"]:
             if cfg["progress_bar"]:
-                console.print(f"[dim]{length} tokens, {pass_name}[/dim]")
+                print(f"{length} tokens, {pass_name}")
             rows += measure(specs, source, length, pass_name, cfg, device)
     for table in as_tables(rows):
-        console.print(table)
-    console.print(conditions(cfg, device))
-    folder = write_files(rows, Path(str(cfg["output"])), conditions(cfg, device))
-    console.print(f"[dim]{folder}[/dim]")
+        print_table(table)
+    print(conditions(cfg, device))
+    print(write_files(rows, output, conditions(cfg, device)))
     return rows
 
 
@@ -342,10 +341,10 @@ def as_tables(rows: Sequence[Row]) -> list[Table]:
     for row in rows:
         place = (row.length, row.pass_name)
         if place not in tables:
-            table = Table(title=f"{row.length} tokens, {row.pass_name}", title_justify="left", expand=True)
-            table.add_column("mechanism", ratio=1)
+            table = Table(title=f"{row.length} tokens, {row.pass_name}", title_justify="left")
+            table.add_column("mechanism")
             for header in ("ms", "±", "× SDPA", "MiB", "exact", "mult", "error"):
-                table.add_column(header, justify="right", no_wrap=True)
+                table.add_column(header, justify="right")
             tables[place] = table
         cells = (
             _shown(row.seconds, lambda x: f"{x * 1e3:.1f}"),

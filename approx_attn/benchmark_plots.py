@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 if TYPE_CHECKING:
     from approx_attn.benchmark import Row
@@ -33,7 +35,8 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
             )
         lengths = sorted({row.length for row in rows})
         axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+        _mark(axis.yaxis)
         axis.set(title=pass_name, xlabel="length (tokens)", ylabel="time (s)")
         axis.grid(alpha=0.3)
     _legend(axes[-1])
@@ -57,9 +60,22 @@ def plot_error(rows: Sequence[Row], path: Path) -> None:
             if (row.label, row.length, row.pass_name) == ("sdpa", length, first) and row.seconds is not None:
                 axis.axvline(row.seconds, color="black", linestyle=":", label="time of sdpa")
         axis.set(title=f"{length} tokens, {first}", xlabel="time (s)", ylabel="relative error of the output")
-        axis.grid(alpha=0.3, which="both")
+        _mark(axis.xaxis)
+        _mark(axis.yaxis)
+        axis.grid(alpha=0.3)
     _legend(axes[-1])
     figure.savefig(path, dpi=150)
+
+
+def _mark(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis, several of them also where it spans less than a factor of ten."""
+    if axis.get_scale() != "log":  # nothing was drawn
+        return
+    low, high = axis.get_view_interval()
+    steps = (1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps) if high > 8 * low else MaxNLocator(4))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.minorticks_off()
 
 
 def _marker(labels: Sequence[str], label: str) -> str:

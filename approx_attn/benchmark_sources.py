@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,10 @@ def _captured(cfg: Mapping[str, Any], length: int) -> Source:
     from approx_attn.calibration.sources import load_source
 
     sizes = {"length": length, "sequences": int(cfg["sequences"]), "test_sequences": int(cfg["batch_size"])}
-    source = load_source(str(cfg["source"]), cfg["data"], batch_size=int(cfg["batch_size"]), **sizes)
+    try:
+        source = load_source(str(cfg["source"]), cfg["data"], batch_size=int(cfg["batch_size"]), **sizes)
+    except ConfigError as error:  # which calls by its own name what is `source` here
+        raise ConfigError(re.sub("^model=", "source=", str(error))) from error
     limit = getattr(getattr(source.model, "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ConfigError(f"length={length} is more than the {limit} positions of source={cfg['source']}.")

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from approx_attn.instantiation import suggestion
+from approx_attn.notices import ConfigWarning
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("approx_attn.training:main", "train and test one model: data=digits attention=eigen_row seed=1"),
     "evaluate": ("approx_attn.evaluation:main", "test a checkpoint: checkpoint=<file>"),
+    "predict": (
+        "approx_attn.prediction:main",
+        "classes of new texts or images: checkpoint=<file> data=<file or folder> output=<file.csv>",
+    ),
     "compare": ("approx_attn.comparison:main", "train what is missing and print one table: attention=[exact,topk]"),
     "calibrate": ("approx_attn.calibration.command:main", "fit bases on a live model and its data"),
     "reconstruct": (
@@ -34,6 +44,9 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+CLOSED_PIPE = 141  # what a shell says of a command that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -41,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     verb, *rest = arguments
-    if verb not in VERBS:
+    if verb not in VERBS and verb != "--version":
         print(f"error: {verb!r} is not a verb{suggestion(verb, VERBS)}", file=sys.stderr)
         return 2
     return run_verb(verb, rest)
@@ -49,9 +62,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the scripts are doors to this."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _print_what_can_be_printed()
+    if "--version" in (verb, *arguments):
+        from approx_attn import __version__
+
+        print(f"approx-attn {__version__}")
+        return 0
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
-    return run(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
+            code = run(arguments)
+        sys.stdout.flush()
+    except OSError as error:  # of the standard output; what else can fail, verbs say themselves
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at exit again
+        if isinstance(error, BrokenPipeError):  # nobody reads any more, as after `| head`
+            return CLOSED_PIPE
+        print(f"error: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+    return code
+
+
+def _print_what_can_be_printed() -> None:
+    """A terminal or pipe without Unicode gets a question mark in place of what it cannot show, not an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """Print what this package warns of as one line, without the line of code that says so."""
+    if issubclass(category, ConfigWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        otherwise(message, category, *rest)
 
 
 def usage() -> str:
@@ -64,7 +109,9 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2.",
+            "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2; --version tells the version.",
+            "exit codes: 0 done; 1 failed, or a run of several did, or a figure is not finite, or no run was found;",
+            "            2 refused before anything was written; 128 + n stopped by signal n, and can be continued.",
         ]
     )
 
@@ -98,10 +145,10 @@ def list_mechanisms(arguments: Sequence[str] = ()) -> int:
 
 
 def _print_registry() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from approx_attn.attention import attention_class, available_attention
+    from approx_attn.output import print_table
 
     table = Table(title="Attention mechanisms", title_justify="left", caption_justify="left")
     table.caption = (
@@ -119,24 +166,30 @@ def _print_registry() -> None:
         cannot = [word for key, word in CAPABILITIES.items() if not getattr(cls.capabilities, key)]
         learned = "✓" if cls.capabilities.has_parameters else ""
         table.add_row(name, cls.cost_formula, learned, ", ".join(cannot) or "–")
-    Console().print(table)
+    print_table(table)
 
 
 def _print_options(name: str) -> None:
     import inspect
 
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from approx_attn.attention import attention_class, attention_options
+    from approx_attn.configuration import config_dir
+    from approx_attn.help import meanings
+    from approx_attn.output import print_table
 
+    said = meanings(config_dir() / "attention" / f"{name}.yaml")
     summary = inspect.cleandoc(attention_class(name).__doc__ or "").split("\n\n")[0]
     table = Table(title=f"attention={name}", title_justify="left", caption=summary, caption_justify="left")
     table.add_column("option", no_wrap=True)
     table.add_column("default")
+    table.add_column("meaning")
     for option, parameter in attention_options(name).items():
-        table.add_row(f"attention.{option}", "null" if parameter.default is None else str(parameter.default).lower())
-    Console().print(table)
+        default = "null" if parameter.default is None else str(parameter.default).lower()
+        table.add_row(f"attention.{option}", default, Text(said.get(option, "")))
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,12 +19,24 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from approx_attn.configuration import compose_config, config_dir, parse_overrides, plain
+from approx_attn.help import help_page
 from approx_attn.instantiation import ConfigError, suggestion
 from approx_attn.stopping import Stopped
 
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
 INTERRUPTED = 130
+
+
+class Unsuccessful(Exception):
+    """A command came to its end without the result that it is for; the message is one sentence."""
+
+
+def require_finite(figures: Mapping[str, float]) -> None:
+    """Raises `Unsuccessful` that names the first figure that is no finite number."""
+    for key, value in figures.items():
+        if not math.isfinite(value):
+            raise Unsuccessful(f"{key} is {value}, so there is no result.")
 
 
 def run_command(
@@ -42,8 +56,7 @@ def run_command(
     Returns:
         The exit code; errors have been printed to the standard error stream.
     """
-    flags = get_args_parser().parse_args(list(arguments))
-    verbose = any(override.lower() == "verbose=true" for override in flags.overrides)
+    verbose = any(argument.lower() == "verbose=true" for argument in arguments)
     codes = [0]
 
     def run_job(config: DictConfig) -> None:
@@ -59,8 +72,13 @@ def run_command(
 
     this_process = os.getpid()
     try:
-        if not (flags.help or flags.hydra_help or flags.info or flags.shell_completion):
-            jobs = [compose_config(job, flags.config_name or config_name) for job in sweep_jobs(flags)]
+        flags, arguments = read_flags(config_name, arguments)
+        if flags.help:
+            print(help_page(flags.config_name or config_name, [*flags.overrides, *_further_files(flags.config_dir)]))
+            return 0
+        if not (flags.hydra_help or flags.info or flags.shell_completion):
+            further = _further_files(flags.config_dir)
+            jobs = [compose_config([*job, *further], flags.config_name or config_name) for job in sweep_jobs(flags)]
             if check is not None and flags.multirun:
                 for config in jobs:
                     check(config)
@@ -77,6 +95,44 @@ def run_command(
     return max(codes)
 
 
+def read_flags(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Hydra's flags of a command line, and its arguments in the order in which Hydra reads them: flags first.
+
+    Raises:
+        ConfigError: an unknown flag, flags that exclude each other, or a folder of further files that is not there
+            or has a file of a name that this command has already.
+    """
+
+    def refuse(message: str) -> None:
+        raise ConfigError(f"{verb}: {' '.join(message.split())}.")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    flags = parser.parse_intermixed_args(list(arguments))
+    if flags.config_path is not None:
+        refuse("--config-path would take away the files that belong to this command, use --config-dir to add a folder")
+    chosen = {"-m": flags.multirun, "--run": flags.run, "--cfg": flags.cfg, "--info": flags.info}
+    together = [flag for flag, given in (chosen | {"--shell-completion": flags.shell_completion}).items() if given]
+    if len(together) > 1:
+        refuse(f"{' and '.join(together)} cannot be given together, use one of them")
+    if flags.resolve and not flags.cfg:
+        refuse("--resolve goes with --cfg job")
+    if flags.config_dir is not None:
+        folder = Path(flags.config_dir).absolute()
+        if not folder.is_dir():
+            refuse(f"--config-dir={folder} is not a folder")
+        for path in sorted(folder.rglob("*.yaml")):
+            if (config_dir() / path.relative_to(folder)).exists():
+                refuse(f"--config-dir: {path} has the name of a file that is there already, give it another one")
+        flags.config_dir = str(folder)
+    return flags, [*(word for word in arguments if word not in flags.overrides), *flags.overrides]
+
+
+def _further_files(folder: str | None) -> list[str]:
+    """Overrides by which the files of another folder are found too, as Hydra finds them by `--config-dir`."""
+    return [] if folder is None else [f"hydra.searchpath=['file://{folder}']"]
+
+
 def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) -> int:
     """Run a verb whose arguments Hydra does not compose; `-h` prints the file of its keys.
 
@@ -91,7 +147,17 @@ def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) ->
     if {"-h", "--help"} & set(arguments):
         print((config_dir() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
         return 0
-    return exit_code(run, verbose="verbose=true" in arguments)
+
+    def run_without_flags() -> None:
+        for argument in arguments:
+            if argument.startswith("-"):
+                raise ConfigError(
+                    f"{name} takes key=value and --help, got {argument!r}; flags of Hydra, such as -m and --cfg job, "
+                    "are those of train and evaluate."
+                )
+        run()
+
+    return exit_code(run_without_flags, verbose="verbose=true" in arguments)
 
 
 def settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -134,14 +200,17 @@ def sweep_jobs(flags: argparse.Namespace) -> list[list[str]]:
     """The override lists of the jobs that a command line starts: one, or a sweep's product.
 
     Raises:
-        ConfigError: an override that cannot be read, or a sweep (`a=1,2`) without `-m`.
+        ConfigError: an override that cannot be read, a sweep (`a=1,2`) without `-m`, or one over nothing.
     """
-    parsed = parse_overrides(flags.overrides)
+    parsed = parse_overrides(flags.overrides, flags.config_dir)
     for override, text in zip(parsed, flags.overrides, strict=True):
         if override.is_sweep_override() and not flags.multirun:
             raise ConfigError(f"{text}: several values for one key are a sweep; add -m to run one after the other.")
     if not flags.multirun:
         return [list(flags.overrides)]
+    for override, text in zip(parsed, flags.overrides, strict=True):
+        if override.is_sweep_override() and not list(override.sweep_string_iterator()):
+            raise ConfigError(f"{text} means no value at all.")
     return list(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0])
 
 
@@ -175,7 +244,7 @@ def _report(error: Exception, verbose: bool) -> int:
     if verbose:
         traceback.print_exception(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | Unsuccessful):
         print(f"error: {text}", file=sys.stderr)
         return code
     hint = "" if verbose else " (verbose=true shows where)"

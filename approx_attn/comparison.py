@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,15 +28,18 @@ from torch import Tensor
 from approx_attn import training
 from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
+from approx_attn.command import Unsuccessful, run_plain
 from approx_attn.configuration import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import require_plain_name, suggestion
 from approx_attn.measurement import peak_memory, time_alternately
+from approx_attn.metrics import DEFAULT, METRICS, Metric, metric_names
+from approx_attn.output import require_folder
 from approx_attn.results import record
-from approx_attn.results.aggregate import StepMeasurement, comparison_rows
+from approx_attn.results.aggregate import OtherRows, StepMeasurement, comparison_rows, other_rows
 from approx_attn.results.comparison_report import write_comparison
-from approx_attn.results.table import METRICS, ComparisonRow, Metric, to_rich, wide_console
+from approx_attn.results.stored_metrics import how_to_get, lacking, with_metrics
+from approx_attn.results.table import ComparisonRow, others_to_rich, to_rich, wide_console
 from approx_attn.steps import Precision, autocast_of, device_of, silent, training_step
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import quiet
@@ -82,7 +86,15 @@ class Run:
     def read(self) -> dict[str, Any] | None:
         """The record of the run with where it lies and how to get it, or None if it has not ended."""
         result = record.read_result(self.folder)
-        return None if result is None else {**result, "run_dir": str(self.folder), "command": self.command}
+        if result is None:
+            return None
+        if result["status"] == "finished":
+            result = with_metrics(result, self.folder, self.metrics)
+        return {**result, "run_dir": str(self.folder), "command": self.command}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return metric_names(self.config.get("metrics"))
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Comparison:
         runs: variant label -> seed -> run.
         reference: label that differences and ratios are relative to.
         metric: the test figure that is compared.
+        others: the other test figures that are, in a table of their own.
         folder: where the table goes.
         command: what to type to get it again.
         repeats, warm_up: measured and unmeasured rounds of training steps; without repeats none are measured.
@@ -103,6 +116,7 @@ class Comparison:
     runs: dict[str, dict[int, Run]]
     reference: str
     metric: Metric
+    others: tuple[str, ...]
     folder: Path
     command: str
     repeats: int
@@ -111,7 +125,17 @@ class Comparison:
 
 def main(arguments: Sequence[str]) -> int:
     """The verb `compare`; returns the exit code."""
-    return run_plain("compare", lambda: compare(arguments), arguments)
+    return run_plain("compare", lambda: require_all(compare(arguments)), arguments)
+
+
+def require_all(rows: Sequence[ComparisonRow]) -> None:
+    """Raises `Unsuccessful` unless all runs of a table finished, with figures that are numbers."""
+    missing = sum(len(row.missing) for row in rows)
+    if missing:
+        raise Unsuccessful(f"{missing} of {missing + sum(len(row.finished) for row in rows)} runs failed.")
+    for row in rows:
+        if row.figure is None or not math.isfinite(row.figure.mean):
+            raise Unsuccessful(f"the figure of {row.name} is no finite number.")
 
 
 def compare(arguments: Sequence[str], console: Console | None = None) -> list[ComparisonRow]:
@@ -131,26 +155,71 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     """
     console = wide_console() if console is None else console
     comparison = plan(arguments)
+    require_folder("results", comparison.folder)
+    for run in (run for by_seed in comparison.runs.values() for run in by_seed.values()):
+        if not record.is_finished(run.folder):
+            require_folder("paths.runs", run.folder)
     with quiet():
         tasks, data = _build_all(comparison)  # refuses what cannot run before the first step
     _train_missing(comparison, console)
     with record.run_lock(comparison.folder):  # the same comparison may have been started twice
         record.remove_unfinished(comparison.folder)
         measurements = _measure(comparison, tasks, data, console)
-        rows, caption = _write(comparison, measurements)
+        rows, others, caption = _write(comparison, measurements)
+        missing_figures = _missing_figures(comparison)
     console.print(to_rich(rows, comparison.metric, comparison.name, caption, console.width))
+    if others:
+        console.print(others_to_rich(others))
+    for sentence in missing_figures:
+        console.print(sentence, highlight=False, markup=False)
     console.print(f"Written: {comparison.folder}/table.csv, table.md, plot.png, report.html", highlight=False)
     return rows
 
 
-def _write(comparison: Comparison, measurements: Mapping[str, StepMeasurement]) -> tuple[list[ComparisonRow], str]:
-    """Make the table of what has been run, with all that belongs to it; returns its rows and caption."""
-    records = {label: {seed: run.read() for seed, run in by_seed.items()} for label, by_seed in comparison.runs.items()}
-    rows = comparison_rows(records, comparison.reference, comparison.metric.name, measurements)
+def _write(
+    comparison: Comparison, measurements: Mapping[str, StepMeasurement]
+) -> tuple[list[ComparisonRow], OtherRows, str]:
+    """Make the tables of what has been run, with all that belongs to them; returns their rows and the caption."""
+    metric = comparison.metric.name
+    records = {
+        label: {seed: _with_figure(run.read(), metric) for seed, run in by_seed.items()}
+        for label, by_seed in comparison.runs.items()
+    }
+    rows = comparison_rows(records, comparison.reference, metric, measurements)
+    others = other_rows(records, comparison.reference, comparison.others)
     caption = write_comparison(
-        comparison.folder, rows, records, comparison.metric, comparison.name, comparison.command, comparison.reference
+        comparison.folder,
+        rows,
+        records,
+        comparison.metric,
+        comparison.name,
+        comparison.command,
+        comparison.reference,
+        others,
     )
-    return rows, caption
+    return rows, others, caption
+
+
+def _missing_figures(comparison: Comparison) -> list[str]:
+    """A sentence for every metric that the records of some finished runs do not tell."""
+    sentences = []
+    for name in comparison.others:
+        without = {
+            f"{label} seed {seed}": run.folder
+            for label, by_seed in comparison.runs.items()
+            for seed, run in by_seed.items()
+            if (known := run.read()) and known["status"] == "finished" and lacking(known, [name])
+        }
+        if without:
+            sentences.append(f"{name} of {', '.join(without)}: {how_to_get(name, next(iter(without.values())))}")
+    return sentences
+
+
+def _with_figure(result: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
+    """A record, or in place of one that lacks the figure one that says so."""
+    if result is None or result["status"] != "finished" or not lacking(result, [metric]):
+        return result
+    return {**result, "status": "failed", "error": f"{metric}: {how_to_get(metric, result['run_dir'])}"}
 
 
 # -- from words to configurations ----------------------------------------------------------------------
@@ -168,9 +237,14 @@ def plan(arguments: Sequence[str]) -> Comparison:
     metric = settings["metric"]
     if metric not in METRICS:
         raise ConfigError(f"metric={metric!r} is unknown{suggestion(str(metric), METRICS)}")
+    if METRICS[metric].per_class:
+        raise ConfigError(f"metric={metric} is one figure per class; metrics=[{metric}] shows them beside another.")
+    asked = metric_names(next((item.value() for item in passed_on if item.key_or_group == "metrics"), None))
     variants = _expand([_read_variant(entry) for entry in _as_list(settings["attention"])], passed_on)
     reference = _checked_reference(settings["reference"], variants)
     common = [str(item.input_line) for item in passed_on if not _is_option(item)]
+    if METRICS[metric].compute is not None and metric not in asked:
+        common.append(f"metrics=[{','.join([*asked, metric])}]")
     runs = {
         variant.label: {seed: Run.compose([*common, *variant.overrides, f"seed={seed}"]) for seed in seeds}
         for variant in variants
@@ -182,6 +256,7 @@ def plan(arguments: Sequence[str]) -> Comparison:
         runs=runs,
         reference=reference,
         metric=METRICS[metric],
+        others=tuple(name for name in asked if name != metric) if asked != DEFAULT else (),
         folder=Path(settings["results"]) / str(name),
         command=shlex.join(["python", "scripts/compare.py", *arguments]),
         repeats=_checked_count("measure.repeats", settings["measure"]["repeats"]),
@@ -211,6 +286,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[Override], list[Override]]:
     for item in passed_on:
         if item.key_or_group == "seed":
             raise ConfigError("seed is set by the comparison; write seeds=[...].")
+        if item.key_or_group == "paths.run_dir":
+            raise ConfigError(
+                "paths.run_dir is the folder of one run, and a comparison has several; write paths.runs=."
+            )
+        if item.key_or_group == "extend":
+            raise ConfigError("extend trains one run longer; a longer comparison has a larger trainer.max_epochs.")
         if item.key_or_group in ("launcher", "hydra/launcher"):
             raise ConfigError(
                 f"{item.key_or_group} is not used by compare, which trains one run after the other; start the runs "
@@ -317,6 +398,8 @@ def _build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequenc
         container = training.check_config(config)
         pl.seed_everything(container["seed"], workers=True, verbose=False)
         tasks[label] = training.build_task(container, data.spec)
+        training.warm_start(tasks[label], container)
+        training.compile_model(tasks[label], container)
     return tasks, data
 
 
@@ -348,6 +431,8 @@ def _train_missing(comparison: Comparison, console: Console) -> None:
 
 
 def _figure(result: Mapping[str, Any], metric: Metric) -> str:
+    if f"test/{metric.name}" not in result["metrics"]:
+        return f"no {metric.name}"
     return f"test {metric.header} {metric.show(result['metrics'][f'test/{metric.name}'])}"
 
 

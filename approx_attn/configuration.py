@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,6 +28,7 @@ __all__ = [
     "ConfigError",
     "available_choices",
     "compose_config",
+    "compose_with_choices",
     "config_dir",
     "load_config",
     "parse_overrides",
@@ -65,9 +69,18 @@ def compose_config(overrides: Iterable[str] = (), config_name: str = "train") ->
 
     Works inside a program that Hydra started too, and leaves its state as it was.
     """
+    return _compose_or_explain(overrides, config_name)
+
+
+def compose_with_choices(overrides: Iterable[str], config_name: str) -> DictConfig:
+    """`compose_config` with Hydra's own node, whose `runtime.choices` says which file each group took."""
+    return _compose_or_explain(overrides, config_name, choices=True)
+
+
+def _compose_or_explain(overrides: Iterable[str], config_name: str, choices: bool = False) -> DictConfig:
     overrides = list(overrides)
     try:
-        return _compose(overrides, config_name)
+        return _compose(overrides, config_name, choices)
     except (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(_explain(error, overrides, config_name)) from error
 
@@ -143,8 +156,12 @@ def why_unreadable(override: str) -> str | None:
     return None
 
 
-def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+def parse_overrides(overrides: Sequence[str], folder: str | None = None) -> list[Override]:
     """The overrides of a command line, read.
+
+    Args:
+        overrides: `key=value` words; a `glob()` among them is of the names of files.
+        folder: of further YAML files.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -153,7 +170,14 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         unreadable = why_unreadable(override)
         if unreadable:
             raise ConfigError(unreadable)
-    return list(OverridesParser.create().parse_overrides(list(overrides)))
+    return list(OverridesParser.create(_config_loader(folder)).parse_overrides(list(overrides)))
+
+
+def _config_loader(folder: str | None) -> ConfigLoader:
+    search_path = create_config_search_path(str(config_dir()))
+    if folder is not None:
+        search_path.append("command-line", f"file://{folder}")
+    return ConfigLoaderImpl(config_search_path=search_path)
 
 
 def _explain_unknown_key(key: str, overrides: Sequence[str], config_name: str) -> str:

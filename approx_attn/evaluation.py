@@ -18,16 +18,17 @@ from rich.table import Table
 
 from approx_attn import checkpoints
 from approx_attn.callbacks import ProgressBar, SeedSteps
-from approx_attn.command import run_command
+from approx_attn.command import require_finite, run_command
 from approx_attn.configuration import plain
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import ConfigError, build, sentence, suggestion
+from approx_attn.metrics import metric_names
 from approx_attn.tasks.base import SequenceTask
 from approx_attn.trainer import quiet
 from approx_attn.training import make_splits
 
 SPLITS = ("val", "test")
-EVALUATE_KEYS = ("checkpoint", "split", "data", "trainer", "progress_bar", "verbose")
+EVALUATE_KEYS = ("checkpoint", "split", "metrics", "data", "trainer", "progress_bar", "verbose")
 
 
 def load_task(checkpoint: str | Path) -> SequenceTask:
@@ -64,16 +65,18 @@ def evaluate(
     checkpoint: str | Path,
     *,
     split: str = "test",
+    metrics: Sequence[str] | None = None,
     data: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     progress_bar: bool = False,
     verbose: bool = False,
 ) -> dict[str, float]:
-    """Loss and accuracy of a checkpoint on the split it was tested on, or on another.
+    """Loss, accuracy and other metrics of a checkpoint on the split it was tested on, or on another.
 
     Args:
         checkpoint: a file that training wrote.
         split: `test` or `val`.
+        metrics: names of `approx_attn.metrics.METRICS`; None for those of its run.
         data: options of the data module that replace the stored ones, such as a path or a batch size.
         trainer: options of Lightning's trainer that replace the stored accelerator and precision. One device tests.
 
@@ -87,6 +90,8 @@ def evaluate(
         raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
     with quiet(verbose), tempfile.TemporaryDirectory() as nowhere:
         task = load_task(checkpoint)
+        if metrics is not None:
+            task.use_metrics(metric_names(metrics))
         config = dict(task.config)
         # Where a stranger's checkpoint would have data written is not for it to say.
         stored = {key: value for key, value in config["data"].items() if key != "cache_dir"}
@@ -117,7 +122,9 @@ def evaluate(
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn evaluate`: print the figures of a checkpoint."""
-    return run_command("evaluate", _evaluate_and_report, arguments, check=check_config)
+    # The file of the verb cannot know what options the data and the trainer of a checkpoint have.
+    added = [f"+{word}" if word.startswith(("data.", "trainer.")) else word for word in arguments]
+    return run_command("evaluate", _evaluate_and_report, added, check=check_config)
 
 
 def check_config(config: DictConfig) -> dict[str, Any]:
@@ -145,3 +152,4 @@ def _evaluate_and_report(config: DictConfig) -> None:
     for key, value in metrics.items():
         table.add_row(key, f"{value:.6f}")
     Console().print(table)
+    require_finite(metrics)

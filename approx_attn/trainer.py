@@ -12,6 +12,7 @@ import inspect
 import logging
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from approx_attn import checkpoints, distributed
-from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps
+from approx_attn.callbacks import ProgressBar, Resumable, SeedSteps, Validations
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.instantiation import (
     ConfigError,
@@ -35,6 +36,7 @@ from approx_attn.instantiation import (
     target_class,
 )
 from approx_attn.loggers import RunCSVLogger
+from approx_attn.metrics import METRICS, metric_direction, metric_names
 from approx_attn.results import record
 from approx_attn.stopping import Stopped, requeue
 from approx_attn.tasks.base import SequenceTask
@@ -45,7 +47,7 @@ LOGGER_PACKAGES = {"WandbLogger": "approx-attn[wandb]", "RunMLFlowLogger": "appr
 def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
     """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`."""
     shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
-    callbacks = [*shown, SeedSteps(config["seed"]), *build_callbacks(config, folder)]
+    callbacks = [*shown, SeedSteps(config["seed"]), Validations(), *build_callbacks(config, folder)]
     checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     node = {key: value for key, value in config["trainer"].items() if key != "strategy"}
     try:
@@ -76,10 +78,9 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
         key = f"callbacks.{name}"
         given: dict[str, Any] = {}
         cls = target_class(node, key, pl.Callback)
-        if node.get("monitor") not in (None, *SequenceTask.figures):
-            raise ConfigError(
-                f"{key}.monitor must be one of {', '.join(SequenceTask.figures)}, got {node['monitor']!r}."
-            )
+        watched = monitored(config)
+        if node.get("monitor") not in (None, *watched):
+            raise ConfigError(f"{key}.monitor must be one of {', '.join(watched)}, got {node['monitor']!r}.")
         refuse_paths_outside(node, key)
         if node.get("filename") is not None:  # {figure:format} becomes a number
             require_plain_name(f"{key}.filename", re.sub(r"\{.*?\}", "_", str(node["filename"])))
@@ -87,8 +88,30 @@ def build_callbacks(config: Mapping[str, Any], folder: Path) -> list[pl.Callback
             given["dirpath"] = folder / checkpoints.FOLDER
         if issubclass(cls, ModelCheckpoint):
             given["enable_version_counter"] = False
+        if issubclass(cls, EarlyStopping):
+            given["strict"] = False  # a run that ends before its first validation ends well
+        if node.get("monitor") is not None and "mode" in inspect.signature(cls).parameters:
+            given["mode"] = _mode_of(node, key)
+            node = {name: value for name, value in node.items() if name != "mode"}
         callbacks.append(build(node, key, pl.Callback, **given))
     return callbacks
+
+
+def _mode_of(node: Mapping[str, Any], key: str) -> str:
+    """The direction of the figure that a callback watches; saying another is an error."""
+    mode = metric_direction(str(node["monitor"]))
+    if node.get("mode") not in (None, mode):
+        raise ConfigError(f"{key}.mode must be {mode} or null with monitor={node['monitor']}, got {node['mode']!r}.")
+    return mode
+
+
+def monitored(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The figures that callbacks may watch: loss, accuracy, and the metrics asked for that are one number."""
+    asked = (METRICS[name] for name in metric_names(config.get("metrics")))
+    return (
+        *SequenceTask.figures,
+        *(f"val/{metric.name}" for metric in asked if metric.compute and not metric.per_class),
+    )
 
 
 def build_loggers(config: Mapping[str, Any], folder: Path) -> list[Logger]:
@@ -129,7 +152,7 @@ def fit_from(start: checkpoints.ResumePoint, task: SequenceTask, data: SequenceD
     resumable = next((c for c in trainer.callbacks if isinstance(c, Resumable)), None)  # type: ignore[attr-defined]
     interruption: BaseException | None = None
     try:
-        with record.disk_full_named(trainer.default_root_dir):
+        with record.disk_full_named(trainer.default_root_dir), _full_disks_told_once():
             trainer.fit(task, datamodule=data, ckpt_path=start.path, weights_only=True)
     except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of SIGTERM and of Ctrl-C
         interruption = error
@@ -198,6 +221,17 @@ def quiet(verbose: bool = False) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _full_disks_told_once() -> Iterator[None]:
+    """Without the traceback of the thread that writes for TensorBoard; what it raises comes up in the main thread."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if record.is_disk_full(args.exc_value) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextlib.contextmanager

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from approx_attn import cli
 from approx_attn.benchmark import Row, benchmark, check, output_error
 from approx_attn.benchmark_memory import OutOfMemory, fresh_process_memory, is_out_of_memory
+from approx_attn.benchmark_plots import plot_error, plot_time
 from approx_attn.benchmark_sources import StructuredInputs, load_inputs
 from approx_attn.command import settings
 from approx_attn.instantiation import ConfigError
@@ -191,3 +193,17 @@ def test_the_verb_reports_errors_in_one_sentence(capsys):
     assert "lenght is not a key of benchmark; did you mean 'length'?" in capsys.readouterr().err
     assert cli.main(["benchmark", "--help"]) == 0
     assert "warm_up" in capsys.readouterr().out
+
+
+def test_axes_of_time_have_numbers_within_one_decade(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    rows = [Row("sdpa", length, "forward", seconds=length * 1e-5, error=0.1) for length in (1024, 2048)]
+    plot_time(rows, tmp_path)
+    plot_error(rows, tmp_path)
+    assert len(figures) == 2
+    times = [axis.yaxis for axis in figures[0].axes] + [axis.xaxis for axis in figures[1].axes]
+    for axis in times:
+        low, high = axis.get_view_interval()
+        marks = [mark for mark in axis.get_majorticklocs() if low <= mark <= high]
+        assert len(marks) >= (2 if high > 2 * low else 1)

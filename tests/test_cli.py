@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import approx_attn
 from approx_attn import cli
 from approx_attn.attention import available_attention
 
@@ -40,7 +44,9 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str], monkeypa
     text = capsys.readouterr().out
     assert all(name in text for name in available_attention())
     assert cli.main(["list", "topk"]) == 0
-    assert "attention.keep" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "attention.keep" in text
+    assert "k: share of the keys that a query may use" in text
     assert cli.main(["list", "topc"]) == 2
     assert "did you mean 'topk'" in capsys.readouterr().err
 
@@ -51,6 +57,17 @@ def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_a_figure_that_is_not_finite_is_no_success(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    for weight in saved["state_dict"].values():
+        weight.fill_(float("nan"))
+    torch.save(saved, checkpoint)
+    assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 1
+    assert "error: test/loss is nan, so there is no result.\n" in capsys.readouterr().err
 
 
 def test_sweep_runs_every_job(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -67,6 +84,13 @@ def test_sweep_runs_every_job(capsys: pytest.CaptureFixture[str], tmp_path: Path
         (["train", "seed=1,2"], "add -m"),
         (["train", "data=mqar", "attention=linformer"], "does not support causal attention"),
         (["train", "-m", "attention=exact,linformer", "data=mqar"], "does not support causal attention"),
+        (["train", "-m", "attention=glob(zzz*)"], "attention=glob(zzz*) means no value at all."),
+        (["train", "-m", "--cfg", "job"], "train: -m and --cfg cannot be given together"),
+        (["train", "--bogus"], "train: unrecognized arguments: --bogus."),
+        (["train", "--config-dir", "missing"], "missing is not a folder."),
+        (["train", "--config-path", "missing"], "use --config-dir to add a folder"),
+        (["compare", "--cfg", "job"], "compare takes key=value and --help, got '--cfg'"),
+        (["compare", "-m", "data=digits,mqar"], "compare takes key=value and --help, got '-m'"),
         (["evaluate"], "checkpoint must be set"),
         (["evaluate", "checkpoint=missing.ckpt"], "checkpoint='missing.ckpt' is not a file."),
     ],
@@ -84,6 +108,37 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_another_folder_are_found_and_swept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "attention").mkdir(parents=True)
+    for name in ("mine_wide", "mine_narrow"):
+        text = "_target_: approx_attn.attention.topk.TopKAttention\n_partial_: true\nkeep: 0.5\n"
+        (folder / "attention" / f"{name}.yaml").write_text(text.replace("0.5", "0.1") if "narrow" in name else text)
+    words = ["train", *TINY, "-m", "--config-dir", str(folder), "attention=glob(mine_*)", f"paths.runs={tmp_path}/runs"]
+    assert cli.main(words) == 0
+    assert len(list(tmp_path.glob("runs/digits/topk/*/result.json"))) == 2
+    (folder / "attention" / "topk.yaml").write_text("keep: 0.5\n")
+    assert cli.main(["train", "--config-dir", str(folder), "--cfg", "job"]) == 2
+    assert "has the name of a file that is there already" in capsys.readouterr().err
+
+
+def test_help_says_what_keys_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "data=mqar", "attention=topk"]) == 0
+    text = capsys.readouterr().out
+    for said in ("data=mqar ", "attention.keep=0.25 .* # k: share of the keys", "model.dim=.* # features of a token"):
+        assert re.search(said, text), said
+    assert cli.main(["--version"]) == cli.main(["train", "--version"]) == 0
+    assert capsys.readouterr().out == f"approx-attn {approx_attn.__version__}\n" * 2
+
+
+def test_output_that_cannot_show_unicode_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["list"]) == 0
+    sys.stdout.flush()
+    assert b"n??d" in written.getvalue()
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
@@ -109,6 +164,13 @@ def test_what_compare_cannot_use_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
-def test_what_evaluate_replaces_is_added_with_a_plus(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["evaluate", "checkpoint=x.ckpt", "data.path=y"]) == 2
-    assert "write +data.path=... to add it" in capsys.readouterr().err
+def test_evaluate_replaces_options_of_the_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
+    words = [f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best.ckpt'}", "progress_bar=false"]
+    found = []
+    for more in (["data.eval_batch_size=100"], ["+data.eval_batch_size=100"], ["trainer.limit_test_batches=1.0"]):
+        assert cli.main(["evaluate", *words, *more, "metrics=[f1]"]) == 0
+        found.append(next(line for line in capsys.readouterr().out.splitlines() if "test/f1" in line))
+    assert found[0] == found[1] != found[2], "two batches of 100, of the same items, and all 360"
+    assert cli.main(["evaluate", *words, "data.batchsize=4"]) == 2
+    assert "data.batchsize is not an option of DigitsData; did you mean 'batch_size'?" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_another_comparison_shares_the_runs(finished, monkeypatch):
     assert again[1].step_time is None
 
 
-def test_a_failing_run_is_shown_as_missing_and_the_others_go_on(tmp_path, monkeypatch):
+def test_a_failing_run_is_shown_as_missing_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     real = training.train
 
     def fail_for_topk(config):
@@ -76,6 +76,8 @@ def test_a_failing_run_is_shown_as_missing_and_the_others_go_on(tmp_path, monkey
     monkeypatch.setattr(training, "train", fail_for_topk)
     words = arguments(tmp_path, "attention=[topk,exact]", "seeds=[1]", "name=failing", "measure.repeats=0")
     topk, exact = compare(words, quiet_console())
+    assert main(words) == 1
+    assert "error: 1 of 2 runs failed.\n" in capsys.readouterr().err
     assert topk.figure is None
     assert list(topk.missing) == [1]
     assert exact.figure is not None
@@ -127,6 +129,7 @@ def test_an_entry_may_set_an_option_back_to_null():
         (["seeds=[1,1]"], "seeds"),
         (["seeds=[a]"], "seeds"),
         (["seed=1"], "seeds=[...]"),
+        (["paths.run_dir=here"], "write paths.runs="),
         (["metric=acuracy"], "did you mean 'accuracy'"),
         (["attention=[]"], "reference='exact'"),
         (["measure.repeat=1"], "measure.repeat"),
@@ -147,6 +150,14 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys, 
     assert named in message
     assert message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["results", "paths.runs"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_work(key, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path, "attention=[exact]", f"{key}={tmp_path / 'file' / 'x'}")) == 2
+    assert f"error: {key}={tmp_path / 'file' / 'x'}" in capsys.readouterr().err
 
 
 def test_measurements_are_kept_with_where_they_were_made(finished):

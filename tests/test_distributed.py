@@ -67,7 +67,9 @@ def assert_same_run(alone: TrainResult, together: TrainResult) -> None:
 
 
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
-    alone, together = alone_and_together(tmp_path, "ddp", DIGITS, "attention=eigen_row")
+    metrics = "metrics=[f1,balanced_accuracy,per_class_accuracy,calibration_error]"
+    alone, together = alone_and_together(tmp_path, "ddp", DIGITS, "attention=eigen_row", metrics)
+    assert {"test/f1", "test/calibration_error"} <= together.metrics.keys()
     assert_same_run(alone, together)
     assert together.record["config"]["trainer"]["strategy"] == "ddp"
     assert json.loads((together.run_dir / "result.json").read_text()) == together.record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -163,6 +164,17 @@ def test_a_run_killed_within_an_epoch_goes_on_from_its_last_checkpoint(
     monkeypatch.setattr(Resumable, "on_train_start", on_train_start)
     assert_same_run(train(settings), whole_runs["plain"])
     assert steps == [6 + call]
+
+
+def test_a_run_counted_in_steps_goes_on_from_the_end_of_an_epoch(
+    whole_runs: dict[str, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(tmp_path, *VARIATIONS["counted in steps"])
+    with monkeypatch.context() as patch:
+        interrupt(patch, "training_step", 8, Killed())
+        with pytest.raises(Killed):
+            train(settings)
+    assert_same_run(train(settings), whole_runs["counted in steps"])
 
 
 def test_early_stopping_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,6 +429,19 @@ def test_a_full_disk_under_the_log_is_named(tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.rglob("result.json"))
 
 
+def test_a_limit_on_files_is_told_once_with_tensorboard_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: Any, data: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    with pytest.raises(DiskFullError, match="No space left on the disk of"):
+        train(config(tmp_path, "logger=tensorboard"))
+    assert "Traceback" not in capfd.readouterr().err
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_a_full_disk_while_stopping_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,3 +453,68 @@ def test_a_full_disk_while_stopping_keeps_the_checkpoint_before(
     (path,) = tmp_path.rglob("last.ckpt")
     assert checkpoints.damage(path) is None
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# -- training longer -----------------------------------------------------------------------------------
+
+LEVEL = ["scheduler=constant", "scheduler.warmup=2"]  # a schedule that does not depend on the length of the run
+
+
+@pytest.mark.parametrize(
+    ("short", "longer"),
+    [
+        (["trainer.max_epochs=2"], ["trainer.max_epochs=4"]),
+        (["trainer.max_epochs=9", "trainer.max_steps=12"], ["trainer.max_epochs=9", "trainer.max_steps=15"]),
+        (["trainer.max_epochs=9", "trainer.max_steps=9"], ["trainer.max_epochs=9", "trainer.max_steps=15"]),
+    ],
+)
+def test_a_finished_run_is_trained_on_in_a_folder_of_its_own(
+    short: list[str], longer: list[str], tmp_path: Path
+) -> None:
+    whole = train(config(tmp_path / "whole", *LEVEL, *longer))
+    first = train(config(tmp_path, *LEVEL, *short))
+    before = {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()}
+    extended = train(config(tmp_path, *LEVEL, *longer, f"extend={first.run_dir}"))
+    assert extended.run_dir not in (first.run_dir, train(config(tmp_path, *LEVEL, *longer)).run_dir)
+    assert_same_run(extended, whole)
+    assert extended.record["extends"] == {
+        "run_dir": str(first.run_dir),
+        **{key: first.record[key] for key in ("config_hash", "epochs", "steps")},
+    }
+    assert {path: path.read_bytes() for path in first.run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_longer_run_has_the_rates_of_its_own_schedule_and_stops_by_its_own_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = ["callbacks.early_stopping.patience=1", "+callbacks.early_stopping.min_delta=9"]
+    first = train(config(tmp_path, *stops, "trainer.max_epochs=4"))
+    assert first.record["epochs"] == 2
+    rates = []
+    original = SequenceTask.training_step
+
+    def training_step(self: SequenceTask, batch: Any, batch_index: int) -> Any:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return original(self, batch, batch_index)
+
+    monkeypatch.setattr(SequenceTask, "training_step", training_step)
+    extended = train(config(tmp_path, *stops, "trainer.max_epochs=10", f"extend={first.run_dir}"))
+    assert extended.record["epochs"] == 4
+    # linear warm-up over a tenth of 60 steps, then linearly to zero; 12 steps had been made
+    assert rates == pytest.approx([0.004 * (1 - (step - 6) / 54) for step in range(12, 24)])
+
+
+def test_what_cannot_be_extended_is_refused(tmp_path: Path) -> None:
+    first = train(config(tmp_path, "trainer.max_epochs=1"))
+    folders = set(tmp_path.rglob("*"))
+    for words, message in (
+        (["extend=nowhere", "trainer.max_epochs=2"], "extend must be the folder of a finished run, got 'nowhere'"),
+        ([f"extend={first.run_dir}", "trainer.max_epochs=1"], "trainer.max_epochs must be above the 1 that"),
+        ([f"extend={first.run_dir}", "optimizer.lr=0.1"], r"other settings than its length: optimizer.lr 0.004 there"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(config(tmp_path, *words))
+    (first.run_dir / "checkpoints" / "last.ckpt").unlink()
+    with pytest.raises(ConfigError, match=r"has no checkpoints/last\.ckpt to go on from"):
+        train(config(tmp_path, f"extend={first.run_dir}", "trainer.max_epochs=2"))
+    assert set(tmp_path.rglob("*")) <= folders

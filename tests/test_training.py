@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +174,15 @@ def test_token_prediction_scores_labelled_positions_only(tmp_path: Path) -> None
     assert predictions["label"].min() >= 0
 
 
+@pytest.mark.parametrize(("epochs", "told"), [(3, False), (100_000, True)])
+def test_a_long_training_says_how_long_after_its_first_steps(
+    epochs: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["callbacks.step_timer.warm_up=0", "trainer.max_time=00:00:00:02", f"trainer.max_epochs={epochs}"]
+    train(config(tmp_path, *words))
+    assert ("training will take about" in capsys.readouterr().err) == told
+
+
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     """Replace the loss of every training step by `spoil(loss, step)`, steps counted from 1."""
     original = SequenceTask.training_step
@@ -182,9 +193,61 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, spoil: Any) -> None:
     monkeypatch.setattr(SequenceTask, "training_step", training_step)
 
 
+def test_the_best_checkpoint_is_the_best_whichever_figure_is_watched(tmp_path: Path) -> None:
+    words = ["trainer.max_epochs=4", "callbacks.early_stopping.monitor=val/accuracy"]
+    for figure, best in (("accuracy", max), ("loss", min)):
+        result = train(config(tmp_path, *words, f"callbacks.best_checkpoint.monitor=val/{figure}"))
+        with (result.run_dir / "metrics.csv").open(newline="") as file:
+            seen = [float(row[f"val/{figure}"]) for row in csv.DictReader(file) if row[f"val/{figure}"]]
+        assert len(set(seen)) > 1
+        assert result.metrics[f"best_val/{figure}"] == pytest.approx(best(seen))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["trainer.max_steps=3"], "trainer.max_steps=3 ends before the first validation, after batch 4"),
+        (["trainer.limit_val_batches=0"], "trainer.limit_val_batches=0 leaves nothing to validate on"),
+        (
+            ["trainer.check_val_every_n_epoch=3"],
+            "trainer.max_epochs=2 ends before the first validation, after batch 12",
+        ),
+        (["trainer.max_steps=1", "trainer.accumulate_grad_batches=3"], "trainer.max_steps=1 ends before the first"),
+    ],
+)
+def test_a_run_without_validation_says_so_and_tests_its_last_weights(
+    words: list[str], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = train(config(tmp_path, *words))
+    assert reason in caplog.text
+    assert (result.record["validations"], result.record["tested_weights"]) == (0, "last")
+    figures = evaluate(result.run_dir / "checkpoints" / "last.ckpt")
+    assert figures["test/loss"] == pytest.approx(result.metrics["test/loss"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer.max_steps=4"],
+        ["trainer.max_steps=2", "trainer.val_check_interval=0.5"],
+        ["trainer.check_val_every_n_epoch=2"],
+        ["trainer.max_steps=2", "trainer.accumulate_grad_batches=3"],
+    ],
+)
+def test_a_run_that_comes_to_just_one_validation_does_not_say_that_there_is_none(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = train(config(tmp_path, *words)).record
+    assert (record["validations"], record["tested_weights"]) == (1, "best")
+    assert "validation" not in caplog.text
+
+
 def test_diverged_run_says_where_and_is_recorded_as_failed(tmp_path: Path) -> None:
     settings = config(tmp_path, "trainer.gradient_clip_val=null", "optimizer.lr=1e30")
-    with pytest.raises(DivergedError, match=r"step \d+ with attention=exact.*learning rate too high.*optimizer\.lr"):
+    with pytest.raises(
+        DivergedError,
+        match=r"step \d+ with attention=exact \(learning rate 1e\+30,.*learning rate too high.*optimizer\.lr",
+    ):
         train(settings)
     (path,) = tmp_path.glob("digits/exact/*/result.json")
     failure = json.loads(path.read_text())
@@ -227,7 +290,15 @@ def test_a_loss_that_explodes_stops_the_run_and_a_spike_does_not(
         (["optimizer.lr=-1"], r"optimizer\.lr must be a number above 0"),
         (["trainer.max_epochs=many"], r"trainer\.max_epochs"),
         (["trainer.precision=17"], "precision"),
+        (
+            ["trainer.val_check_interval=0"],
+            r"trainer\.val_check_interval must be a share of an epoch above 0 or a number",
+        ),
         (["callbacks.early_stopping.monitor=val/acuracy"], r"monitor must be one of"),
+        (
+            ["callbacks.early_stopping.mode=max"],
+            r"callbacks\.early_stopping\.mode must be min or null with monitor=val/l",
+        ),
         (["seed=-1"], "seed"),
         (["+attention.kep=0.1"], r"attention\.kep is not an option of exact"),
         (["+data.foo=1"], r"data\.foo is not an option"),
@@ -254,6 +325,92 @@ def test_wrong_configuration_is_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         train(config(tmp_path / "runs", *overrides))
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_configuration_is_not_taken_for_the_run_in_a_folder(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    asked = {**run.record["config"], "resume": True, "paths": {"runs": "runs", "run_dir": str(tmp_path / "run")}}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    other = {**asked, "optimizer": {**asked["optimizer"], "lr": 0.5}, "seed": 2}
+    for finished in (True, False):
+        if not finished:
+            (tmp_path / "run" / "result.json").unlink()
+            del before[tmp_path / "run" / "result.json"]
+        with pytest.raises(
+            ConfigError, match=r"another run: seed 1 there and 2 here, .*optimizer\.lr 0\.004 there and 0\.5"
+        ):
+            train(other)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    longer = {**asked, "trainer": {**asked["trainer"], "max_epochs": 9}}
+    with pytest.raises(
+        ConfigError, match=r"trainer\.max_epochs 2 there and 9 here; extend trains a finished run longer"
+    ):
+        train(longer)
+    assert train({**asked, "data": {**asked["data"], "num_workers": 1}}).metrics == run.metrics
+
+
+@pytest.mark.parametrize("key", ["paths.runs", "paths.run_dir"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_work(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("approx_attn.training.make_splits", lambda data: pytest.fail("data were read"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"{key}=.*run.* cannot be written: .*file is not a folder"):
+        train(config(tmp_path, f"{key}={tmp_path / 'file' / 'run'}"))
+
+
+def test_a_warm_start_is_from_the_weights_of_a_checkpoint(run: Any, tmp_path: Path) -> None:
+    best = run.run_dir / "checkpoints" / "best.ckpt"
+    given = ["attention=topk", f"init_from={best}"]
+    untrained = train(config(tmp_path, *given, "trainer.max_epochs=0"))
+    assert untrained.metrics["test/loss"] == pytest.approx(run.metrics["test/loss"])
+    trained = train(config(tmp_path, *given))
+    assert trained.record["steps"] == 8
+    assert trained.record["init_from"]["path"] == str(best)
+    assert trained.run_dir.name != run.run_dir.name
+    # A run is started from weights, wherever they lie.
+    moved = Path(shutil.copy(best, tmp_path / "moved.ckpt"))
+    again = {**config(tmp_path, "attention=topk", f"init_from={moved}"), "resume": True}
+    assert train(again).run_dir == trained.run_dir
+    assert train({**trained.record["config"], "resume": True}).run_dir == trained.run_dir
+    saved = torch.load(best, weights_only=True)
+    next(iter(saved["state_dict"].values())).zero_()
+    torch.save(saved, moved)
+    assert train(again).run_dir != trained.run_dir
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["attention=topk", "model.dim=32"],
+            r"token_embedding\.weight is \(\d+, 16\) there and \(\d+, 32\) here, .* more",
+        ),
+        (["attention=eigen_row"], r"does not fit this model: model\.\S+ is missing there and \(.*\) here"),
+        (["init_from=nowhere.ckpt"], r"init_from must be a checkpoint file or null, got 'nowhere\.ckpt'"),
+        (["init_from=README.md"], r"init_from='README\.md' is damaged"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(words: list[str], message: str, run: Any, tmp_path: Path) -> None:
+    given = f"init_from={run.run_dir / 'checkpoints' / 'best.ckpt'}"
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "runs", given, *words))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_never_enters_a_folder_of_somebody_else(resume: bool, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lr: 1")
+    with pytest.raises(ConfigError, match=r"paths\.run_dir must be a new folder, an empty one or that of a run"):
+        train({**config(tmp_path, f"paths.run_dir={tmp_path}"), "resume": resume})
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_an_earlier_version_s_run_without_a_marker_is_still_found(run: Any, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "old")
+    (tmp_path / "old" / ".approx-attn-run").unlink()
+    settings = {**run.record["config"], "paths": {"runs": "runs", "run_dir": str(tmp_path / "old")}}
+    assert train({**settings, "resume": True}).metrics == run.metrics
 
 
 @pytest.mark.parametrize(
@@ -284,6 +441,30 @@ def test_damaged_or_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "damaged.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_task(tmp_path / "damaged.ckpt")
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_figures(tmp_path: Path) -> None:
+    plain_run = train(config(tmp_path))
+    compiled = train(config(tmp_path, "compile=true"))
+    assert compiled.task.model._compiled_call_impl is not None  # type: ignore[union-attr]
+    assert compiled.record["config"]["compile"] is True
+    assert compiled.run_dir.name != plain_run.run_dir.name
+    assert compiled.metrics["test/loss"] == pytest.approx(plain_run.metrics["test/loss"], rel=1e-3)
+    checkpoint = compiled.run_dir / "checkpoints" / "best.ckpt"
+    assert evaluate(checkpoint)["test/loss"] == pytest.approx(compiled.metrics["test/loss"], rel=1e-3)
+
+
+def test_the_progress_bar_keeps_to_one_line_and_counts_from_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    train(config(tmp_path, "progress_bar=true", "trainer.max_epochs=1"))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    shown = [line for line in re.split(r"[\r\n]+", text) if "acc: " in line]
+    assert shown
+    assert all(line.startswith("Epoch 1/1 ") and "loss: " in line and len(line) <= 80 for line in shown)
 
 
 def test_training_leaves_no_global_state_behind(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,9 @@ from approx_attn.adapters.multihead import MultiheadAttention, TorchMultiheadAtt
 from approx_attn.attention import AttentionMechanism, Cost, build_attention
 from approx_attn.calibration import calibrate
 from approx_attn.calibration.basis_file import has_basis
+from approx_attn.calibration.fitting import refuse_texts
 
+UNSAID: Any = object()  # what stands where nothing was given, in which None means something
 LONGEST_DEFAULT = 2048
 """Mechanisms with parts laid out over positions get at most this max_length unless one is given."""
 
@@ -29,7 +31,7 @@ def convert(
     attention: str | Mapping[str, Any] | partial = "eigen_topk",
     *,
     layers: str | Iterable[str] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = UNSAID,
     example: Any = None,
     max_length: int | None = None,
     **options: Any,
@@ -47,7 +49,8 @@ def convert(
         layers: which layers: a kind (`self`, `cross`, `encoder`, `decoder`, `encoder-self`, `decoder-self`,
             `decoder-cross`), a glob pattern of qualified names, or several of them; all if None.
         calibration: batches of the model's inputs (mappings, tuples or tensors), to which bases are fitted in
-            one pass, during which the model computes exact attention.
+            one pass, during which the model computes exact attention. Mechanisms that are of no use before they
+            are calibrated or trained want it; None says that the model will be trained from their random start.
         example: one batch of inputs, to measure the shapes of layers that do not declare them; the first one
             of `calibration` if that is given.
         max_length: longest input, for mechanisms with parts laid out over positions; by default what the
@@ -59,7 +62,8 @@ def convert(
 
     Raises:
         ValueError: a model without an attention layer that can be converted (named), an unknown mechanism or
-            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder.
+            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, or one that
+            needs `calibration` without a word about it.
 
     Example:
         >>> model = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
@@ -70,11 +74,12 @@ def convert(
     if not found:
         raise ValueError(_refusal(model))
     selected = select_layers(found, layers)
-    if calibration is not None:
-        calibration = iter(calibration)
+    given = None if calibration is UNSAID else calibration
+    if given is not None:
+        given = iter(given)
         if example is None:
-            example = next(calibration, None)
-            calibration = itertools.chain([] if example is None else [example], calibration)
+            example = next(given, None)
+            given = itertools.chain([] if example is None else [example], given)
     shapes = {} if example is None else measure_shapes(model, example)
     slots = {
         layer.name: AttentionSlot(
@@ -91,12 +96,14 @@ def convert(
     mechanisms = [slot.mechanism for slot in slots.values() if slot.mechanism is not None]
     for mechanism in mechanisms[1:]:
         mechanism.tie_to(mechanisms[0])
-    if calibration is not None and not any(has_basis(m) or hasattr(m, "observe") for m in mechanisms):
+    if calibration is UNSAID:
+        _require_calibration(spec, mechanisms)
+    if given is not None and not any(map(_can_be_calibrated, mechanisms)):
         raise ValueError(f"attention={spec['name']} has no basis to fit: leave calibration= out.")
     install(model, found, slots)
-    if calibration is not None:
+    if given is not None:
         try:
-            calibrate(model, calibration, progress=False)
+            calibrate(model, given, progress=False)
         except BaseException:
             _revert(model, [layer.name for layer in selected])
             raise
@@ -158,6 +165,7 @@ def measure_shapes(model: nn.Module, example: Any) -> dict[str, AttentionShape]:
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call `model` on a batch of inputs: a mapping of keyword arguments, a tuple of arguments, or one argument."""
+    refuse_texts(batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
@@ -177,6 +185,27 @@ def attention_spec(attention: str | Mapping[str, Any] | partial, options: Mappin
     if spec["name"] == "exact" and len(spec) > 1:
         build_attention(**spec, num_heads=1, head_dim=1)  # which says that exact has no options
     return spec
+
+
+def _can_be_calibrated(mechanism: AttentionMechanism) -> bool:
+    return has_basis(mechanism) or hasattr(mechanism, "observe")
+
+
+def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[AttentionMechanism]) -> None:
+    """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
+    starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
+    keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
+    if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
+        return
+    if any(map(_can_be_calibrated, mechanisms)):
+        raise ValueError(
+            f"attention={spec['name']} is of no use in a trained model before its basis is fitted: give calibration=, "
+            "batches of the model's inputs, or calibration=None if the model is trained next."
+        )
+    raise ValueError(
+        f"attention={spec['name']} starts from parameters that only training makes useful and no calibration fits: "
+        "give calibration=None if the model is trained next."
+    )
 
 
 def _max_length(layer: AttentionLayer, given: int | None) -> int | None:
@@ -224,6 +253,14 @@ def install(model: nn.Module, found: list[AttentionLayer], slots: Mapping[str, A
             timm.install(layer.module, slots[layer.name])
         elif layer.host == "multihead":
             _replace_multihead(model, layer, slots[layer.name])
+    _mark_converted(model)
+
+
+def _mark_converted(model: nn.Module) -> None:
+    if "transformers" in sys.modules:
+        from approx_attn.adapters import huggingface
+
+        huggingface.mark_converted(model)
 
 
 def _match(slot: AttentionSlot, module: nn.Module) -> None:
@@ -260,6 +297,7 @@ def _revert(model: nn.Module, names: Collection[str]) -> None:
             _set_module(model, layer.name, original.train(layer.module.training))
         elif layer.host == "sdpa" and getattr(layer.module, SLOT, None) is not None:
             timm.uninstall(layer.module)
+    _mark_converted(model)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -303,8 +341,9 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     Returns:
         One description per attention layer that can be converted.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from approx_attn.output import print_table
 
     rows = [_describe(layer, length) for layer in find_layers(model)]
     table = Table(title=f"{type(model).__name__}: attention at {length} tokens")
@@ -318,7 +357,7 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
             relative = f"{row.cost.multiply_adds / row.exact_cost.multiply_adds:.2f} × exact"
         name = f"{row.attention} ({options})" if options else row.attention
         table.add_row(row.layer, row.kind, name, f"{row.parameters:,}", share, relative)
-    Console().print(table)
+    print_table(table)
     return rows
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ except ImportError as error:
 
 from approx_attn.adapters.huggingface_masks import mask_from_interface, mask_function
 from approx_attn.adapters.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionShape, AttentionSlot
+from approx_attn.adapters.multihead import MultiheadAttention
 
 IMPLEMENTATION, EAGER_IMPLEMENTATION = "approx_attn", "approx_attn_eager"
 """Names under which the attention and mask functions are registered.
@@ -169,6 +171,41 @@ def uninstall(layers: list[AttentionLayer], names: Collection[str]) -> None:
 def _set_implementation(config: Any, implementation: Any) -> None:
     # The public setter would set sub-configs too, whose modules may not be converted.
     config._attn_implementation_internal = implementation
+
+
+# -- saving ----------------------------------------------------------------------------------------------
+
+OPENED_BY = "approx_attn: this model is converted, open its folder with approx_attn.load_converted"
+"""What `config.json` of a converted model has for the name of its attention function.
+
+`from_pretrained` refuses a name that it does not know and shows it, where it would else build exact attention.
+"""
+
+
+def mark_converted(model: nn.Module) -> None:
+    """Let every model of transformers in `model`, itself included, be saved as what it is, converted or not."""
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        vars(module.config).pop("attn_implementation", None)
+        vars(module).pop("save_pretrained", None)
+        if _is_converted(module):
+            module.config.attn_implementation = OPENED_BY
+            # An instance attribute, as in timm.py: copied along by deepcopy, and gone when it is deleted.
+            vars(module)["save_pretrained"] = partial(_save_pretrained, module)
+
+
+def _is_converted(model: nn.Module) -> bool:
+    """Does any layer of `model` have other attention than exact?"""
+    specs = (m.spec for m in model.modules() if isinstance(m, AttentionSlot | MultiheadAttention))
+    return any(spec is not None and spec["name"] != "exact" for spec in specs)
+
+
+def _save_pretrained(model: nn.Module, save_directory: Any, **options: Any) -> None:
+    """`save_pretrained` of a converted model: what `save_converted` writes, with the options of the library."""
+    from approx_attn.adapters.saving import save_converted
+
+    save_converted(model, save_directory, **options)
 
 
 # -- the attention function ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from approx_attn.adapters.masks import mask_from_drop_masks
 from approx_attn.attention import AttentionMask, AttentionMechanism
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.registry import AttentionSpec, resolve_attention
+
+LARGE_WEIGHTS = 2**29
+"""Bytes of attention weights from which `forward` warns: two heads of 8,192 tokens in float32."""
 
 
 class MultiheadAttention(TorchMultiheadAttention):
@@ -146,7 +150,7 @@ class MultiheadAttention(TorchMultiheadAttention):
             key: likewise (n_k, b, kdim).
             value: likewise (n_k, b, vdim).
             key_padding_mask: (b, n_k), or (n_k) unbatched; bool (True = masked out) or float (added).
-            need_weights: also return the weights.
+            need_weights: also return the weights, which takes memory that grows with the square of the length.
             attn_mask: (n_q, n_k) or (b * num_heads, n_q, n_k); bool (True = masked out) or float (added).
             average_attn_weights: average the returned weights over heads.
             is_causal: a hint that `attn_mask` is the causal mask; it is then not read.
@@ -160,6 +164,8 @@ class MultiheadAttention(TorchMultiheadAttention):
             ValueError: with a mechanism other than exact: shapes that do not fit, or a request beyond its
                 capabilities. With exact, PyTorch's own errors.
         """
+        if need_weights and not query.is_nested and not torch.compiler.is_compiling():
+            self._warn_of_large_weights(query, key)
         if isinstance(self.attention, ExactAttention):
             return super().forward(
                 query,
@@ -199,6 +205,16 @@ class MultiheadAttention(TorchMultiheadAttention):
         if not is_batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return (output if self.batch_first else output.transpose(0, 1)), weights
+
+    def _warn_of_large_weights(self, query: Tensor, key: Tensor) -> None:
+        batch = query.numel() // max(self._length(query) * query.shape[-1], 1)
+        pairs = self._length(query) * self._length(key)
+        if batch * self.num_heads * pairs * query.element_size() >= LARGE_WEIGHTS:
+            warnings.warn(  # of one wording, so that Python shows it once
+                "need_weights=True, the default of nn.MultiheadAttention, keeps the weights of all pairs of tokens in "
+                "memory, here half a GiB or more per layer: call the layer with need_weights=False.",
+                stacklevel=1,
+            )
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, need_weights: bool

@@ -1,8 +1,9 @@
 """Save a converted model to a folder and load it back, without pickle.
 
-The folder holds the unconverted model (for Hugging Face models exactly what `save_pretrained` writes, so that it
-opens without this package too), `approx_attn.json`, which says what stands where, and `approx_attn.safetensors`,
-the parameters of the mechanisms. Loading runs classes of this package and of transformers only.
+The folder holds the unconverted model (for Hugging Face models what `save_pretrained` writes, which is opened as it
+was before conversion only where `attn_implementation=` asks for it), `approx_attn.json`, which says what stands
+where, and `approx_attn.safetensors`, the parameters of the mechanisms. Loading runs classes of this package and of
+transformers only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ HEADER, TENSORS, TORCH_MODEL = "approx_attn.json", "approx_attn.safetensors", "m
 FORMAT = 1
 
 
-def save_converted(model: nn.Module, folder: str | Path) -> Path:
+def save_converted(model: nn.Module, folder: str | Path, **options: Any) -> Path:
     """Write a converted model to a folder.
 
     Args:
         model: what `convert` returned, trained or not.
         folder: made if missing; files of the same names are replaced.
+        options: of `save_pretrained`, for models of Hugging Face, such as `max_shard_size`; that method of a
+            converted model calls this function.
 
     Returns:
         The folder.
@@ -62,7 +65,7 @@ def save_converted(model: nn.Module, folder: str | Path) -> Path:
         for key, tensor in slot.mechanism.state_dict().items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _save_unconverted(model, slots, folder)
+    _save_unconverted(model, slots, folder, options)
     save_file(tensors, folder / TENSORS)
     (folder / HEADER).write_text(text + "\n")
     return folder
@@ -181,12 +184,13 @@ def _is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and getattr(transformers, type(model).__name__, None) is type(model)
 
 
-def _save_unconverted(model: Any, slots: dict[str, AttentionSlot], folder: Path) -> None:
+def _save_unconverted(model: Any, slots: dict[str, AttentionSlot], folder: Path, options: dict[str, Any]) -> None:
     """Save the model without the parameters of its mechanisms."""
     mechanisms = tuple(f"{name}.{part}." for name in slots for part in (SLOT, "attention"))
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(mechanisms)}
+    state = options.pop("state_dict", None) or model.state_dict()
+    tensors = {key: tensor for key, tensor in state.items() if not key.startswith(mechanisms)}
     if _is_pretrained(model):
-        model.save_pretrained(folder, state_dict=tensors)
+        type(model).save_pretrained(model, folder, state_dict=tensors, **options)
     else:
         save_file({key: t.detach().clone().contiguous() for key, t in tensors.items()}, folder / TORCH_MODEL)
 
@@ -221,6 +225,7 @@ def _load_pretrained(folder: Path, class_name: str) -> nn.Module:
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise ValueError(f"{folder / HEADER} names the model class {class_name!r}, which transformers does not have.")
     try:
-        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        # Without a name for its attention function, which only says that this function is to open the folder.
+        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, attn_implementation=None)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the model in {folder} cannot be read: {error}") from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from approx_attn.calibration.fitting import calibrate
 from approx_attn.calibration.sources import Source
 from approx_attn.command import run_plain, settings
 from approx_attn.instantiation import ConfigError
+from approx_attn.output import print_table, require_folder
 from approx_attn.results.record import environment
 from approx_attn.results.report import Report
 
@@ -60,6 +60,7 @@ def run(options: dict[str, Any]) -> Path:
     """
     options = options | {key: as_list(options[key]) for key in LISTS}
     mechanisms = check_options(options)
+    require_folder("output", options["output"])
     model, parts = str(options["model"]), set(options["parts"])
     source = load(options, model, options["test_sequences"] if "reconstruction" in parts else 0)
     categories, ordinary = token_kinds(model, source)
@@ -292,5 +293,5 @@ def _print_summary(statistics: Statistics, rows: Spectra | None, path: Path) -> 
             None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
         ]
         table.add_row(layer.label, str(layer.heads), *map(show, cells))
-    Console().print(table)
-    Console().print(str(path), style="dim", highlight=False)
+    print_table(table)
+    print(path)

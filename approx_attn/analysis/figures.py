@@ -240,7 +240,7 @@ def error_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]
                 )
         axis.set_xscale("log", base=2)
         ticks = _commonest(shares)
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set_xlabel("pairs computed exactly, %")
@@ -320,10 +320,14 @@ def _line(index: int, count: int, components: np.ndarray) -> dict:
 
 
 def _commonest(values: Sequence[float]) -> list[float]:
-    """Values that stand for groups of nearly equal ones, ascending: mechanisms miss a budget by a little."""
+    """Values that stand for groups of nearly equal ones, ascending: mechanisms miss a budget by a little.
+
+    At most seven, whose numbers have room beside one another on a logarithmic axis.
+    """
     ticks: list[float] = []
+    apart = max(1.15, (max(values) / min(values)) ** (1 / 6)) if values and min(values) > 0 else 1.15
     for value in sorted(values):
-        if not ticks or value > 1.15 * ticks[-1]:
+        if not ticks or value > apart * ticks[-1]:
             ticks.append(value)
         elif values.count(value) > values.count(ticks[-1]):
             ticks[-1] = value

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.mask import AttentionMask
+from approx_attn.notices import warn
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,17 @@ def require_weight(key: str, value: Any) -> float:
     if not is_number or not 0.0 <= value < math.inf:
         raise ValueError(f"{key} must be a number of at least 0, got {value!r}.")
     return float(value)
+
+
+def clamped_rank(rank: Any, head_dim: int) -> int:
+    """A number of dimensions of a head, all of them where more are asked for, which is warned of.
+
+    Raises:
+        ValueError: not a whole number above 0.
+    """
+    if require_positive("attention.rank", rank) > head_dim:
+        warn(f"attention.rank={rank} is more than the {head_dim} dimensions of a head, all of which are taken.")
+    return min(rank, head_dim)
 
 
 def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:

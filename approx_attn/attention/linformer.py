@@ -42,6 +42,7 @@ class LinformerAttention(AttentionMechanism):
         causal=False,
         arbitrary_mask=False,
         variable_length=False,
+        needs_calibration=True,
         returns_weights=False,
         has_parameters=True,
         grouped_query=True,

@@ -15,6 +15,7 @@ from approx_attn.attention.base import (
     AttentionMechanism,
     Capabilities,
     Cost,
+    clamped_rank,
     require_choice,
     require_positive,
     require_share_or_count,
@@ -50,7 +51,7 @@ class LowRankTopKAttention(AttentionMechanism):
             chunk_size·k·d).
     """
 
-    capabilities = Capabilities(has_parameters=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
     cost_formula = "n²·(r + d), with scoring=gather n²·r + n·k·d, with basis=input n·d² + 9·d³ more"
     covariance: Tensor
 
@@ -79,7 +80,7 @@ class LowRankTopKAttention(AttentionMechanism):
             causal=causal,
             layer_index=layer_index,
         )
-        self.rank = min(require_positive("attention.rank", rank), head_dim)
+        self.rank = clamped_rank(rank, head_dim)
         self.keep = require_share_or_count("attention.keep", keep)
         self.basis = require_choice("attention.basis", basis, ("running", "input"))
         self.scoring = require_choice("attention.scoring", scoring, ("dense", "gather"))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention import available_attention
@@ -17,6 +16,7 @@ from approx_attn.calibration.reconstruction import Reconstruction, reconstruct, 
 from approx_attn.calibration.sources import load_source
 from approx_attn.command import run_plain, settings
 from approx_attn.instantiation import ConfigError
+from approx_attn.output import print_table, require_file
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,6 +33,7 @@ def _calibrate(options: dict[str, Any]) -> None:
     for name in options["statistics"] or ():
         if name not in STATISTICS:
             raise ConfigError(f"statistics must be among {', '.join(STATISTICS)}, got {name!r}.")
+    require_file("output", options["output"])
     source = load_source(
         str(options["model"]),
         options["data"],
@@ -58,11 +59,12 @@ def _calibrate(options: dict[str, Any]) -> None:
     for layer, rows in zip(calibration.layers, calibration.rows, strict=True):
         shape = (layer.num_heads, layer.num_key_value_heads, layer.head_dim, layer.length, rows)
         table.add_row(layer.name, *map(str, shape))
-    Console().print(table)
+    print_table(table)
 
 
 def _reconstruct(options: dict[str, Any]) -> None:
     mechanisms = chosen_mechanisms(options)
+    output = require_file("output", options["output"])
     source = load_source(
         str(options["model"]),
         options["data"],
@@ -81,10 +83,10 @@ def _reconstruct(options: dict[str, Any]) -> None:
     if options["attention"] is None:  # nobody asked for the others by name
         mechanisms, refused = without_refusals(mechanisms, calibration)
         if refused:
-            Console().print(f"Not measured, for lack of causal attention: {', '.join(refused)}.", highlight=False)
+            print(f"Not measured, for lack of causal attention: {', '.join(refused)}.")
     rows = reconstruct(source.model, source.second, mechanisms, calibration, progress=options["progress_bar"])
-    Console().print(as_table(rows, str(options["model"])))
-    Console().print(f"[dim]{write_csv(rows, Path(options['output']))}[/dim]")
+    print_table(as_table(rows, str(options["model"])))
+    print(write_csv(rows, output))
 
 
 def chosen_mechanisms(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -116,7 +118,7 @@ def as_table(rows: Sequence[Reconstruction], model: str) -> Table:
         "‖Ô − O‖ / ‖O‖, mean over heads and sequences; nothing fine-tuned. "
         "Score cost: multiply-adds performed up to the weights, relative to exact attention."
     )
-    table.add_column("mechanism", no_wrap=True)
+    table.add_column("mechanism")
     for header in ("exact pairs", "score cost", "error", *map(str, range(len(rows[0].errors)))):
         table.add_column(header, justify="right")
     for row in rows:

@@ -73,7 +73,7 @@ def preserve_embeddings(
     fitted = calibrate(model, calibration, statistics=["content", "absolute"], progress=progress)
     results = []
     for label, spec in mechanisms.items():
-        converted = convert(copy.deepcopy(model), attention_spec(spec, {}), max_length=length).eval()
+        converted = convert(copy.deepcopy(model), attention_spec(spec, {}), calibration=None, max_length=length).eval()
         fitted.load_into_model(converted)
         for name, batches in texts.items():
             cosines = F.cosine_similarity(embeddings(converted, batches, progress), original[name], dim=-1)

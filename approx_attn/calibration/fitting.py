@@ -184,6 +184,7 @@ def _exact_attention(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 def run_model(model: nn.Module, batch: Any) -> int:
     """Run the model on one batch, on the model's device; returns the number of sequences."""
+    refuse_texts(batch)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def moved(part: Any) -> Any:
@@ -199,6 +200,15 @@ def run_model(model: nn.Module, batch: Any) -> int:
         inputs = list(batch)
         model(*(moved(part) for part in inputs))
     return next((int(part.shape[0]) for part in inputs if isinstance(part, Tensor)), 1)
+
+
+def refuse_texts(batch: Any) -> None:
+    """Raise where texts, or the keys of a single batch, stand for batches of a model's inputs."""
+    if isinstance(batch, str) or (isinstance(batch, Sequence) and any(isinstance(part, str) for part in batch)):
+        raise ValueError(
+            "calibration must be a list of batches, and example one batch, of the model's inputs (mappings, tuples or "
+            f"tensors), got {batch!r:.60}; tokenize texts first."
+        )
 
 
 def with_progress(batches: Iterable[Any], enabled: bool, description: str) -> Iterator[Any]:

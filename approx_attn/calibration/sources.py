@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.base import require_positive
-from approx_attn.instantiation import ConfigError, build
+from approx_attn.data.sources import read_text
+from approx_attn.instantiation import ConfigError, build, sentence
 
 Batch = Mapping[str, Tensor]
 
@@ -53,7 +56,10 @@ def load_source(
         return _checkpoint(model, sequences, test_sequences)
     if data is None or not Path(data).is_file():
         raise ConfigError(f"data={data} is not a file; give a text file.")
-    text = Path(data).read_text(encoding="utf-8")
+    try:
+        text = read_text(data, "data")
+    except (OSError, ValueError) as error:
+        raise ConfigError(sentence(error, "data")) from error
     network, tokenizer = load_encoder(model)
     half = len(text) // 2
     parts = []
@@ -81,9 +87,12 @@ def load_encoder(model: str) -> tuple[nn.Module, Any]:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
         raise ConfigError("model: Hugging Face models need transformers; install approx-attn[hf].") from error
+    if not Path(model).exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise ConfigError(f"model={model} does not exist; it must be a hub id, a folder or a .ckpt file of a model.")
     try:
         # The slow paths of old weights run code from the file; safetensors cannot.
-        network = AutoModel.from_pretrained(model, use_safetensors=True)
+        with _without_bars():
+            network = AutoModel.from_pretrained(model, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={model} cannot be loaded: {' '.join(str(error).split())}") from error
@@ -94,11 +103,28 @@ def load_encoder(model: str) -> tuple[nn.Module, Any]:
     return network.eval(), tokenizer
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the library's bar over the tensors of a file, which says nothing and is not a verb's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
     from approx_attn.data.base import SequenceDataModule
     from approx_attn.evaluation import load_task
 
-    task = load_task(path)
+    try:
+        task = load_task(path)
+    except ConfigError as error:  # which calls `checkpoint` what is `model` here
+        raise ConfigError(re.sub("^checkpoint=", "model=", str(error))) from error
     module = build(task.config["data"], "data", SequenceDataModule)
     module.prepare_data()
     module.setup()

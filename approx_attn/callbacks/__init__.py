@@ -5,5 +5,6 @@ from approx_attn.callbacks.progress_bar import ProgressBar
 from approx_attn.callbacks.resumable import Resumable
 from approx_attn.callbacks.seed_steps import SeedSteps
 from approx_attn.callbacks.step_timer import StepTimer
+from approx_attn.callbacks.validations import Validations
 
-__all__ = ["FiniteLoss", "ProgressBar", "Resumable", "SeedSteps", "StepTimer"]
+__all__ = ["FiniteLoss", "ProgressBar", "Resumable", "SeedSteps", "StepTimer", "Validations"]

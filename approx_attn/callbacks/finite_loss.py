@@ -70,7 +70,8 @@ class FiniteLoss(pl.Callback):
 
     def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: str, step: int) -> str:
         names = sorted({mechanism.name for mechanism in getattr(pl_module, "mechanisms", [])})
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        group = trainer.optimizers[0].param_groups[0]
+        rate = group.get("initial_lr", group["lr"])  # that of the configuration, wherever the schedule stands
         return (
             f"{found} with attention={'+'.join(names) or '?'} (learning rate {rate:.2g}, precision "
             f"{trainer.precision}); {_likely_cause(str(trainer.precision), step)}."

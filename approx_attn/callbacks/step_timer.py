@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -10,9 +12,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+FIRST_STEPS = 5  # timed before the length of training is told
+LONG = 15 * 60  # seconds of training that are worth a word
+
 
 class StepTimer(pl.Callback):
     """Median seconds of a training step: forward, backward, optimizer; data loading and evaluation left out.
+
+    Says after the first steps how long training will take, if that is long.
 
     Args:
         warm_up: first steps after a start that are not counted (allocator, compilation, caches).
@@ -46,6 +53,16 @@ class StepTimer(pl.Callback):
         self._seen += 1
         if self._seen > self.warm_up:
             self.seconds.append(time.perf_counter() - self._start)
+        if self._seen == self.warm_up + FIRST_STEPS and trainer.is_global_zero:
+            self._say_how_long(trainer, pl_module.device)
+
+    def _say_how_long(self, trainer: pl.Trainer, device: torch.device) -> None:
+        batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        left = batches - trainer.fit_loop.total_batch_idx
+        seconds = left * (self.median or 0.0)
+        if LONG <= seconds < math.inf:
+            steps = f"{left:,.0f} steps of {self.median:.2g} s on {device}, evaluation not counted"
+            print(f"training will take about {seconds / 3600:.1f} h: {steps}", file=sys.stderr, flush=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": list(self.seconds)}

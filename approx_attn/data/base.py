@@ -14,8 +14,9 @@ A subclass states its `DataSpec` and its three splits as `datasets.Dataset`; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import pytorch_lightning as pl
@@ -40,6 +41,7 @@ class DataSpec:
         causal: the model must not look ahead.
         two_towers: a batch holds two sequences per label (`tokens_b`, `keep_b`).
         pad_id: token id of padding.
+        class_names: what the classes are called, in their order; empty where they are only numbered.
         num_items: sizes of the training, validation and test split, None before `setup`.
         describe: one line for people.
     """
@@ -51,6 +53,7 @@ class DataSpec:
     causal: bool
     two_towers: bool = False
     pad_id: int = PAD
+    class_names: tuple[str, ...] = ()
     num_items: tuple[int, int, int] | None = None
     describe: str = ""
 
@@ -102,6 +105,18 @@ class SequenceDataModule(pl.LightningDataModule):
     def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> PackedSequences:
         """Lay out one split for batching; a hook for modules that cut or mask in their own way."""
         return PackedSequences(dataset, spec.max_length, pad_to_longest=self.pad_to_longest, pad_id=spec.pad_id)
+
+    input_kind: ClassVar[Literal["text", "image"] | None] = None
+    """What new inputs of a trained model are; None where data is generated or comes in another form."""
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Any:
+        """Lay out new inputs for batching, without labels; for modules with an `input_kind`.
+
+        Args:
+            inputs: texts, or paths of images.
+            spec: that of the trained model.
+        """
+        raise NotImplementedError
 
     # -- the same for all --------------------------------------------------------------------------
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from approx_attn.data.base import DataSpec, SequenceDataModule, require_count
 from approx_attn.data.cache import quiet_datasets
-from approx_attn.data.packing import BYTE_VOCAB_SIZE
+from approx_attn.data.packing import BYTE_VOCAB_SIZE, PackedSequences
 from approx_attn.data.sources import carve, checked_splitting, class_labels, load_source, require_column, with_labels
 
 KNOWN_COLUMNS = ("pixels", "image", "img")
@@ -28,7 +30,7 @@ class Cifar10Data(SequenceDataModule):
             img that there is.
         label_column: column with the classes.
         resolution: side in pixels; smaller than that of the images, it must divide it, and blocks are averaged.
-        train_split, val_split, test_split, val_share, train_size, val_size, test_size, data_seed: see
+        train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size, data_seed: see
             `TextClassificationData`.
         batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
 
@@ -47,6 +49,7 @@ class Cifar10Data(SequenceDataModule):
         val_split: null
         test_split: test
         val_share: 0.1
+        test_share: null
         train_size: null
         val_size: null
         test_size: null
@@ -54,6 +57,7 @@ class Cifar10Data(SequenceDataModule):
     """
 
     has_static_spec = False
+    input_kind = "image"
 
     def __init__(
         self,
@@ -65,8 +69,9 @@ class Cifar10Data(SequenceDataModule):
         resolution: int = 32,
         train_split: str = "train",
         val_split: str | None = None,
-        test_split: str = "test",
+        test_split: str | None = "test",
         val_share: float = 0.1,
+        test_share: float | None = None,
         train_size: int | None = None,
         val_size: int | None = None,
         test_size: int | None = None,
@@ -83,9 +88,9 @@ class Cifar10Data(SequenceDataModule):
         self.pixel_column, self.label_column = pixel_column, label_column
         self.resolution = require_count("data.resolution", resolution)
         self.splitting = checked_splitting(
-            train_split, val_split, test_split, val_share, (train_size, val_size, test_size), data_seed
+            train_split, val_split, test_split, val_share, test_share, (train_size, val_size, test_size), data_seed
         )
-        self._num_classes = 0
+        self._class_names: tuple[str, ...] = ()
 
     def prepare_data(self) -> None:
         load_source(self.path, self.name)
@@ -97,7 +102,7 @@ class Cifar10Data(SequenceDataModule):
         for split in splits.values():
             require_column(split, column, "data.pixel_column", self.path)
             require_column(split, self.label_column, "data.label_column", self.path)
-        labels, self._num_classes = class_labels(
+        labels, self._class_names = class_labels(
             source[self.splitting["train_split"]], splits, self.label_column, self.path
         )
         return {
@@ -128,15 +133,27 @@ class Cifar10Data(SequenceDataModule):
             grey = [as_square(pixels, column, self.path) for pixels in raw_bytes(split, column, self.path)]
         return [shrink(image, self.resolution).tobytes() for image in grey]
 
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
+        pixels = [shrink(read_grey(path), self.resolution).tobytes() for path in inputs]
+        return self.pack("test", datasets.Dataset.from_dict({"tokens": pixels}), spec)
+
     def make_spec(self) -> DataSpec:
         return DataSpec(
             kind="classification",
             vocab_size=BYTE_VOCAB_SIZE,
-            num_classes=self._num_classes,
+            num_classes=len(self._class_names),
+            class_names=self._class_names,
             max_length=self.resolution**2,
             causal=False,
             describe=f"grey images of {self.path}, {self.resolution} × {self.resolution} pixels",
         )
+
+
+def read_grey(path: str, side: int | None = None) -> np.ndarray:
+    """(height, width) uint8 of an image file, scaled to a square of `side` pixels if that is given."""
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    return np.asarray(grey if side is None else grey.resize((side, side), Image.Resampling.BOX))
 
 
 def raw_bytes(split: datasets.Dataset, column: str, path: str) -> list[bytes]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import datasets
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from approx_attn.data.base import DataSpec, SequenceDataModule, require_count
+from approx_attn.data.cifar10 import read_grey
+from approx_attn.data.packing import PackedSequences
 
 
 class DigitsData(SequenceDataModule):
@@ -32,6 +36,8 @@ class DigitsData(SequenceDataModule):
         data_seed: 0
     """
 
+    input_kind = "image"
+
     def __init__(
         self,
         *,
@@ -51,6 +57,11 @@ class DigitsData(SequenceDataModule):
             raise ValueError(
                 f"data.val_size + data.test_size must be at most 1787 of 1797 digits, got {val_size} + {test_size}."
             )
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
+        """Images of light ink on dark ground, scaled to 8×8 pixels."""
+        pixels = [np.rint(read_grey(path, side=8) / 255 * 16).astype(np.uint8).ravel() for path in inputs]
+        return self.pack("test", datasets.Dataset.from_dict({"tokens": pixels}), spec)
 
     def make_spec(self) -> DataSpec:
         return DataSpec(

@@ -30,12 +30,13 @@ class ImageClassificationData(SequenceDataModule):
         resolution: side in pixels that images are scaled to; what the model declares.
         channels: 3 for colour, 1 for grey.
         mean, std: pixels from 0 to 1 become (pixel − mean) / std.
-        train_split, val_split, test_split, val_share, train_size, val_size, test_size, data_seed: see
+        train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size, data_seed: see
             `TextClassificationData`.
         batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
     """
 
     has_static_spec = False
+    input_kind = "image"
 
     def __init__(
         self,
@@ -50,8 +51,9 @@ class ImageClassificationData(SequenceDataModule):
         std: float = 0.5,
         train_split: str = "train",
         val_split: str | None = None,
-        test_split: str = "test",
+        test_split: str | None = "test",
         val_share: float = 0.1,
+        test_share: float | None = None,
         train_size: int | None = None,
         val_size: int | None = None,
         test_size: int | None = None,
@@ -74,9 +76,9 @@ class ImageClassificationData(SequenceDataModule):
         self.resolution = require_count("data.resolution", resolution)
         self.channels, self.mean, self.std = channels, float(mean), float(std)
         self.splitting = checked_splitting(
-            train_split, val_split, test_split, val_share, (train_size, val_size, test_size), data_seed
+            train_split, val_split, test_split, val_share, test_share, (train_size, val_size, test_size), data_seed
         )
-        self._num_classes = 0
+        self._class_names: tuple[str, ...] = ()
 
     def prepare_data(self) -> None:
         load_source(self.path, self.name)
@@ -88,7 +90,7 @@ class ImageClassificationData(SequenceDataModule):
         for split in splits.values():
             require_column(split, column, "data.pixel_column", self.path)
             require_column(split, self.label_column, "data.label_column", self.path)
-        labels, self._num_classes = class_labels(
+        labels, self._class_names = class_labels(
             source[self.splitting["train_split"]], splits, self.label_column, self.path
         )
         # `with_labels` goes by the table, which holds images undecoded; the feature says how to decode them.
@@ -104,11 +106,16 @@ class ImageClassificationData(SequenceDataModule):
         return DataSpec(
             kind="classification",
             vocab_size=1,
-            num_classes=self._num_classes,
+            num_classes=len(self._class_names),
+            class_names=self._class_names,
             max_length=self.resolution**2,
             causal=False,
             describe=f"images of {self.path}, {self.resolution} × {self.resolution} pixels",
         )
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Images:
+        images = datasets.Dataset.from_dict({"pixels": list(inputs)}).cast_column("pixels", datasets.Image())
+        return self.pack("test", images, spec)
 
     def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> Any:
         return Images(dataset, self.resolution, self.channels, self.mean, self.std, self.path)
@@ -118,7 +125,7 @@ class Images(Dataset):
     """One split; images are decoded when a batch asks for them.
 
     Args:
-        dataset: columns `pixels`, images or the bytes of square grey ones, and `label`.
+        dataset: columns `pixels`, images or the bytes of square grey ones, and `label`, if they are labelled.
         resolution, channels, mean, std: see `ImageClassificationData`.
         path: where the images come from, for messages.
     """
@@ -142,7 +149,8 @@ class Images(Dataset):
             rows = self.dataset[list(indices)]
         pixels = np.stack([self._read(image) for image in rows["pixels"]])  # (b, channels, h, w) uint8
         scaled = (torch.from_numpy(pixels).float() / 255 - self.mean) / self.std
-        return {"pixels": scaled, "labels": torch.tensor(rows["label"])}
+        batch = {"pixels": scaled}
+        return {**batch, "labels": torch.tensor(rows["label"])} if "label" in rows else batch
 
     def _read(self, image: Any) -> np.ndarray:
         """(channels, resolution, resolution) uint8."""

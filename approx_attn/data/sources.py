@@ -9,10 +9,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.table import InMemoryTable
 
 from approx_attn.data.base import SPLITS, require_count, require_count_or_none, require_share
 from approx_attn.data.cache import quiet_datasets
+from approx_attn.notices import warn
 
 READERS = {
     ".parquet": "parquet",
@@ -24,6 +26,7 @@ READERS = {
     ".arrow": "arrow",
 }
 """File ending -> reader of the `datasets` library."""
+TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 
 
 def load_source(path: str, name: str | None = None) -> dict[str, datasets.Dataset]:
@@ -51,8 +54,12 @@ def load_source(path: str, name: str | None = None) -> dict[str, datasets.Datase
             return dict(datasets.load_dataset(str(local), name))
     except Exception as error:
         found = ", ".join(sorted(entry.name for entry in local.iterdir())[:8]) if local.is_dir() else local.name
+        for file in sorted(local.iterdir()) if local.is_dir() else [local]:
+            if file.suffix in TEXT_FILES and file.is_file():
+                read_text(file, "data.path")
+        hint = "; a column is text in one file and not in another" if "Failed to parse" in one_line(error) else ""
         raise ValueError(
-            f"data.path={path!r} holds no data set that can be read ({one_line(error)}); "
+            f"data.path={path!r} holds no data set that can be read ({one_line(error)}{hint}); "
             f"expected files ending in {', '.join(READERS)}, found: {found or 'nothing'}."
         ) from error
 
@@ -77,8 +84,24 @@ def load_from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
         ) from error
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error message, without a full stop."""
+def read_text(path: str | Path, key: str) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names the key, the file and the line.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{key}: line {line} of {path} is not UTF-8 text ({error.reason}).") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of the message of what an error came from, without a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")
 
@@ -86,7 +109,10 @@ def one_line(error: Exception) -> str:
 def require_split(splits: dict[str, datasets.Dataset], split: str, key: str, path: str) -> datasets.Dataset:
     """The split of this name."""
     if split not in splits:
-        raise ValueError(f"{key}={split!r} is not a split of data.path={path!r}, which has: {', '.join(splits)}.")
+        remedy = f" ({key}=null sets a share of one aside)" if key in ("data.val_split", "data.test_split") else ""
+        raise ValueError(
+            f"{key}={split!r} is not a split of data.path={path!r}, which has: {', '.join(splits)}{remedy}."
+        )
     return splits[split]
 
 
@@ -101,8 +127,9 @@ def require_column(dataset: datasets.Dataset, column: str, key: str, path: str) 
 def checked_splitting(
     train_split: str,
     val_split: str | None,
-    test_split: str,
+    test_split: str | None,
     val_share: float,
+    test_share: float | None,
     sizes: tuple[int | None, int | None, int | None],
     data_seed: int,
 ) -> dict[str, Any]:
@@ -111,16 +138,34 @@ def checked_splitting(
     Args:
         sizes: `train_size`, `val_size`, `test_size`.
     """
+    val_share = require_share("data.val_share", val_share)
+    test_share = val_share if test_share is None else require_share("data.test_share", test_share)
+    if val_share + test_share >= 1.0:
+        raise ValueError(f"data.val_share + data.test_share must be less than 1, got {val_share} + {test_share}.")
+    require_apart(train_split, val_split, test_split)
     return {
         "train_split": train_split,
         "val_split": val_split,
         "test_split": test_split,
-        "val_share": require_share("data.val_share", val_share),
+        "val_share": val_share,
+        "test_share": test_share,
         "sizes": {
             split: require_count_or_none(f"data.{split}_size", size) for split, size in zip(SPLITS, sizes, strict=True)
         },
         "data_seed": require_count("data.data_seed", data_seed, least=0),
     }
+
+
+def require_apart(train_split: str, val_split: str | None, test_split: str | None) -> None:
+    """Refuse to judge a model on what it was trained on; warn where the test is of what chose its checkpoint."""
+    for key, split in (("data.test_split", test_split), ("data.val_split", val_split)):
+        if split == train_split:
+            raise ValueError(
+                f"{key} must be another split than data.train_split={train_split!r}, else a model is judged on what it "
+                "was trained on; null sets a share of that split aside."
+            )
+    if test_split is not None and test_split == val_split:
+        warn(f"data.test_split={test_split!r} is data.val_split too, so the test is of what chose the checkpoint.")
 
 
 def carve(
@@ -129,8 +174,9 @@ def carve(
     *,
     train_split: str,
     val_split: str | None,
-    test_split: str,
+    test_split: str | None,
     val_share: float,
+    test_share: float,
     sizes: dict[str, int | None],
     data_seed: int,
 ) -> dict[str, datasets.Dataset]:
@@ -138,21 +184,36 @@ def carve(
 
     Args:
         val_split: the source's validation split; if None, `val_share` of the training split is set aside.
+        test_split: the source's test split; if None, or where the source is a single file without one, `test_share`
+            of the training split is set aside.
         sizes: items wanted of each split, drawn at random without replacement; None for all. The items
-            set aside for validation do not depend on the size of the training split.
+            set aside do not depend on the size of the training split.
         data_seed: seed of these draws.
     """
     rng = np.random.default_rng(data_seed)
     train = require_split(source, train_split, "data.train_split", path)
-    test = require_split(source, test_split, "data.test_split", path)
-    if val_split is None:
-        order = rng.permutation(len(train))
-        held_out = max(1, round(val_share * len(train)))
-        train, val = train.select(np.sort(order[held_out:])), train.select(np.sort(order[:held_out]))
-    else:
-        val = require_split(source, val_split, "data.val_split", path)
-    splits = {"train": train, "val": val, "test": test}
-    return {name: subsample(split, sizes[name], f"data.{name}_size", rng) for name, split in splits.items()}
+    if test_split not in source and is_file(path):
+        test_split = None
+    held_out = [
+        (name, max(1, round(share * len(train))))
+        for name, split, share in (("val", val_split, val_share), ("test", test_split, test_share))
+        if split is None
+    ]
+    splits = {
+        name: require_split(source, split, f"data.{name}_split", path)
+        for name, split in (("val", val_split), ("test", test_split))
+        if split is not None
+    }
+    order = rng.permutation(len(train)) if held_out else np.arange(len(train))
+    for name, size in held_out:
+        splits[name], order = train.select(np.sort(order[:size])), order[size:]
+    splits["train"] = train.select(np.sort(order)) if held_out else train
+    return {name: subsample(splits[name], sizes[name], f"data.{name}_size", rng) for name in SPLITS}
+
+
+def is_file(path: str) -> bool:
+    """Whether a source is a single file, which has the split "train" alone."""
+    return Path(os.path.expanduser(path)).is_file()
 
 
 def subsample(dataset: datasets.Dataset, size: int | None, key: str, rng: np.random.Generator) -> datasets.Dataset:
@@ -167,32 +228,98 @@ def subsample(dataset: datasets.Dataset, size: int | None, key: str, rng: np.ran
 
 def class_labels(
     train: datasets.Dataset, splits: dict[str, datasets.Dataset], column: str, path: str
-) -> tuple[dict[str, np.ndarray], int]:
-    """Labels of each split as classes 0 … C − 1, and C.
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Labels of each split as classes 0 … C − 1, and the names of the C classes.
 
     Whole numbers are taken as they are; other labels, such as text, are numbered in sorted order.
 
     Args:
         train: the whole training split of the source, which decides what classes there are.
         splits: the splits wanted.
+
+    Raises:
+        ValueError: labels that are missing, below 0, unknown in training, all the same or all different.
     """
+    where = f"data.label_column={column!r} of data.path={path!r}"
+    for name, split in {"train": train, **splits}.items():
+        require_labels(split, column, f"{where} must hold one class per row", name)
     known = np.unique(column_values(train, column))
+    require_learnable(known, len(train), where)
     numbered = np.issubdtype(known.dtype, np.integer)
+    feature = train.features[column]
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else tuple(map(str, known))
     if numbered:
-        feature = train.features[column]
-        count = feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(known.max()) + 1
-        known = np.arange(count)
+        if known[0] < 0:
+            raise ValueError(f"{where} must hold classes as whole numbers from 0 or as text, it has {known[0]}.")
+        if not isinstance(feature, datasets.ClassLabel):
+            if known[-1] >= 10 * len(known):
+                warn(
+                    f"{where} goes up to {known[-1]} with {len(known)} classes, so most outputs have nothing to learn."
+                )
+            names = tuple(map(str, range(int(known[-1]) + 1)))
+        known = np.arange(len(names))
     classes = {}
     for name, split in splits.items():
         values = column_values(split, column)
         unknown = np.setdiff1d(values, known)
         if len(unknown):
             raise ValueError(
-                f"data.label_column={column!r} of data.path={path!r} has the label {unknown[0].item()!r} in the {name} "
-                f"split, but the training split has {', '.join(map(str, known[:8]))}{', …' if len(known) > 8 else ''}."
+                f"{where} has the label {unknown[0].item()!r} in the {name} split, but the training split has "
+                f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
             )
         classes[name] = values if numbered else np.searchsorted(known, values)
-    return classes, len(known)
+    return classes, names
+
+
+def require_labels(dataset: datasets.Dataset, column: str, rule: str, split: str) -> None:
+    """Raise unless every row has one label."""
+    values = dataset.with_format("arrow")[:].column(column)
+    if pa.types.is_nested(values.type):
+        raise ValueError(f"{rule}, it holds {values.type}.")
+    missing = pc.sum(values.is_null(nan_is_null=True)).as_py()
+    if missing:
+        raise ValueError(f"{rule}, it has none in {missing} of {len(dataset)} rows of the {split} split.")
+
+
+def require_learnable(classes: np.ndarray, rows: int, where: str) -> None:
+    """Refuse labels that no classifier learns from, and warn of those that hardly one does."""
+    if len(classes) == 1:
+        raise ValueError(f"{where} must hold two or more classes, the training split has only {classes[0].item()!r}.")
+    if len(classes) == rows > 2:
+        raise ValueError(
+            f"{where} must hold classes that rows have in common, but all {rows} rows of the training split differ."
+        )
+    if 2 * len(classes) > rows > 2:
+        warn(f"{where} has {len(classes)} classes in {rows} rows of the training split: fewer than two rows each.")
+
+
+def require_texts(splits: dict[str, datasets.Dataset], column: str, path: str) -> None:
+    """Refuse a column without text, and warn of empty texts and of tests that were trained on.
+
+    Raises:
+        ValueError: a split has no text at all, or what it has is no text.
+    """
+    where = f"data.text_column={column!r} of data.path={path!r}"
+    texts = {name: split.with_format("arrow")[:].column(column) for name, split in splits.items()}
+    for name, values in texts.items():
+        kind = values.type
+        if not any(check(kind) for check in (pa.types.is_null, *TEXT_TYPES, *BINARY_TYPES)):
+            raise ValueError(f"{where} must hold text, it holds {kind}.")
+        empty = values.null_count
+        if any(check(kind) for check in TEXT_TYPES):
+            empty += pc.sum(pc.equal(pc.utf8_trim_whitespace(values), "")).as_py() or 0
+        if empty == len(values):
+            raise ValueError(f"{where} must hold text, all {empty} rows of the {name} split are empty.")
+        if empty:
+            warn(f"{where} is empty in {empty} of {len(values)} rows of the {name} split.")
+    if {"train", "test"} <= texts.keys() and texts["train"].type == texts["test"].type:
+        known = pc.sum(pc.is_in(texts["test"], texts["train"])).as_py()
+        if 2 * known > len(texts["test"]):
+            warn(f"{where}: {known} of {len(texts['test'])} texts of the test split are in the training split too.")
+
+
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
+BINARY_TYPES = (pa.types.is_binary, pa.types.is_large_binary)
 
 
 def column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -12,8 +13,17 @@ from approx_attn.data.base import (
     require_count,
     require_one_of,
 )
+from approx_attn.data.cache import quiet_datasets
 from approx_attn.data.packing import BYTE_VOCAB_SIZE, PAD, PackedSequences
-from approx_attn.data.sources import carve, checked_splitting, class_labels, load_source, require_column, with_labels
+from approx_attn.data.sources import (
+    carve,
+    checked_splitting,
+    class_labels,
+    load_source,
+    require_column,
+    require_texts,
+    with_labels,
+)
 
 
 class TextClassificationData(SequenceDataModule):
@@ -24,8 +34,9 @@ class TextClassificationData(SequenceDataModule):
         name: configuration of a hub data set that has several.
         text_column, label_column: columns; labels are 0 … C − 1 or text.
         train_split, val_split, test_split: names of the source's splits. With `val_split` None, `val_share` of
-            the training split is set aside for validation.
-        val_share: see `val_split`.
+            the training split is set aside for validation; with `test_split` None, or with a single file, which has no
+            splits, `test_share` of it for the test.
+        val_share, test_share: see `val_split`; `test_share` None means as much as `val_share`.
         train_size, val_size, test_size: items drawn at random from each split; None for all.
         data_seed: seed of these draws. Apart from `seed`, so that runs with several seeds share a test set.
         max_length: longest sequence in tokens; longer texts are cut.
@@ -49,6 +60,7 @@ class TextClassificationData(SequenceDataModule):
         val_split: null
         test_split: test
         val_share: 0.1
+        test_share: null
         train_size: null
         val_size: null
         test_size: null
@@ -59,6 +71,7 @@ class TextClassificationData(SequenceDataModule):
     """
 
     has_static_spec = False
+    input_kind = "text"
 
     def __init__(
         self,
@@ -69,8 +82,9 @@ class TextClassificationData(SequenceDataModule):
         label_column: str = "label",
         train_split: str = "train",
         val_split: str | None = None,
-        test_split: str = "test",
+        test_split: str | None = "test",
         val_share: float = 0.1,
+        test_share: float | None = None,
         train_size: int | None = None,
         val_size: int | None = None,
         test_size: int | None = None,
@@ -97,12 +111,12 @@ class TextClassificationData(SequenceDataModule):
         self.text_column, self.label_column = text_column, label_column
         self.data_seed = require_count("data.data_seed", data_seed, least=0)
         self.splitting = checked_splitting(
-            train_split, val_split, test_split, val_share, (train_size, val_size, test_size), data_seed
+            train_split, val_split, test_split, val_share, test_share, (train_size, val_size, test_size), data_seed
         )
         self.max_length = require_count("data.max_length", max_length)
         self.truncation_side = require_one_of("data.truncation_side", truncation_side, ("right", "left"))
         self.tokenizer = tokenizer
-        self._num_classes = 0
+        self._class_names: tuple[str, ...] = ()
         self._vocab_size, self._pad_id = BYTE_VOCAB_SIZE, PAD
 
     def prepare_data(self) -> None:
@@ -114,15 +128,23 @@ class TextClassificationData(SequenceDataModule):
         for split in splits.values():
             require_column(split, self.text_column, "data.text_column", self.path)
             require_column(split, self.label_column, "data.label_column", self.path)
-        labels, self._num_classes = class_labels(
+        require_texts(splits, self.text_column, self.path)
+        labels, self._class_names = class_labels(
             source[self.splitting["train_split"]], splits, self.label_column, self.path
         )
-        tokens = {name: split.select_columns([self.text_column]) for name, split in splits.items()}
-        if self.tokenizer is not None:
-            tokens = self._tokenize(tokens)
-        else:
-            tokens = {name: split.rename_column(self.text_column, "tokens") for name, split in tokens.items()}
+        tokens = self._tokens({name: split.select_columns([self.text_column]) for name, split in splits.items()})
         return {name: with_labels(split, labels[name]) for name, split in tokens.items()}
+
+    def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
+        with quiet_datasets():
+            split = self._tokens({"test": datasets.Dataset.from_dict({self.text_column: list(inputs)})})["test"]
+        return self.pack("test", split, spec)
+
+    def _tokens(self, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        """Columns of texts as columns of tokens."""
+        if self.tokenizer is None:
+            return {name: split.rename_column(self.text_column, "tokens") for name, split in splits.items()}
+        return self._tokenize(splits)
 
     def _tokenize(self, splits: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """Token ids by the tokenizer, kept in the cache of the `datasets` library."""
@@ -142,7 +164,8 @@ class TextClassificationData(SequenceDataModule):
         return DataSpec(
             kind="classification",
             vocab_size=self._vocab_size,
-            num_classes=self._num_classes,
+            num_classes=len(self._class_names),
+            class_names=self._class_names,
             max_length=self.max_length,
             causal=False,
             pad_id=self._pad_id,
@@ -179,4 +202,6 @@ def load_tokenizer(source: str) -> Any:
 
 def tokenize(batch: dict[str, list[str]], tokenizer: Any, column: str, max_length: int) -> dict[str, Any]:
     """Token ids of a batch of texts, for `datasets.Dataset.map`."""
-    return {"tokens": tokenizer(batch[column], truncation=True, max_length=max_length)["input_ids"]}
+    return {
+        "tokens": tokenizer([text or "" for text in batch[column]], truncation=True, max_length=max_length)["input_ids"]
+    }

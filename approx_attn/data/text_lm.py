@@ -20,7 +20,7 @@ from approx_attn.data.base import (
     require_share,
 )
 from approx_attn.data.packing import BYTE_OFFSET, BYTE_VOCAB_SIZE, IGNORE, PackedSequences
-from approx_attn.data.sources import load_source, require_column, require_split
+from approx_attn.data.sources import load_source, require_apart, require_column, require_split, require_texts
 
 MASK_TOKEN = BYTE_VOCAB_SIZE
 
@@ -94,6 +94,7 @@ class TextLMData(SequenceDataModule):
         self.path = None if path is None else str(path)
         self.name, self.text_column = name, text_column
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
+        require_apart(train_split, val_split, test_split)
         self.val_share = require_share("data.val_share", val_share)
         self.test_share = require_share("data.test_share", test_share)
         if self.val_share + self.test_share >= 1.0:
@@ -144,7 +145,8 @@ class TextLMData(SequenceDataModule):
             if split is not None:
                 dataset = require_split(source, split, f"data.{name}_split", self.path)
                 require_column(dataset, self.text_column, "data.text_column", self.path)
-                texts[name] = "\n".join(dataset[self.text_column][:]).encode()
+                require_texts({name: dataset}, self.text_column, self.path)
+                texts[name] = "\n".join(text or "" for text in dataset[self.text_column][:]).encode()
         return texts
 
     unit = "bytes"

@@ -11,7 +11,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
 
 from approx_attn import training
 from approx_attn.command import run_plain
@@ -20,6 +19,7 @@ from approx_attn.estimation.duration import computed_time, measured_time
 from approx_attn.estimation.figures import Estimate, as_table, verdict
 from approx_attn.estimation.memory import estimate_memory
 from approx_attn.instantiation import ConfigError
+from approx_attn.output import print_table
 from approx_attn.trainer import build_trainer, deterministic_algorithms_restored, quiet
 
 
@@ -58,7 +58,7 @@ def estimate(
         else:
             result.time = computed_time(container, task, data, world, tflops * 1e12 * utilization)
             result.notes.append(
-                "Time is of operations alone; small models are bound by starting them, not by their number."
+                "Time is at least that: it is of operations alone, and small models are bound by starting them."
             )
     if world > 1:
         result.notes.append("Messages between devices are not in the time.")
@@ -133,8 +133,7 @@ def _estimate_and_report(arguments: Sequence[str]) -> None:
     memory = own.pop("memory")
     config = compose_config([*words, "progress_bar=false"])
     result = estimate(plain(config), **own)
-    console = Console()
-    console.print(as_table(result, " ".join(words)))
+    print_table(as_table(result, " ".join(words)))
     if memory is not None:
         print(verdict(result, memory, config.data.batch_size))
     for note in result.notes:

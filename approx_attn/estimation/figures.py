@@ -97,6 +97,8 @@ def show(value: float, unit: str) -> str:
                 return f"{value / size:.1f} {prefix}"
         return f"{value:.0f} B"
     if unit == "s":
+        if value < 1:
+            return f"{1000 * value:.3g} ms"
         if value < 120:
             return f"{value:.1f} s"
         return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"

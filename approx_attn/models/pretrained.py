@@ -80,7 +80,8 @@ class PretrainedModel(nn.Module):
             self.network.config.pad_token_id = pad_id
         self._shapes, self._lengths = self._measure()
         with torch.random.fork_rng(devices=[]):  # the head must not depend on the numbers that a mechanism draws
-            convert(self.network, attention, layers=layers, example=self.example(), max_length=max_length)  # type: ignore[arg-type]
+            given = {"calibration": None, "example": self.example(), "max_length": max_length}  # later, by the task
+            convert(self.network, attention, layers=layers, **given)  # type: ignore[arg-type]
         self.network.train()
         self._freeze(train)
 
@@ -112,10 +113,13 @@ class PretrainedModel(nn.Module):
     @property
     def rebuild_options(self) -> dict[str, Any]:
         """What a checkpoint has to say about the model beside its configuration."""
-        described = json.loads(self.network.config.to_json_string(use_diff=False))
-        # Names with an underscore say how this process runs the network, and could name code to download.
-        kept = {key: value for key, value in described.items() if not key.startswith("_") and key != "auto_map"}
-        return {"architecture": kept}
+
+        def kept(described: dict[str, Any]) -> dict[str, Any]:
+            # Names with an underscore say how this process runs the network, and could name code to download.
+            left_out = ("auto_map", "attn_implementation")
+            return {key: value for key, value in described.items() if not key.startswith("_") and key not in left_out}
+
+        return {"architecture": json.loads(self.network.config.to_json_string(use_diff=False), object_hook=kept)}
 
     # -- building ----------------------------------------------------------------------------------
 

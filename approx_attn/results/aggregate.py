@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from approx_attn.metrics import Metric, metric_of
 from approx_attn.results.statistics import PairedDifference, item_spread, paired_difference, summarise
+from approx_attn.results.stored_metrics import PREDICTIONS_FILE
 from approx_attn.results.table import ComparisonRow
 
 
@@ -73,6 +75,39 @@ def comparison_rows(
     return rows
 
 
+OtherRows = list[tuple[Metric, list[ComparisonRow]]]
+"""Metrics besides that of the table, each with a row per mechanism."""
+
+
+def other_rows(
+    records: Mapping[str, Mapping[int, dict[str, Any] | None]], reference: str, names: Sequence[str]
+) -> OtherRows:
+    """Rows of other metrics of the same runs; a metric per class gives one for each class.
+
+    Args:
+        records, reference: as in `comparison_rows`.
+        names: of the metrics; those that no record has are left out.
+    """
+    runs = [run for by_seed in records.values() for run in _finished(by_seed).values()]
+    known = dict.fromkeys(
+        key.removeprefix("test/") for run in runs for key in run["metrics"] if key.startswith("test/")
+    )
+    chosen = [key for name in names for key in known if key.split("/")[0] == name]
+    return [(metric_of(key), comparison_rows(_with_figure(records, key), reference, key, {})) for key in chosen]
+
+
+def _with_figure(
+    records: Mapping[str, Mapping[int, dict[str, Any] | None]], metric: str
+) -> dict[str, dict[int, dict[str, Any] | None]]:
+    """The records that have a test figure; those without it count as not run."""
+    return {
+        label: {
+            seed: run if run and f"test/{metric}" in run.get("metrics", {}) else None for seed, run in by_seed.items()
+        }
+        for label, by_seed in records.items()
+    }
+
+
 def _finished(by_seed: Mapping[int, dict[str, Any] | None]) -> dict[int, dict[str, Any]]:
     return {seed: record for seed, record in by_seed.items() if record and record["status"] == "finished"}
 
@@ -109,7 +144,7 @@ def correct_pairs(
 
 
 def _correct(result: dict[str, Any] | None) -> NDArray[np.bool_] | None:
-    path = Path(result["run_dir"]) / "test_predictions.npz" if result and "run_dir" in result else None
+    path = Path(result["run_dir"]) / PREDICTIONS_FILE if result and "run_dir" in result else None
     if path is None or not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:

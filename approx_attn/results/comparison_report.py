@@ -13,14 +13,26 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from approx_attn.metrics import Metric
 from approx_attn.results import record
 from approx_attn.results.aggregate import correct_pairs
 from approx_attn.results.plots import COLOURS, budget_figure, comparison_figure, plain_text, save_figure
 from approx_attn.results.report import Report
 from approx_attn.results.statistics import PairedDifference, detectable_gap, holm_adjust, mcnemar
 from approx_attn.results.summary import SUMMARY_FILE, summarise_comparison
-from approx_attn.results.table import MISSING, ComparisonRow, Metric, comparison_columns, to_csv, to_markdown
+from approx_attn.results.table import (
+    MISSING,
+    OTHERS_CAPTION,
+    ComparisonRow,
+    comparison_columns,
+    other_cells,
+    others_to_csv,
+    others_to_markdown,
+    to_csv,
+    to_markdown,
+)
 
 Records = Mapping[str, Mapping[int, dict[str, Any] | None]]
 
@@ -33,6 +45,7 @@ def write_comparison(
     name: str,
     command: str,
     reference: str,
+    others: Sequence[tuple[Metric, Sequence[ComparisonRow]]] = (),
 ) -> str:
     """Write all files and return the caption of the table.
 
@@ -40,11 +53,15 @@ def write_comparison(
         folder: where to write.
         rows: the table.
         records: mechanism -> seed -> record of the run with its `run_dir` and `command`, or None.
+        others: the same runs by other metrics.
     """
     caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
     figure = comparison_figure(rows, metric, name)
     record.write_text_atomically(folder / "table.csv", to_csv(rows, metric))
-    record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n")
+    more = f"\n{others_to_markdown(others)}\n{OTHERS_CAPTION}\n" if others else ""
+    record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n{more}")
+    if others:
+        record.write_text_atomically(folder / "other_metrics.csv", others_to_csv(others))
     save_figure(figure, folder / "plot.png")
     budgets = budget_figure(rows, metric, name)
     if budgets is not None:
@@ -63,11 +80,14 @@ def write_comparison(
         figure, "Each point is a mechanism. The dashed line joins those that no other beats in both directions."
     )
     if budgets is not None:
-        report.section(f"{metric.name.capitalize()} by budget").figure(
+        report.section(f"{(metric.label or metric.name).capitalize()} by budget").figure(
             budgets,
             f"One curve per mechanism that was run at several budgets. {reference} is the line across, "
             "in a band of one standard deviation.",
         )
+    if others:
+        header, *lines = other_cells(others)
+        report.section("Other metrics").table(header, lines, OTHERS_CAPTION)
     _add_statistics(report, rows, records, metric, reference)
     _add_learning_curves(report, records, metric)
     _add_runs(report, records)
@@ -182,10 +202,12 @@ def _add_learning_curves(report: Report, records: Records, metric: Metric) -> No
         values = metric.factor * np.array([[curve[step] for step in steps] for curve in curves])
         style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
-        axis.plot(steps, values.mean(axis=0), style, color=colour, label=plain_text(name))
+        marker = "o" if len(steps) == 1 else None  # a line of one point is none
+        axis.plot(steps, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
         axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     if not axis.lines:
         return
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("training step")
     axis.set_ylabel(f"validation {metric.header}")
     axis.grid(True, color="0.9")

@@ -19,11 +19,12 @@ from typing import Any
 
 from approx_attn.command import exit_code
 from approx_attn.instantiation import ConfigError, suggestion
+from approx_attn.metrics import METRICS, Metric
+from approx_attn.output import require_file
 from approx_attn.results import record
 from approx_attn.results.schedule import describe_schedule
 from approx_attn.results.statistics import paired_difference, summarise
 from approx_attn.results.summary import SUMMARY_FILE
-from approx_attn.results.table import METRICS, Metric
 
 BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
 FAMILY = "eigen_"
@@ -87,7 +88,9 @@ def _write_and_report(arguments: Sequence[str]) -> None:
             if key != "output":
                 raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
             output = value
-    text = write_document(Path(output), [Path(folder) for folder in folders])
+    if not folders:
+        raise ConfigError("results needs at least one folder of a comparison, got none.")
+    text = write_document(require_file("output", output), [Path(folder) for folder in folders])
     print(f"Written: {output}")
     unread = text.count(NO_READING)
     if unread:

@@ -1,37 +1,36 @@
 """The verb `approx-attn runs`: which runs there are, by what they are; and the removal of those of no use.
 
 Reads each run's `result.json`, or `config.yaml` where there is none yet; nothing else, so thousands take seconds.
+What is removed, `pruning` decides.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
-import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
+from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
-from approx_attn.configuration import ConfigError, config_dir, plain
+from approx_attn.command import Unsuccessful, run_plain
+from approx_attn.configuration import ConfigError, available_choices, config_dir, plain
 from approx_attn.instantiation import suggestion
-from approx_attn.results import record
+from approx_attn.output import require_folder
+from approx_attn.results import pruning, record
 from approx_attn.results.table import wide_console
 
 STATUSES = ("finished", "failed", "running", "unfinished")
 ORDERS = ("data", "attention", "seed", "status", "accuracy", "seconds", "date")
 FIELDS = ("status", "data", "attention", "seed")  # filters that are not paths into the configuration
 DAY = 24 * 3600.0
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where it is built
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def find_runs(root: str | Path) -> Iterator[RunEntry]:
     """All runs below a folder, sorted by where they lie. Links are not followed."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if record.RESULT_FILE in files or "config.yaml" in files:
+        if {record.MARKER, record.RESULT_FILE, record.CONFIG_FILE} & set(files) and record.holds_run(folder):
             subfolders.clear()
             yield read_run(Path(folder))
 
@@ -103,21 +102,18 @@ def find_runs(root: str | Path) -> Iterator[RunEntry]:
 def read_run(folder: Path) -> RunEntry:
     """One run; what cannot be read counts as missing."""
     result = record.read_result(folder) or {}
-    config = result.get("config") or {}
-    if not config:
-        with contextlib.suppress(OSError, yaml.YAMLError, UnicodeDecodeError):
-            config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), _Loader)
+    config = record.stored_config(folder) or {}
     status = result.get("status")
     if status not in ("finished", "failed"):
         status = "running" if is_running(folder) else "unfinished"
-    newest = max((folder / name for name in (record.RESULT_FILE, "config.yaml")), key=_modified)
-    return RunEntry(folder, status, config if isinstance(config, dict) else {}, result, _modified(newest))
+    newest = max((folder / name for name in (record.RESULT_FILE, record.CONFIG_FILE, record.MARKER)), key=_modified)
+    return RunEntry(folder, status, config, result, _modified(newest))
 
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the run's lock."""
     try:
-        with open(folder / ".lock") as file:
+        with open(folder / record.LOCK_FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -166,22 +162,6 @@ def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def prune(runs: Sequence[RunEntry], root: str | Path) -> int:
-    """Delete runs, and the folders that this leaves empty; returns how many. A run that is running stays."""
-    root = Path(root)
-    deleted = 0
-    for run in runs:
-        if is_running(run.folder) or run.folder.is_symlink():
-            continue
-        shutil.rmtree(run.folder)
-        deleted += 1
-        for parent in run.folder.parents:
-            if parent == root or not parent.is_relative_to(root) or any(parent.iterdir()):
-                break
-            parent.rmdir()
-    return deleted
-
-
 # -- the verb ------------------------------------------------------------------------------------------
 
 
@@ -216,8 +196,9 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
         raise ConfigError(f"older_than must be a number of days of at least 0, got {days!r}.")
     if own["sort"] not in ORDERS:
         raise ConfigError(f"sort={own['sort']!r} is unknown{suggestion(str(own['sort']), ORDERS)}")
-    if not isinstance(own["prune"], bool):
-        raise ConfigError(f"prune must be true or false, got {own['prune']!r}.")
+    for key in ("prune", "confirm"):
+        if not isinstance(own[key], bool):
+            raise ConfigError(f"{key} must be true or false, got {own[key]!r}.")
     if own["prune"] and own["status"] is None and days is None:
         raise ConfigError("prune=true needs status=failed, status=unfinished or older_than=<days>, else all would go.")
     if not Path(str(own["folder"])).is_dir():
@@ -229,9 +210,17 @@ def chosen_runs(own: Mapping[str, Any], filters: Mapping[str, Any]) -> list[RunE
     """The runs that the words ask for, in the order that they ask for.
 
     Raises:
-        ConfigError: a filter by a key that no run's configuration has.
+        ConfigError: a filter by a key that no run's configuration has, or by a name that nothing has.
     """
     runs = list(find_runs(own["folder"]))
+    names = {
+        "attention": {*available_attention(), *(run.attention for run in runs)},
+        "data": {*available_choices("data"), *(run.data for run in runs)},
+    }
+    for key, accepted in names.items():
+        for name in own[key] if isinstance(own[key], list) else [own[key]]:
+            if name is not None and name not in accepted:
+                raise ConfigError(f"{key}={name} is unknown{suggestion(str(name), accepted)}")
     for key in filters:
         if runs and all(select(run.config, key) is MISSING for run in runs):
             known = {name for run in runs[:100] for name in dotted_keys(run.config)} | set(own)
@@ -260,32 +249,103 @@ def _list_or_prune(arguments: Sequence[str]) -> None:
     runs = chosen_runs(own, filters)
     console = wide_console()
     if own["prune"]:
-        deleted = prune([run for run in runs if run.status != "running"], own["folder"])
-        console.print(f"{deleted} of {len(runs)} runs deleted.", highlight=False)
+        _prune(runs, Path(own["folder"]), own["confirm"], console)
         return
+    if not runs:
+        words = [word for word in arguments if not word.startswith(("folder=", "sort=", "verbose="))]
+        raise Unsuccessful(f"no run in {own['folder']}{' has ' if words else ''}{' and '.join(words)}.")
     console.print(as_table(runs, str(own["folder"])))
     failed = [run for run in runs if run.status == "failed"]
     for run in failed[:20]:
         console.print(f"{run.folder}: {run.result.get('error', '')}", highlight=False, markup=False)
     if own["status"] is not None or own["older_than"] is not None:
-        console.print("prune=true deletes these.", highlight=False)
+        console.print("prune=true deletes these, and first shows how much that is.", highlight=False)
+
+
+def _prune(runs: Sequence[RunEntry], root: Path, confirmed: bool, console: Console) -> None:
+    """Show what is to be deleted, ask unless that has been confirmed, and delete it.
+
+    Raises:
+        ConfigError: not confirmed, and nobody can be asked.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    chosen = []
+    for run in runs:
+        kept = "is running" if run.status == "running" else pruning.why_kept(run.folder, root)
+        if kept is not None:
+            say(f"{run.folder} {kept}: it stays.")
+            continue
+        require_folder("folder", run.folder)
+        files = pruning.files_of(run.folder, run.config)
+        chosen.append(files)
+        say(f"{run.folder}: {run.status}, {_size(files.size)}")
+        for path in files.foreign:
+            say(f"{path} was not written by a run: it stays, with its folder.")
+    total = f"{len(chosen)} runs, {_size(sum(files.size for files in chosen))}"
+    if chosen and not confirmed:
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ConfigError(f"prune=true deletes nothing before it is confirmed; confirm=true deletes {total}.")
+        confirmed = input(f"Delete {total}? [y/N] ").strip().lower() in ("y", "yes")
+    deleted = pruning.delete(chosen, root) if confirmed else 0
+    say(f"{deleted} of {len(runs)} runs deleted.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def as_table(runs: Sequence[RunEntry], folder: str) -> Table:
     """One row per run."""
     numbers = ", ".join(f"{sum(run.status == status for run in runs)} {status}" for status in STATUSES)
     table = Table(title=f"{len(runs)} runs in {folder}", title_justify="left", caption=numbers, caption_justify="left")
-    for header, numeric in COLUMNS:
+    apart = distinctions(runs)
+    columns = [column for column in COLUMNS if column[0] != DISTINCTIONS or any(apart)]
+    for header, numeric in columns:
         table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=header == "date")
-    for run in runs:
-        table.add_row(*_cells(run, folder))
+    for run, words in zip(runs, apart, strict=True):
+        cells = dict(zip([header for header, _ in COLUMNS], _cells(run, words, folder), strict=True))
+        table.add_row(*(cells[header] for header, _ in columns))
     return table
 
+
+def distinctions(runs: Sequence[RunEntry]) -> list[str]:
+    """For every run, the settings that not all runs of its data and mechanism share; options and seeds left out."""
+    settings = [_settings(run) for run in runs]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run, own in zip(runs, settings, strict=True):
+        groups.setdefault((run.data, run.attention), []).append(own)
+    words = []
+    for run, own in zip(runs, settings, strict=True):
+        alike = groups[run.data, run.attention]
+        differing = [key for key in own if any(other.get(key, MISSING) != own[key] for other in alike)]
+        more = " ..." if len(differing) > SHOWN_DISTINCTIONS else ""
+        words.append(" ".join(f"{key}={own[key]}" for key in differing[:SHOWN_DISTINCTIONS]) + more)
+    return words
+
+
+def _settings(run: RunEntry) -> dict[str, Any]:
+    """What decides a run, by dotted key, without what other columns show."""
+    config = record.deciding(run.config)
+    keys = [key for key in dotted_keys(config) if not key.startswith(("attention", "model.attention."))]
+    values = {key: select(config, key) for key in keys}
+    return {
+        key: value
+        for key, value in values.items()
+        if not isinstance(value, Mapping) and not (key == "data.seed" and value == run.seed)
+    }
+
+
+DISTINCTIONS = "differs in"
+SHOWN_DISTINCTIONS = 4
 
 COLUMNS = (
     ("data", False),
     ("attention", False),
     ("options", False),
+    (DISTINCTIONS, False),
     ("seed", True),
     ("status", False),
     ("test accuracy %", True),
@@ -295,7 +355,7 @@ COLUMNS = (
 )
 
 
-def _cells(run: RunEntry, folder: str) -> list[str]:
+def _cells(run: RunEntry, apart: str, folder: str) -> list[str]:
     accuracy = "–" if run.accuracy is None else f"{100 * run.accuracy:.2f}"
     seconds = "–" if run.seconds is None else f"{run.seconds:.0f}"
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written))
@@ -303,6 +363,7 @@ def _cells(run: RunEntry, folder: str) -> list[str]:
         run.data,
         run.attention,
         run.options,
+        apart,
         "–" if run.seed is None else str(run.seed),
         run.status,
         accuracy,

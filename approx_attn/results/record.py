@@ -22,18 +22,79 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import yaml
+
+from approx_attn.instantiation import ConfigError
+from approx_attn.metrics import metric_direction
 
 RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
+MARKER = ".approx-attn-run"  # says that a folder was made for a run; nothing is deleted without it
 
 # Parts of a configuration that say where and how a run is watched, not what it computes.
-OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar"})
+OBSERVING_KEYS = frozenset({"paths", "logger", "launcher", "resume", "verbose", "progress_bar", "metrics"})
 
 OBSERVING_CALLBACKS = frozenset({"resumable"})
 
 # Options of data modules that say how batches are made, not what is in them.
 SERVING_DATA = frozenset({"num_workers", "num_proc", "cache_dir"})
 
+# Keys that are younger than records of runs, with the values at which a run is what it was without them.
+NEUTRAL = {"init_from": None, "extend": None, "compile": False}
+NEUTRAL_DATA = {"test_share": None}
+
 PACKAGES = ("approx-attn", "torch", "pytorch-lightning", "hydra-core", "datasets", "numpy", "transformers")
+
+
+def deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what a run computes, its seed left out.
+
+    Args:
+        config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
+    """
+    part = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
+    part = _without(NEUTRAL, part)
+    if "init_from" in part:
+        part["init_from"] = _content(part["init_from"])
+    if isinstance(part.get("callbacks"), Mapping):
+        callbacks = {key: value for key, value in part["callbacks"].items() if key not in OBSERVING_CALLBACKS}
+        part["callbacks"] = {key: _with_mode(node) for key, node in callbacks.items()}
+    if isinstance(part.get("data"), Mapping):
+        data = {key: value for key, value in part["data"].items() if key not in SERVING_DATA}
+        part["data"] = _without(NEUTRAL_DATA, data)
+    return part
+
+
+def _without(neutral: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in neutral or value != neutral[key]}
+
+
+def _content(init_from: Any) -> Any:
+    """What the weights are, wherever they lie: the checksum of the file, or the one that was noted."""
+    if isinstance(init_from, Mapping):
+        return init_from.get("sha256")
+    return file_digest(init_from) if Path(str(init_from)).is_file() else init_from
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    status = os.stat(path)
+    return _file_digest(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.cache
+def _file_digest(path: str, modified: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_mode(node: Any) -> Any:
+    """A callback's node with the direction of the figure that it watches written out."""
+    if isinstance(node, Mapping) and node.get("monitor") is not None and node.get("mode") is None:
+        with contextlib.suppress(ConfigError):  # an unknown figure is refused where callbacks are built
+            return {**node, "mode": metric_direction(str(node["monitor"]))}
+    return node
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -42,14 +103,26 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Args:
         config: plain containers, as `OmegaConf.to_container(cfg, resolve=True)` gives them.
     """
-    deciding = {key: value for key, value in config.items() if key not in OBSERVING_KEYS and key != "seed"}
-    callbacks = deciding.get("callbacks") or {}
-    if OBSERVING_CALLBACKS & callbacks.keys():
-        deciding["callbacks"] = {key: value for key, value in callbacks.items() if key not in OBSERVING_CALLBACKS}
-    if isinstance(deciding.get("data"), Mapping):
-        deciding["data"] = {key: value for key, value in deciding["data"].items() if key not in SERVING_DATA}
-    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return hashlib.sha256(_canonical(deciding(config)).encode()).hexdigest()[:10]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Where two configurations are those of different runs: dotted key, stored value, asked value."""
+    ours, theirs = ({"seed": config.get("seed"), **deciding(config)} for config in (stored, asked))
+    return list(_differences(ours, theirs, ""))
+
+
+def _differences(stored: Any, asked: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if not (isinstance(stored, Mapping) and isinstance(asked, Mapping)):
+        if _canonical(stored) != _canonical(asked):
+            yield key, stored, asked
+        return
+    for name in [*stored, *(name for name in asked if name not in stored)]:
+        yield from _differences(stored.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
 
 
 def run_folder(root: str | Path, config: Mapping[str, Any], *, data: str, attention: str) -> Path:
@@ -84,10 +157,10 @@ def disk_full_named(path: str | Path) -> Iterator[None]:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error; libraries wrap what the system says."""
+    """Whether a full disk, or a limit on files, is behind an error; libraries wrap what the system says."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__
@@ -167,6 +240,48 @@ def is_finished(folder: str | Path) -> bool:
     return result is not None and result.get("status") == "finished"
 
 
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where it is built
+
+
+def stored_config(folder: str | Path) -> dict[str, Any] | None:
+    """The configuration of the run in a folder; None where no run has written one, whatever else lies there."""
+    config = (read_result(folder) or {}).get("config")
+    if not config:
+        try:
+            config = yaml.load((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"), _Loader)
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            return None
+    # Files of that name are common; these keys together are of this package's runs.
+    is_of_a_run = isinstance(config, dict) and {"name", "seed"} <= config.keys()
+    return config if is_of_a_run and isinstance(config.get("attention"), dict) else None
+
+
+def mark_run(folder: str | Path) -> None:
+    """Mark a folder as made for a run."""
+    write_text_atomically(
+        Path(folder) / MARKER, "A run of approx_attn, which `approx-attn runs prune=true` may delete.\n"
+    )
+
+
+def is_marked(folder: str | Path) -> bool:
+    """Whether a folder was made for a run; those of runs before there was a marker are not marked."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def holds_run(folder: str | Path) -> bool:
+    """Whether a run was begun in a folder, be it before there was a marker."""
+    return is_marked(folder) or stored_config(folder) is not None
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether something lies at a place, or in a folder, that no run has put there."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return os.path.lexists(folder)
+    others = (path.name for path in folder.iterdir() if path.name != LOCK_FILE and path.suffix != UNFINISHED)
+    return next(others, None) is not None and not holds_run(folder)
+
+
 @contextlib.contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Hold a run's folder: a second process that wants the same run waits for the first to end.
@@ -175,7 +290,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / LOCK_FILE, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from approx_attn.metrics import metric_direction
 from approx_attn.results.record import RESULT_FILE
 
 SUMMARY_FILE = "summary.json"
@@ -61,7 +62,7 @@ def _validation_figure(run: Mapping[str, Any]) -> float | None:
 
 def _validation_mode(config: Mapping[str, Any]) -> str | None:
     callbacks = (callback for callback in (config.get("callbacks") or {}).values() if callback)
-    return next((callback.get("mode") for callback in callbacks if _keeps_the_best(callback)), None)
+    return next((metric_direction(callback["monitor"]) for callback in callbacks if _keeps_the_best(callback)), None)
 
 
 def _keeps_the_best(callback: Mapping[str, Any]) -> bool:

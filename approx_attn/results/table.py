@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,39 +13,10 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from approx_attn.results.statistics import PairedDifference, Summary
+from approx_attn.metrics import Metric
+from approx_attn.results.statistics import PairedDifference, Summary, holm_adjust
 
 MISSING = "–"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A test figure: its name in records (`test/<name>`), whether it reads as a percentage, and its direction."""
-
-    name: str
-    percent: bool
-    higher_is_better: bool
-
-    @property
-    def header(self) -> str:
-        return f"{self.name} %" if self.percent else self.name
-
-    @property
-    def factor(self) -> float:
-        return 100.0 if self.percent else 1.0
-
-    def show(self, value: float) -> str:
-        return f"{self.factor * value:.{2 if self.percent else 4}f}"
-
-    def show_difference(self, value: float) -> str:
-        return f"{self.factor * value:+.{2 if self.percent else 4}f}"
-
-
-METRICS = {
-    "accuracy": Metric("accuracy", percent=True, higher_is_better=True),
-    "loss": Metric("loss", percent=False, higher_is_better=False),
-}
-"""The test figures that a comparison can be about, by name."""
 
 
 @dataclass(frozen=True)
@@ -207,13 +178,77 @@ def _escape(cell: str) -> str:
 def to_csv(rows: Sequence[ComparisonRow], metric: Metric) -> str:
     """The table for machines: full precision, empty where something is unknown."""
     columns = [(column.key, column.value) for column in comparison_columns(metric)] + _CSV_EXTRAS
+    return _csv([key for key, _ in columns], ([value(row) for _, value in columns] for row in rows))
+
+
+def _csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(key for key, _ in columns)
-    for row in rows:
-        values = (value(row) for _, value in columns)
-        writer.writerow("" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in values)
+    writer.writerow(header)
+    for line in lines:
+        writer.writerow("" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in line)
     return buffer.getvalue()
+
+
+# -- other metrics of the same runs --------------------------------------------------------------------
+
+OTHERS_CAPTION = (
+    "Differences are paired by seed, with Student's t interval; p by the paired t-test, after Holm's correction for "
+    "the mechanisms compared by one metric."
+)
+
+Others = Sequence[tuple[Metric, Sequence[ComparisonRow]]]
+
+
+def other_cells(others: Others) -> list[list[str]]:
+    """The table of other metrics, its header first: one line per metric and mechanism."""
+    lines = [["metric", "attention", "test", "difference (95%)", "p (Holm)", "verdict"]]
+    for metric, rows in others:
+        for row, p in zip(rows, _adjusted(rows), strict=True):
+            shown = MISSING if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
+            figures = (_show_figure(row, metric), _show_difference(row, metric), shown, row.verdict(metric))
+            lines.append([metric.header, row.name, *figures])
+    return lines
+
+
+def _adjusted(rows: Sequence[ComparisonRow]) -> list[float]:
+    return holm_adjust([row.difference.p_value if row.difference else math.nan for row in rows])
+
+
+def others_to_rich(others: Others) -> RichTable:
+    """That table for a terminal."""
+    header, *lines = other_cells(others)
+    table = RichTable(title="Other metrics", title_justify="left", caption=OTHERS_CAPTION, caption_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index in (2, 3, 4) else "left")
+    for line in lines:
+        table.add_row(*map(Text, line))
+    return table
+
+
+def others_to_markdown(others: Others) -> str:
+    """That table for a document."""
+    header, *lines = other_cells(others)
+    rows = [header, ["---", "---", "---:", "---:", "---:", "---"], *([*map(_escape, line)] for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def others_to_csv(others: Others) -> str:
+    """That table for machines: full precision, empty where something is unknown."""
+    columns: dict[str, Callable[[ComparisonRow], Any]] = {
+        "attention": lambda r: r.name,
+        "mean": lambda r: r.figure and r.figure.mean,
+        "std": lambda r: r.figure and r.figure.std,
+        "difference": lambda r: r.difference and r.difference.mean,
+        "difference_low": lambda r: r.difference and r.difference.low,
+        "difference_high": lambda r: r.difference and r.difference.high,
+        "p_value": lambda r: r.difference and r.difference.p_value,
+        "seeds": lambda r: " ".join(map(str, r.finished)),
+    }
+    return _csv(
+        ["metric", *columns],
+        ([metric.name, *(value(row) for value in columns.values())] for metric, rows in others for row in rows),
+    )
 
 
 # -- how figures read ----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from approx_attn import distributed
 from approx_attn.attention import AttentionMechanism
 from approx_attn.data import IGNORE
 from approx_attn.instantiation import ConfigError, build, check_arguments, target_class
+from approx_attn.metrics import METRICS, Tally, figures, metric_names
 from approx_attn.models.transformer import Positions, attention_mechanisms, auxiliary_loss, require_probability
 
 EVALUATED = tuple((stage, figure) for stage in ("val", "test") for figure in ("loss", "accuracy"))
@@ -33,7 +34,7 @@ class SequenceTask(pl.LightningModule):
 
     Args:
         config: the resolved configuration of the run; read here are `model`, `optimizer` and `scheduler`
-            (may be None), nodes as `approx_attn.instantiation.build` takes them.
+            (may be None), nodes as `approx_attn.instantiation.build` takes them, and `metrics`.
         spec: the fields of the `DataSpec` of the data.
         label_smoothing: share of the target probability spread over all classes, 0 to below 1.
         auxiliary_weight: factor on the losses that mechanisms have of their own, at least 0.
@@ -69,9 +70,26 @@ class SequenceTask(pl.LightningModule):
         self.hparams["config"] = {**config, "model": {**config["model"], **rebuild}}
         self.means = nn.ModuleDict({f"{stage}_{figure}": MeanOverItems() for stage, figure in EVALUATED})
         """Means over the scored items of an evaluation, of all processes."""
+        self.tallies = nn.ModuleDict()
+        self.use_metrics(metric_names(config.get("metrics")))
         self.predictions: dict[str, Tensor] | None = None
-        """After a test: `prediction` and `label` of every scored item of all processes, in the order of the data."""
-        self._collected: list[tuple[Tensor, Tensor, Tensor]] = []
+        """After a test: `prediction`, its `probability` and `label` of every scored item of all processes, in the order
+        of the data."""
+        self._collected: list[tuple[Tensor, ...]] = []
+
+    def use_metrics(self, names: Sequence[str]) -> None:
+        """Compute these metrics in evaluations, besides loss and accuracy.
+
+        Raises:
+            ConfigError: one that the task does not have.
+        """
+        for name in names:
+            if METRICS[name].per_class and self.kind != "classification":
+                raise ConfigError(f"metrics: {name} is for classification, not for {self.kind} data.")
+        self.metrics = tuple(names)
+        counted = any(METRICS[name].compute is not None for name in names)
+        stages = ("val", "test") if counted else ()
+        self.tallies = nn.ModuleDict({stage: Tally(self.spec["num_classes"]) for stage in stages})
 
     # -- for tasks to implement --------------------------------------------------------------------
 
@@ -127,41 +145,68 @@ class SequenceTask(pl.LightningModule):
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        predicted, labels = self._evaluate(batch, "test")
+        items = self._evaluate(batch, "test")
         scored = (
             (batch["labels"] != IGNORE).flatten(1).sum(1) if batch["labels"].dim() > 1 else batch["labels"] != IGNORE
         )
-        self._collected.append((predicted.cpu(), labels.cpu(), scored.long().cpu()))
+        self._collected.append(tuple(part.cpu() for part in (*items, scored.long())))
+
+    def on_validation_epoch_start(self) -> None:
+        self._reset_tally("val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_tally("val")
 
     def on_test_epoch_start(self) -> None:
         self._collected = []
+        self._reset_tally("test")
 
     def on_test_epoch_end(self) -> None:
-        predicted, labels, scored = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
-        parts = distributed.gathered((predicted, labels, scored))
-        order = data_order([scored for _, _, scored in parts])
-        self.predictions = {
-            "prediction": torch.cat([predicted for predicted, _, _ in parts])[order],
-            "label": torch.cat([labels for _, labels, _ in parts])[order],
-        }
+        self._log_tally("test")
+        parts = distributed.gathered(tuple(torch.cat(parts) for parts in zip(*self._collected, strict=True)))
+        order = data_order([scored for *_, scored in parts])
+        columns = (torch.cat(column)[order] for column in list(zip(*parts, strict=True))[:3])
+        self.predictions = dict(zip(("prediction", "label", "probability"), columns, strict=True))
         self._collected = []
+
+    def _reset_tally(self, stage: str) -> None:
+        if stage in self.tallies:
+            cast(Tally, self.tallies[stage]).reset()
+
+    def _log_tally(self, stage: str) -> None:
+        """Log the metrics of an evaluation that has ended; all processes get those of all items."""
+        if stage in self.tallies:
+            counts = cast(Tally, self.tallies[stage]).compute()
+            for name, value in figures(self.metrics, counts, self.spec.get("class_names", ())).items():
+                self.log(f"{stage}/{name}", value)
 
     def _score(self, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss, and the predicted and true class of every scored item."""
+        loss, logits, labels = self._loss(batch, label_smoothing)
+        return loss, logits.argmax(dim=-1), labels
+
+    def _loss(self, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss, and the logits and true class of every scored item."""
         logits, labels = self.flat(self(batch), batch["labels"])
         # In float32 also under autocast; a batch without any label gives zero, not NaN.
         total = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
         count = self.joint_count(len(labels)) if self.training else len(labels)
-        return total / max(count, 1), logits.argmax(dim=-1), labels
+        return total / max(count, 1), logits, labels
 
-    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
-        loss, predicted, labels = self._score(batch)
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The predicted and true class of every scored item, and the probability of the former."""
+        loss, logits, labels = self._loss(batch)
+        predicted = logits.argmax(dim=-1)
+        best = logits.gather(-1, predicted[:, None]).squeeze(-1)
+        probability = (best.float() - logits.float().logsumexp(dim=-1)).exp()  # (items,)
+        if stage in self.tallies:
+            cast(Tally, self.tallies[stage]).update(predicted, labels, probability)
         if len(labels) or distributed.is_joined():  # what one process logs, all must
             for figure, total in (("loss", loss * len(labels)), ("accuracy", (predicted == labels).sum())):
                 mean = cast(MeanOverItems, self.means[f"{stage}_{figure}"])
                 mean.update(total, len(labels))
                 self.log(f"{stage}/{figure}", mean, on_step=False, on_epoch=True, prog_bar=figure == "accuracy")
-        return predicted, labels
+        return predicted, labels, probability
 
     def configure_model(self) -> None:
         """Split the model over processes, where the strategy does: layer by layer, so one is whole at a time."""

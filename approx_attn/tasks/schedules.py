@@ -57,7 +57,11 @@ class WarmupSchedule(LambdaLR):
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count, "_last_lr": self._last_lr}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """Go on at a step; the rate is that of this schedule there, also if the step was made in a shorter one."""
         self.__dict__.update(state_dict)
+        self._last_lr = [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
 
 
 def check_schedule(warmup: float, decay: str, final: float) -> None:

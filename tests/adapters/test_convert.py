@@ -72,7 +72,9 @@ def test_full_budget_equals_exact_and_reverts(kind, attention):
     model, x = build(kind), make_inputs()
     expected = model(x)
     keys = list(model.state_dict())
-    converted = convert(model, attention, max_length=LENGTH, **attention_class(attention).full_budget(LENGTH, 4))
+    converted = convert(
+        model, attention, calibration=None, max_length=LENGTH, **attention_class(attention).full_budget(LENGTH, 4)
+    )
     assert converted is model
     assert {row.attention for row in describe(model)} == {attention}
     got = model(x)
@@ -93,7 +95,7 @@ def test_the_mechanism_is_used(kind):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_copies_and_modes_are_independent(kind):
-    model, x = convert(build(kind), "eigen_topk", rank=2, keep=3), make_inputs()
+    model, x = convert(build(kind), "eigen_topk", rank=2, keep=3, calibration=None), make_inputs()
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(x), model(x))
     with torch.no_grad():
@@ -148,7 +150,7 @@ def test_layers_are_chosen_by_pattern():
 
 
 def test_description_states_parameters_and_cost(capsys):
-    rows = describe(convert(build("torch"), "eigen_topk", rank=2, keep=0.25), length=32)
+    rows = describe(convert(build("torch"), "eigen_topk", rank=2, keep=0.25, calibration=None), length=32)
     assert [row.layer for row in rows] == ["layers.0.self_attn", "layers.1.self_attn"]
     assert rows[0].kind == "encoder-self"
     assert rows[0].options == {"rank": 2, "keep": 0.25}
@@ -171,6 +173,16 @@ def test_calibration_makes_the_estimate_better(kind):
     assert error(iter(batches)) < 0.5 * error(None)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"attention": "low_rank_topk", "basis": "input"}, {"attention": "eigen_topk", "keep": 1.0}]
+)
+def test_mechanisms_that_need_no_calibration_are_not_asked_for_it(arguments):
+    model, x = build("timm"), make_inputs()
+    expected = model(x)
+    error = (convert(model, **arguments)(x) - expected).norm() / expected.norm()
+    assert error < (0.3 if "basis" in arguments else 1e-5)
+
+
 def test_models_of_this_package_convert():
     torch.manual_seed(0)
     model = EncoderClassifier(vocab_size=11, max_length=16, num_classes=3, dim=DIM, depth=2, num_heads=HEADS).eval()
@@ -182,7 +194,7 @@ def test_models_of_this_package_convert():
 
 
 def test_partial_of_a_mechanism_is_accepted():
-    model = convert(build("torch"), partial(EigenTopKAttention, rank=2, keep=3))
+    model = convert(build("torch"), partial(EigenTopKAttention, rank=2, keep=3), calibration=None)
     assert describe(model)[0].options == {"rank": 2, "keep": 3}
 
 
@@ -197,6 +209,10 @@ def test_partial_of_a_mechanism_is_accepted():
         ({"attention": {"keep": 3}}, "with the key 'name'"),
         ({"attention": "topk", "calibration": [torch.zeros(1, 2, DIM)]}, "has no basis to fit"),
         ({"attention": "eigen_topk", "calibration": []}, "no batches"),
+        ({"attention": "eigen_topk", "calibration": ["a text"]}, "of the model's inputs .* got 'a text'"),
+        ({"attention": "eigen_topk"}, "attention=eigen_topk is of no use .* give calibration="),
+        ({"attention": "low_rank_topk"}, "attention=low_rank_topk starts from .* calibration=None"),
+        ({"attention": "linformer", "max_length": LENGTH}, "attention=linformer starts from .* calibration=None"),
     ],
 )
 def test_bad_input_changes_nothing(arguments, message):
@@ -226,7 +242,8 @@ def test_models_that_cannot_be_converted_are_refused(model, message):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("attention", ["exact", "topk", "eigen_topk", "eigen_row"])
 def test_saved_model_loads_with_equal_outputs(kind, attention, tmp_path):
-    model, x = convert(build(kind), attention, max_length=None if attention != "eigen_row" else 16), make_inputs()
+    length = None if attention != "eigen_row" else 16
+    model, x = convert(build(kind), attention, max_length=length, calibration=None), make_inputs()
     model.train()(x).square().mean().backward()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -240,7 +257,7 @@ def test_saved_model_loads_with_equal_outputs(kind, attention, tmp_path):
 
 
 def saved(tmp_path):
-    return save(convert(build("torch"), "eigen_topk", rank=2), tmp_path)
+    return save(convert(build("torch"), "eigen_topk", rank=2, calibration=None), tmp_path)
 
 
 def edit_header(folder, **changes):

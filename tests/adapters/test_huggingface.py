@@ -232,7 +232,7 @@ def test_full_budget_equals_exact(family, attention):
         model = build(family)
         expected = outputs(model, inputs)
         with refusals(family):
-            converted = convert(model, attention, max_length=length, **options)
+            converted = convert(model, attention, max_length=length, calibration=None, **options)
             with torch.no_grad():
                 got = outputs(converted, inputs)
             for name, value in expected.items():
@@ -258,7 +258,7 @@ def test_exact_generates_the_same_tokens(family, padding):
 def test_every_causal_mechanism_generates(family, attention):
     inputs = make_inputs(family, "left")
     with refusals(family):
-        model = convert(build(family), attention, layers="decoder-self", max_length=32)
+        model = convert(build(family), attention, layers="decoder-self", max_length=32, calibration=None)
         assert generate(model, inputs).shape[0] == BATCH
 
 
@@ -383,7 +383,7 @@ def test_revert_restores_bit_for_bit(family, implementation):
     model, inputs = build(family, implementation), make_inputs(family)
     expected, keys = outputs(model, inputs), list(model.state_dict())
     implementations = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
-    convert(model, "eigen_topk", rank=2)
+    convert(model, "eigen_topk", rank=2, calibration=None)
     convert(model, "topk", layers="self")
     revert(model)
     after = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
@@ -442,7 +442,7 @@ def test_calibration_makes_the_estimate_better():
 
 @pytest.mark.parametrize("family", ["bert", "t5", "llama", "clip"])
 def test_gradients_reach_the_mechanism_and_training_runs(family):
-    model = convert(build(family), "eigen_topk", layers="self", rank=2, keep=2).train()
+    model = convert(build(family), "eigen_topk", layers="self", rank=2, keep=2, calibration=None).train()
     loss(model, make_inputs(family, "right")).backward()
     mechanisms = {name: p for name, p in model.named_parameters() if ".approx_attn." in name}
     assert mechanisms
@@ -465,7 +465,7 @@ for folder in sys.argv[1:]:
 def test_trained_models_load_in_a_fresh_process(tmp_path):
     inputs, trained = make_inputs("bert", "right"), {}
     for attention in ("eigen_topk", "eigen_row", "topk", "exact"):
-        model, folder = convert(build("bert"), attention), tmp_path / attention
+        model, folder = convert(build("bert"), attention, calibration=None), tmp_path / attention
         optimizer = torch.optim.SGD(model.train().parameters(), lr=0.05)
         loss(model, inputs).backward()
         optimizer.step()
@@ -480,15 +480,31 @@ def test_trained_models_load_in_a_fresh_process(tmp_path):
         assert torch.equal(torch.load(folder / "logits.pt")[keep], expected[keep]), folder.name
 
 
-def test_saved_folder_opens_as_the_original_model(tmp_path):
+def test_saved_folder_opens_as_the_original_model_where_that_is_asked_for(tmp_path):
     model, inputs = build("llama"), make_inputs("llama")
     expected = model(**inputs).logits
-    save_converted(convert(model, "eigen_topk", layers="model.layers.0.*"), tmp_path)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    save_converted(convert(model, "eigen_topk", layers="model.layers.0.*", calibration=None), tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     torch.testing.assert_close(plain(**inputs).logits, expected)
     loaded = load_converted(tmp_path)
     assert [row.attention for row in describe(loaded)] == ["eigen_topk", "exact"]
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("layers", [None, "text_model.*"])
+def test_save_pretrained_keeps_the_conversion_and_is_not_opened_as_exact_in_silence(layers, tmp_path):
+    model, inputs = build("clip"), make_inputs("clip")
+    expected = outputs(convert(model, "topk", keep=2, layers=layers), inputs)
+    for part, folder in ((model, tmp_path / "model"), (model.text_model, tmp_path / "part")):
+        part.save_pretrained(folder, max_shard_size="10KB")
+        with pytest.raises(ValueError, match=r"open its folder with approx_attn\.load_converted"):
+            type(part).from_pretrained(folder)
+        assert {row.attention for row in describe(load_converted(folder))} >= {"topk"}
+    got = outputs(load_converted(tmp_path / "model"), inputs)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    revert(copy.deepcopy(model)).save_pretrained(tmp_path / "reverted")
+    reverted = outputs(transformers.CLIPModel.from_pretrained(tmp_path / "reverted"), inputs)
+    assert all(torch.equal(value, reverted[name]) for name, value in outputs(build("clip"), inputs).items())
 
 
 @pytest.mark.parametrize("name", ["os", "AutoModel", "NoSuchModel"])
@@ -509,7 +525,7 @@ def test_description_follows_a_switch_by_hand():
 
 
 def test_copies_share_nothing():
-    model, inputs = convert(build("bert"), "eigen_topk", rank=2, keep=2), make_inputs("bert")
+    model, inputs = convert(build("bert"), "eigen_topk", rank=2, keep=2, calibration=None), make_inputs("bert")
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits)
     revert(other)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -423,3 +424,13 @@ def test_torch_compile(attention):
 def test_bad_attention_is_refused(attention, message):
     with pytest.raises(ValueError, match=message):
         MultiheadAttention(EMBED_DIM, NUM_HEADS, attention=attention)
+
+
+def test_large_weights_that_nobody_may_have_wanted_are_said():
+    layer = MultiheadAttention(16, 4, batch_first=True, device="meta")  # shapes, and no memory
+    for length, need_weights, warned in ((8192, True, True), (8192, False, False), (1024, True, False)):
+        x = torch.empty(1, length, 16, device="meta")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            layer(x, x, x, need_weights=need_weights)
+        assert ["call the layer with need_weights=False" in str(warning.message) for warning in said] == [True] * warned

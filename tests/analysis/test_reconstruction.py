@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from approx_attn.adapters.capture import capture_attention_inputs
+from approx_attn.analysis.figures import error_curves
 from approx_attn.analysis.reconstruction import (
     compared_mechanisms,
     reconstruction_errors,
@@ -96,3 +99,13 @@ def test_compared_mechanisms_cover_the_pair_selections() -> None:
     assert {"eigen_topk", "eigen_row", "topk", "sliding_window"} <= names
     selections = {spec["selection"] for spec in table.values() if spec["name"] == "eigen_row"}
     assert selections == {"strided", "random", "greedy"}
+
+
+def test_budgets_under_the_curves_do_not_overlap() -> None:
+    near = [(1 / (3 * n + offset), 0.2) for n in range(1, 12) for offset in (0.0, 0.2)]
+    figure = error_curves({"output": {"a": near}, "weights": {"a": near}})
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+        assert len(boxes) > 2
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

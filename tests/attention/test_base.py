@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from approx_attn.attention import AttentionMask, Cost
+from approx_attn.attention import AttentionMask, Cost, build_attention
 from approx_attn.attention.base import (
     repeat_heads,
     require_at_least,
@@ -13,6 +13,7 @@ from approx_attn.attention.base import (
     resolve_count,
 )
 from approx_attn.attention.exact import ExactAttention
+from approx_attn.notices import ConfigWarning
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, None])
@@ -20,6 +21,12 @@ def test_require_positive_names_key_and_value(value):
     with pytest.raises(ValueError, match=r"attention\.k must be a whole number of at least 1, got"):
         require_positive("attention.k", value)
     assert require_positive("attention.k", 3) == 3
+
+
+@pytest.mark.parametrize(("name", "rank"), [("eigen_topk", 1001), ("eigen_block", 1002), ("low_rank_topk", 1003)])
+def test_a_rank_beyond_the_dimensions_of_a_head_is_warned_of(name, rank):
+    with pytest.warns(ConfigWarning, match=rf"attention\.rank={rank} is more than the 16 dimensions of a head"):
+        build_attention(name, num_heads=2, head_dim=16, rank=rank)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, -3, "0.25", True, None, float("nan")])

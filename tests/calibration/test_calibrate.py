@@ -182,6 +182,16 @@ def test_unconverted_hugging_face_model_gives_a_file(tmp_path):
         assert torch.equal(mechanism.basis.query_map, saved.tensors[f"{i}.content.head.query_map"][..., :3])
 
 
+@pytest.mark.parametrize("texts", [["a text"], [["a text", "another"]]])
+def test_texts_are_no_batches(texts):
+    model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2), 1)
+    message = r"calibration must be a list of batches.* got .*tokenize texts first"
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, texts, progress=False)
+    with pytest.raises(ValueError, match=message):
+        approx_attn.convert(model, "eigen_topk", rank=2, calibration=texts)
+
+
 def test_nothing_to_calibrate_on_is_refused():
     with pytest.raises(ValueError, match="no batches"):
         calibrate(Model(), [], progress=False)

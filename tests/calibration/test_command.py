@@ -96,6 +96,12 @@ def test_bad_input_is_one_sentence_and_writes_nothing(folder, tmp_path, capsys, 
     assert not path.exists()
 
 
+def test_a_file_that_is_not_text_is_named_with_its_line(folder, tmp_path, capsys):
+    (tmp_path / "binary.txt").write_bytes(b"one line\n\x80\x81")
+    assert reconstruct_main(arguments(folder, data=tmp_path / "binary.txt")) != 0
+    assert f"data: line 2 of {tmp_path / 'binary.txt'} is not UTF-8 text" in capsys.readouterr().err
+
+
 def test_bad_budgets_and_names_of_reconstruct(folder, capsys):
     assert reconstruct_main(arguments(folder, keep="[1.5]")) != 0
     assert "keep must list shares in (0, 1]" in capsys.readouterr().err

@@ -95,13 +95,30 @@ def test_verb_prints_and_writes_the_table(
 ) -> None:
     model, texts = folders
     small = ["length=16", "sequences=4", "test_sequences=5", "batch_size=2", "progress_bar=false", "keep=[0.25]"]
-    words = [f"model={model}", f"calibration={texts}", f"data=[{texts}]", "attention=[topk,eigen_topk]", "rank=4"]
-    assert main([*words, *small, f"output={tmp_path / 'out.csv'}"]) == 0
+    one_file = texts / "test.parquet"  # which is no split by itself, and is measured whole
+    words = [f"model={model}", f"calibration={texts}", f"data=[{texts},{one_file}]", "attention=[topk,eigen_topk]"]
+    assert main([*words, "rank=4", *small, f"output={tmp_path / 'out.csv'}"]) == 0
     printed = capsys.readouterr().out
     assert "topk keep=0.25" in printed
     rows = list(csv.DictReader((tmp_path / "out.csv").open()))
-    assert {row["data"] for row in rows} == {"texts"}
+    assert {row["data"] for row in rows} == {"texts", "test.parquet"}
     assert all(0.0 < float(row["cosine"]) <= 1.0 for row in rows)
+
+
+def test_a_file_calibrates_with_one_half_and_is_measured_on_the_other(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = folders
+    file, drawn = folder / "train.parquet", []
+    monkeypatch.setattr(
+        "approx_attn.calibration.embed_command.preserve_embeddings",
+        lambda model, taken, texts, *rest, **options: drawn.extend([taken, texts["train.parquet"]]) or [],
+    )
+    small = ["length=64", "sequences=6", "test_sequences=6", f"output={folder / 'out.csv'}"]
+    assert main([f"model={model}", f"calibration={file}", f"data=[{file}]", *small]) == 0
+    first, second = ({tuple(row.tolist()) for batch in half for row in batch["input_ids"]} for half in drawn)
+    assert (len(first), len(second)) == (6, 6)
+    assert not {tuple(t for t in row if t) for row in first} & {tuple(t for t in row if t) for row in second}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +128,7 @@ def test_verb_prints_and_writes_the_table(
         (["split=dev"], "split='dev' is not a split"),
         (["text_column=body"], "text_column='body' is not a column"),
         (["test_sequences=50"], "fewer than the 50"),
-        (["model=/nowhere/at/all"], "model=/nowhere/at/all cannot be loaded"),
+        (["model=/nowhere/at/all"], "model=/nowhere/at/all does not exist"),
         (["lenght=3"], "lenght is not a key of embed; did you mean 'length'?"),
         (["length=0"], "length must be"),
     ],

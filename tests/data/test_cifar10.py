@@ -47,7 +47,10 @@ def test_lower_resolution_averages_blocks(folder):
 def test_image_columns_are_turned_grey(tmp_path, column):
     for name, images in PIXELS.items():
         features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
-        columns = {column: [Image.fromarray(image).convert("RGB") for image in images], "label": [0] * len(images)}
+        columns = {
+            column: [Image.fromarray(image).convert("RGB") for image in images],
+            "label": [i % 2 for i in range(len(images))],
+        }
         datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / f"{name}.parquet"))
     data = Cifar10Data(path=str(tmp_path), resolution=8)
     assert np.array_equal(tokens_of(data.test_dataloader()) - 1, PIXELS["test"].reshape(5, 64))
@@ -74,12 +77,16 @@ def test_wrong_keys_are_named(folder, options, message):
 
 
 def test_no_known_column(tmp_path):
-    datasets.Dataset.from_dict({"bitmap": [b"x"] * 9, "label": [0] * 9}).to_parquet(str(tmp_path / "train.parquet"))
+    datasets.Dataset.from_dict({"bitmap": [b"x"] * 9, "label": [0, 1, 0] * 3}).to_parquet(
+        str(tmp_path / "train.parquet")
+    )
     with pytest.raises(ValueError, match=r"data\.pixel_column .*bitmap, label"):
-        Cifar10Data(path=str(tmp_path), test_split="train").setup()
+        Cifar10Data(path=str(tmp_path), test_split=None).setup()
 
 
 def test_images_that_are_not_square(tmp_path):
-    datasets.Dataset.from_dict({"pixels": [b"abc"] * 9, "label": [0] * 9}).to_parquet(str(tmp_path / "train.parquet"))
+    datasets.Dataset.from_dict({"pixels": [b"abc"] * 9, "label": [0, 1, 0] * 3}).to_parquet(
+        str(tmp_path / "train.parquet")
+    )
     with pytest.raises(ValueError, match=r"data\.pixel_column='pixels'.* 3 bytes"):
-        Cifar10Data(path=str(tmp_path), test_split="train").setup()
+        Cifar10Data(path=str(tmp_path), test_split=None).setup()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from approx_attn.data.text_classification import TextClassificationData
+from approx_attn.notices import ConfigWarning
 
 TRAIN = {
     "text": [f"review number {i} " + "good bad "[i % 2 * 5 :] for i in range(50)],
@@ -87,9 +88,20 @@ def test_other_kinds_of_folders(tmp_path, kind):
 def test_labels_may_be_text(tmp_path):
     named = {"text": TRAIN["text"], "label": [["neg", "pos"][label] for label in TRAIN["label"]]}
     datasets.Dataset.from_dict(named).to_parquet(str(tmp_path / "train.parquet"))
-    data = TextClassificationData(path=str(tmp_path), test_split="train", max_length=100)
-    assert data.spec.num_classes == 2
-    assert texts(data.test_dataloader()) == list(zip(*TRAIN.values(), strict=True))
+    data = TextClassificationData(path=str(tmp_path), test_split=None, test_share=0.4, max_length=100)
+    assert data.spec.class_names == ("neg", "pos")
+    both = {**dict(texts(data.train_dataloader())), **dict(texts(data.test_dataloader()))}
+    assert both.items() <= dict(zip(*TRAIN.values(), strict=True)).items()
+
+
+def test_a_single_file_is_split_in_three(tmp_path):
+    datasets.Dataset.from_dict(TRAIN).to_csv(str(tmp_path / "one.csv"))
+    data = TextClassificationData(path=str(tmp_path / "one.csv"), val_share=0.1, test_share=0.2, batch_size=1)
+    assert data.spec.num_items == (35, 5, 10)
+    parts = [texts(loader) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
+    assert sorted(row for part in parts for row in part) == sorted(zip(*TRAIN.values(), strict=True))
+    again = TextClassificationData(path=str(tmp_path / "one.csv"), val_share=0.1, test_share=0.2, seed=9)
+    assert texts(again.test_dataloader()) == parts[2]
 
 
 def test_tokenizer(folder, tmp_path):
@@ -122,6 +134,9 @@ def test_tokenizer(folder, tmp_path):
         ({"train_split": "training"}, r"data\.train_split='training'.* train, test"),
         ({"val_split": "validation"}, r"data\.val_split='validation'.* train, test"),
         ({"test_split": "tests"}, r"data\.test_split='tests'.* train, test"),
+        ({"test_split": "train"}, r"data\.test_split must be another split than data\.train_split='train'"),
+        ({"val_split": "train"}, r"data\.val_split must be another split"),
+        ({"test_share": 0.95}, r"data\.val_share \+ data\.test_share must be less than 1"),
         ({"train_size": 46}, r"data\.train_size must be at most the 45"),
         ({"val_share": 0}, r"data\.val_share"),
         ({"max_length": 0}, r"data\.max_length"),
@@ -138,6 +153,52 @@ def test_wrong_keys_are_named(folder, options, message):
 def test_folder_without_data(tmp_path):
     (tmp_path / "notes.docx").write_text("x")
     with pytest.raises(ValueError, match=r"data\.path.*found: notes\.docx"):
+        TextClassificationData(path=str(tmp_path)).setup()
+
+
+WORDS = [f"text {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (WORDS, [-3, *[0, 1] * 9, 0], r"whole numbers from 0 or as text, it has -3"),
+        (WORDS, [float("nan"), *[0.0, 1.0] * 9, 0.0], r"one class per row, it has none in 1 of"),
+        (WORDS, [None, *["a", "b"] * 9, "a"], r"one class per row, it has none in 1 of"),
+        (WORDS, [[0, 1]] * 20, r"one class per row, it holds list"),
+        (WORDS, [1] * 20, r"two or more classes, the training split has only 1"),
+        (WORDS, [f"id {i}" for i in range(20)], r"all 20 rows of the training split differ"),
+        (list(range(20)), [0, 1] * 10, r"data\.text_column='text'.* must hold text, it holds int64"),
+        ([None] * 20, [0, 1] * 10, r"must hold text, all \d+ rows of the train split are empty"),
+        (["", " "] * 10, [0, 1] * 10, r"must hold text, all \d+ rows of the train split are empty"),
+    ],
+)
+def test_data_that_cannot_be_meant_is_refused(tmp_path, texts, labels, message):
+    datasets.Dataset.from_dict({"text": texts, "label": labels}).to_parquet(str(tmp_path / "all.parquet"))
+    with pytest.raises(ValueError, match=message) as caught:
+        TextClassificationData(path=str(tmp_path / "all.parquet")).setup()
+    assert "data.path=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ({"text": [*WORDS, None, ""], "label": [0, 1] * 11}, TEST, r"is empty in \d of \d+ rows of the train split"),
+        (TRAIN, {key: values[:9] for key, values in TRAIN.items()}, r"\d of 9 texts of the test split are in the tr"),
+        ({"text": WORDS, "label": [*range(19), 0]}, TEST, r"19 classes in 20 rows"),
+        ({"text": WORDS, "label": [0, 1000] * 10}, {"text": ["x"], "label": [0]}, r"goes up to 1000 with 2 classes"),
+    ],
+)
+def test_data_that_is_hardly_meant_is_warned_of(tmp_path, train, test, message):
+    for name, split in {"train": train, "test": test}.items():
+        datasets.Dataset.from_dict(split).to_parquet(str(tmp_path / f"{name}.parquet"))
+    with pytest.warns(ConfigWarning, match=message):
+        TextClassificationData(path=str(tmp_path)).setup()
+
+
+def test_a_file_that_is_not_text_is_named_with_its_line(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"text,label\ngood,1\n\xff\xfe,0\n")
+    with pytest.raises(ValueError, match=r"data\.path: line 3 of .*train\.csv is not UTF-8 text"):
         TextClassificationData(path=str(tmp_path)).setup()
 
 

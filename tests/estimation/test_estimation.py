@@ -16,7 +16,7 @@ from approx_attn.data.base import SequenceDataModule
 from approx_attn.estimation import Estimate, estimate
 from approx_attn.estimation.command import split_words
 from approx_attn.estimation.duration import operations, planned
-from approx_attn.estimation.figures import verdict
+from approx_attn.estimation.figures import show, verdict
 from approx_attn.estimation.memory import extrapolated
 from approx_attn.instantiation import ConfigError, build
 from approx_attn.measurement import peak_memory
@@ -102,6 +102,11 @@ def test_the_verb_prints_how_every_figure_came_about(capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     for word in ("peak memory", "optimizer state", "extrapolated", "one training step", "measured", "fits into 1 GiB"):
         assert word in text
+
+
+def test_times_read_in_units_that_fit() -> None:
+    shown = [show(seconds, "s") for seconds in (0.00421, 2.0, 300.0, 7200.0)]
+    assert shown == ["4.21 ms", "2.0 s", "5.0 min", "2.0 h"]
 
 
 @pytest.mark.parametrize(

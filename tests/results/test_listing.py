@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import yaml
 
 from approx_attn import cli
 from approx_attn.results import listing
-from approx_attn.results.record import run_lock
+from approx_attn.results.record import mark_run, run_lock
 
 
 def add_run(root: Path, attention: str, seed: int, status: str | None = "finished", **options: object) -> Path:
     folder = root / "digits" / attention / f"{len(list(root.rglob('config.yaml'))):010d}-seed{seed}"
     folder.mkdir(parents=True)
+    mark_run(folder)
     config = {
         "name": "digits",
         "seed": seed,
@@ -77,6 +79,29 @@ def test_words_choose(root: Path, words: list[str], expected: list[str]) -> None
     assert listed(root, *words) == expected
 
 
+def test_what_sets_rows_apart_is_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["runs", f"folder={root}"])
+    assert "differs in" not in capsys.readouterr().out, "seeds and options have columns of their own"
+    other = add_run(root, "topk", 2, keep=0.5)
+    result = json.loads((other / "result.json").read_text())
+    result["config"]["optimizer"]["lr"] = 0.5
+    (other / "result.json").write_text(json.dumps(result))
+    own, filters = listing.split_words([f"folder={root}"])
+    apart = listing.distinctions(listing.chosen_runs(own, filters))
+    assert apart == ["", "", "optimizer.lr=0.004", "optimizer.lr=0.004", "optimizer.lr=0.5"]
+    cli.main(["runs", f"folder={root}"])
+    assert "differs in" in capsys.readouterr().out
+
+
+def test_nothing_found_is_said_and_is_no_success(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs", f"folder={root}", "attention=exact", "seed=7"]) == 1
+    assert f"error: no run in {root} has attention=exact and seed=7." in capsys.readouterr().err
+
+
+def prune(root: Path, *words: str) -> int:
+    return cli.main(["runs", f"folder={root}", "prune=true", "confirm=true", *words])
+
+
 def test_prune_deletes_what_was_listed_and_nothing_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outside = root.parent / f"{root.name}-other"
     kept = add_run(outside, "topk", 9, "failed")
@@ -84,18 +109,69 @@ def test_prune_deletes_what_was_listed_and_nothing_else(root: Path, capsys: pyte
     assert cli.main(["runs", f"folder={root}", "status=failed"]) == 0
     assert "prune=true deletes these" in capsys.readouterr().out
     assert len(listed(root)) == 4, "listing deletes nothing"
-    assert cli.main(["runs", f"folder={root}", "status=[failed,unfinished]", "prune=true"]) == 0
+    assert prune(root, "status=[failed,unfinished]") == 0
     assert "2 of 2 runs deleted" in capsys.readouterr().out
     assert listed(root) == ["topk 1 finished", "topk 2 finished"]
+    assert sorted(path.name for path in (root / "digits").iterdir()) == ["exact", "topk"]  # exact: of the link
     assert kept.is_dir()
+
+
+def test_prune_is_confirmed_by_a_word_or_at_the_terminal(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["runs", f"folder={root}", "status=failed", "prune=true"]
+    assert cli.main(words) == 2
+    shown, error = capsys.readouterr()
+    assert "seed1: failed, 0." in shown
+    assert "confirm=true deletes 1 runs, 0." in error
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert cli.main(words) == 0
+    assert "exact 1 failed" in listed(root)
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert cli.main(words) == 0
+    assert "exact 1 failed" not in listed(root)
+
+
+def test_prune_leaves_what_no_run_made(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (old,) = (run.folder for run in listing.find_runs(root) if run.status == "unfinished")
+    (old / ".approx-attn-run").unlink()  # as runs of earlier versions are
+    (failed,) = (run.folder for run in listing.find_runs(root) if run.status == "failed")
+    for name in ("checkpoints/best.ckpt", "checkpoints/mine.ckpt", "notes.txt", ".git/x.part"):
+        (failed / name).parent.mkdir(exist_ok=True)
+        (failed / name).write_text("x")
+    settings = json.loads((failed / "result.json").read_text())
+    settings["config"]["callbacks"] = {"best": {"_target_": "x.ModelCheckpoint", "filename": "best"}}
+    (failed / "result.json").write_text(json.dumps(settings))
+    project = root / "project"  # of somebody else
+    (project / "src").mkdir(parents=True)
+    (project / "config.yaml").write_text("lr: 1")
+    assert "exact 2 unfinished" in listed(root)
+    assert prune(root, "older_than=0", "attention=exact") == 0
+    assert "notes.txt was not written by a run" in capsys.readouterr().out
+    assert (old / "config.yaml").is_file()
+    assert sorted(str(p.relative_to(failed)) for p in failed.rglob("*") if p.is_file()) == [
+        ".git/x.part",
+        "checkpoints/mine.ckpt",
+        "notes.txt",
+    ]
+    assert (project / "src").is_dir()
+
+
+def test_prune_never_deletes_the_folder_that_is_searched(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (failed,) = (run.folder for run in listing.find_runs(root) if run.status == "failed")
+    assert prune(failed, "status=failed") == 0
+    assert "is the folder that is searched: it stays" in capsys.readouterr().out
+    assert (failed / "result.json").is_file()
 
 
 def test_a_run_that_is_running_is_never_deleted(root: Path) -> None:
     (folder,) = (run.folder for run in listing.find_runs(root) if run.status == "unfinished")
     with run_lock(folder):
         assert "exact 2 running" in listed(root)
-        cli.main(["runs", f"folder={root}", "status=[running,unfinished]", "prune=true"])
-        cli.main(["runs", f"folder={root}", "older_than=0", "attention=exact", "prune=true"])
+        prune(root, "status=[running,unfinished]")
+        prune(root, "older_than=0", "attention=exact")
         assert listed(root, "attention=exact") == ["exact 2 running"]
 
 
@@ -123,6 +199,8 @@ def test_damaged_runs_are_listed_too(root: Path) -> None:
         (["older_than=-1"], "older_than must be a number of days"),
         (["sort=size"], "sort='size' is unknown"),
         (["optimizer.lrr=1"], "optimizer.lrr is not a key of any run here; did you mean 'optimizer.lr'?"),
+        (["attention=tpok"], "attention=tpok is unknown; did you mean 'topk'?"),
+        (["data=[digits,digitz]"], "data=digitz is unknown; did you mean 'digits'?"),
         (["failed"], "write key=value"),
         (["folder=nowhere"], "is not a folder"),
     ],

@@ -31,6 +31,12 @@ def test_the_hash_follows_what_decides_the_outcome():
     assert config_hash({**CONFIG, "data": {"batch_size": 4}}) != config_hash(served)
 
 
+def test_options_that_are_younger_than_records_leave_the_hash_alone_where_they_do_nothing():
+    assert config_hash({**CONFIG, "data": {"test_share": None}}) == config_hash({**CONFIG, "data": {}})
+    assert config_hash({**CONFIG, "metrics": ["f1"]}) == config_hash(CONFIG), "they only look at a run"
+    assert config_hash({**CONFIG, "data": {"test_share": 0.2}}) != config_hash({**CONFIG, "data": {}})
+
+
 def test_folders_differ_by_seed_and_configuration(tmp_path):
     def folder(config):
         return run_folder(tmp_path, config, data="digits", attention="exact")

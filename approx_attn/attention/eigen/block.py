@@ -67,7 +67,7 @@ class EigenBlockAttention(HasContentBasis):
         seed: of the random start; None follows the seed of the run.
     """
 
-    capabilities = Capabilities(arbitrary_mask=False, has_parameters=True, grouped_query=True)
+    capabilities = Capabilities(arbitrary_mask=False, needs_calibration=True, has_parameters=True, grouped_query=True)
     cost_formula = "n·t·d + n·(n/b)·(d + d_v·(r + 1)) + n²·d·probes/b"
 
     def __init__(

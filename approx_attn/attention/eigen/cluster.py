@@ -61,7 +61,9 @@ class EigenClusterAttention(HasContentBasis):
         seed: of the random start; None follows the seed of the run.
     """
 
-    capabilities = Capabilities(arbitrary_mask=False, window=True, has_parameters=True, grouped_query=True)
+    capabilities = Capabilities(
+        arbitrary_mask=False, needs_calibration=True, window=True, has_parameters=True, grouped_query=True
+    )
     cost_formula = "n·t·d + (n²/L)·(d + r²/2 + d_v)"
 
     def __init__(

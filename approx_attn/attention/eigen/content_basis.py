@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, require_choice, require_positive
+from approx_attn.attention.base import AttentionMechanism, clamped_rank, require_choice, require_positive
 
 SHARES = ("head", "layer", "model")
 INITS = ("random", "calibrated")
@@ -140,7 +140,7 @@ class ContentBasis(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
-        self.rank = min(require_positive("attention.rank", rank), head_dim)
+        self.rank = clamped_rank(rank, head_dim)
         self.share = require_choice("attention.share", share, SHARES)
         self.is_ready = require_choice("attention.basis_init", init, INITS) == "random"
         maps = num_heads if share == "head" else 1

@@ -61,7 +61,7 @@ class EigenLinearAttention(AttentionMechanism):
         seed: of random keys.
     """
 
-    capabilities = Capabilities(causal=False, arbitrary_mask=False, has_parameters=True)
+    capabilities = Capabilities(causal=False, arbitrary_mask=False, needs_calibration=True, has_parameters=True)
     cost_formula = "n·m·d"
 
     def __init__(

@@ -73,7 +73,7 @@ class EigenMatrixAttention(AttentionMechanism):
     """
 
     # An arbitrary mask may be a causal one in disguise, and evidence from later rows would leak through it.
-    capabilities = Capabilities(arbitrary_mask=False, has_parameters=True)
+    capabilities = Capabilities(arbitrary_mask=False, needs_calibration=True, has_parameters=True)
     cost_formula = "n·m·d + n²·r (rows_and_columns); n²·(d + r) (random, greedy)"
 
     def __init__(

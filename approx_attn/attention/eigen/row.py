@@ -87,7 +87,7 @@ class EigenRowAttention(AttentionMechanism):
         ValueError: no `max_length`, an impossible option, or `rank` above the number of observed keys.
     """
 
-    capabilities = Capabilities(has_parameters=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
     cost_formula = "n²·d + n·r·d (common columns); n·m·(d + r²) + n²·r (causal, window, relative)"
 
     def __init__(

@@ -94,7 +94,7 @@ class EigenTopKAttention(EstimatedScores):
         seed: of the random start; None follows the seed of the run.
     """
 
-    capabilities = Capabilities(has_parameters=True, grouped_query=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, grouped_query=True, window=True)
     cost_formula = "n²·(r + d), with scoring=gather n²·r + n·t·d"
 
     def __init__(

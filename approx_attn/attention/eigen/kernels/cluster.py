@@ -71,14 +71,15 @@ def cluster_attention(
     """
     plan = make_plan(layout, keep, key_open, query.device)
     maps = query_map, key_map
-    if query.device.type == "cpu" and query.dtype == torch.float32 and dropout_p == 0.0 and native.load() is not None:
+    if query.device.type == "cpu" and query.dtype == torch.float32 and native.load() is not None:
         missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
         if missing:
             query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
             maps = tuple(F.pad(x, (0, 0, 0, missing)) for x in maps)
         values = F.pad(value, (0, missing_value)) if missing_value else value
         tensors = (x.contiguous() for x in (query, key, values, *maps))
-        output = _forward_op(*tensors, key_open, plan, *layout[2:], most_own(layout, keep))[0]
+        seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
+        output = _forward_op(*tensors, key_open, plan, *layout[2:], dropout_p, seed, most_own(layout, keep))[0]
         return output[..., : value.shape[-1]]
     fixed = near_runs(layout, keep, key_open is not None), most_own(layout, keep)
     return cluster_torch.attend(query, key, value, *maps, key_open, plan, *fixed, layout, dropout_p)[0]
@@ -210,22 +211,23 @@ def _forward_op(
     run: int,
     cluster: int,
     order: int,
+    dropout_p: float,
+    seed: int,
     most: int,
 ) -> list[Tensor]:
     """Output, and what the backward pass needs: log-sum-exp, own clusters, members and moments of clusters."""
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
-    return kernel.cluster_forward(
-        query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, most
-    )
+    settings = (causal, offset, window, run, cluster, order, dropout_p, seed)
+    return kernel.cluster_forward(query, key, value, query_map, key_map, key_open, plan, *settings, most)
 
 
 @_forward_op.register_fake
 def _forward_shapes(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: object
 ) -> list[Tensor]:
-    run, cluster, order, most = rest[-4:]
+    run, cluster, order, _, _, most = rest[-6:]
     b, h, n_q, d = query.shape
     v, r = value.shape[-1], query_map.shape[-1]
     clusters = -(-key.shape[2] // run) * (run // cluster)  # type: ignore[operator]
@@ -259,13 +261,16 @@ def _backward_op(
     run: int,
     cluster: int,
     order: int,
+    dropout_p: float,
+    seed: int,
 ) -> list[Tensor]:
     """Gradients of query, key, value, query_map and key_map."""
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
+    settings = (causal, offset, window, run, cluster, order, dropout_p, seed)
     query_grad, key_grad, value_grad, map_grads = kernel.cluster_backward(
-        grad, query, key, value, query_map, key_map, key_open, plan, *results, causal, offset, window, run, cluster, order
+        grad, query, key, value, query_map, key_map, key_open, plan, *results, *settings
     )
     parts = key_grad.shape[2] > 1
     key_grad, value_grad = ((x.sum(2) if parts else x.squeeze(2)) for x in (key_grad, value_grad))
@@ -278,9 +283,9 @@ def _backward_shapes(grad: Tensor, *tensors: object) -> list[Tensor]:
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
-    *tensors, causal, offset, window, run, cluster, order, _ = inputs
+    *tensors, causal, offset, window, run, cluster, order, dropout_p, seed, _ = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.layout = (causal, offset, window, run, cluster, order)  # type: ignore[attr-defined]
+    ctx.settings = (causal, offset, window, run, cluster, order, dropout_p, seed)  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)
 
 
@@ -288,9 +293,9 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor 
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     grad = grads[0]
     if grad is None:
-        return (None,) * 14
-    found = _backward_op(grad.contiguous(), *saved[:7], list(saved[7:]), *ctx.layout)  # type: ignore[attr-defined]
-    return (*found, *(None for _ in range(9)))
+        return (None,) * 16
+    found = _backward_op(grad.contiguous(), *saved[:7], list(saved[7:]), *ctx.settings)  # type: ignore[attr-defined]
+    return (*found, *(None for _ in range(11)))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)

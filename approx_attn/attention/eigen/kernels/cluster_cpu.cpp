@@ -268,6 +268,54 @@ void product_at(
   gemm('T', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
 }
 
+// -- dropout --------------------------------------------------------------------------------------------------------------
+
+// Which weights are dropped is a function of the seed, the query and the key or cluster, so that the backward pass finds
+// the same ones. Ids: keys first, then clusters.
+struct Dropout {
+  float p;
+  uint64_t seed;
+
+  // Drops among the weights of a query, id(j) each, and scales the rest.
+  template <typename Id>
+  void drop(float* weights, int64_t n, int64_t row, const Id& id) const {
+    if (p == 0.0f) return;
+    const uint32_t salt = salted(row);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) weights[j] *= factor(salt, id(j));
+  }
+
+  // Through softmax and dropout: `flow` holds the gradients of the dropped weights and gets those of the scores.
+  template <typename Id>
+  void back(float* weights, float* flow, int64_t n, float delta, int64_t row, const Id& id) const {
+    const uint32_t salt = salted(row);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const float scale = p == 0.0f ? 1.0f : factor(salt, id(j));
+      flow[j] = weights[j] * (scale * flow[j] - delta);
+      weights[j] *= scale;
+    }
+  }
+
+ private:
+  // The finaliser of splitmix64 (Steele, Lea and Flood 2014).
+  uint32_t salted(int64_t row) const {
+    uint64_t x = seed + 0x9E3779B97F4A7C15u * static_cast<uint64_t>(row + 1);
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return static_cast<uint32_t>(x >> 32);
+  }
+
+  // A finaliser of 32 bits (Wellons, hash-prospector), which a processor has vectors for.
+  float factor(uint32_t salt, uint32_t id) const {
+    uint32_t x = id * 0x9E3779B1u ^ salt;
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    x ^= x >> 16;
+    return static_cast<float>(x >> 8) < p * 16777216.0f ? 0.0f : 1.0f / (1.0f - p);
+  }
+};
+
 // -- the problem ---------------------------------------------------------------------------------------------------------
 
 const float* floats(const Tensor& x) {
@@ -283,6 +331,7 @@ struct Problem {
   int64_t b, h, h_kv, n_q, n, d, v, r, Q, plan_samples;
   int64_t R, L, order, offset, window;
   bool causal;
+  Dropout dropout;
 
   int64_t runs() const { return (n + R - 1) / R; }
   int64_t per_run() const { return R / L; }
@@ -300,8 +349,9 @@ struct Problem {
 Problem unpack(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
     const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
-    int64_t cluster, int64_t order) {
+    int64_t cluster, int64_t order, double dropout_p, int64_t seed) {
   Problem p;
+  p.dropout = {static_cast<float>(dropout_p), static_cast<uint64_t>(seed)};
   p.query = floats(query), p.key = floats(key), p.value = floats(value);
   TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == at::kLong, "cluster attention takes a contiguous plan");
   p.plan = plan.const_data_ptr<int64_t>();
@@ -516,6 +566,7 @@ struct Block {
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
   float *far_weights, *bonus, *near_weights;  // (count, width) twice, (count, near)
 
+  int64_t row() const { return head * p->n_q + first; }  // of the first query among all
   int64_t near_size() const { return near[0].size() + near[1].size(); }
   const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
 
@@ -582,6 +633,20 @@ struct Block {
     }
   }
 
+  uint32_t cluster_id(int64_t cluster) const { return p->n + cluster; }
+
+  // What dropout leaves of the weights of a query.
+  void drop(int64_t i, const Clusters& clusters) const {
+    const int64_t row = this->row() + i;
+    p->dropout.drop(far_weights + i * width, width, row, [&](int64_t c) { return cluster_id(base + c); });
+    int64_t column = i * near_size();
+    for (const Range& range : near) {
+      const int32_t* keys = clusters.members + head * p->C() * p->L + range.first;
+      p->dropout.drop(near_weights + column, range.size(), row, [&](int64_t j) { return keys[j]; });
+      column += range.size();
+    }
+  }
+
   void leave_out(int64_t i, const int32_t* chosen) const {
     for (int64_t m = 0; m < own; ++m) far_weights[i * width + chosen[m] - base] = kLowest;
   }
@@ -629,6 +694,13 @@ struct Own {
       }
       body(owned[c], starts[owned[c]], starts[owned[c] + 1]);
     }
+  }
+
+  // Calls body(place in the row of weights, members) for every own cluster of one query.
+  template <typename Body>
+  void for_each_of(const int32_t* chosen, int64_t most, const Clusters& clusters, const Body& body) const {
+    for (int64_t m = 0; m < most && chosen[m] >= 0; ++m)
+      body(m * p->L, clusters.members + (head * p->C() + chosen[m]) * p->L);
   }
 
   // Products of rows of queries (n numbers each) with the rows of their own clusters, to the places of the pairs in `to`.
@@ -798,7 +870,7 @@ struct Forward {
       int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
       if (block.own) choose(i, own), block.leave_out(i, own);
-      lse[i] = softmax(i);
+      lse[i] = softmax(i, clusters);
     }
     int64_t column = 0;
     for (const Range& range : block.near) {
@@ -836,6 +908,9 @@ struct Forward {
       }
       const float others = exp_nonpositive(lse[i] - highest), sum = others + exponentials(x, own.stride, highest);
       for (int64_t j = 0; j < own.stride; ++j) x[j] /= sum;
+      own.for_each_of(chosen + i * most, most, clusters, [&](int64_t at, const int32_t* keys) {
+        p.dropout.drop(x + at, p.L, row + i, [&](int64_t l) { return keys[l]; });
+      });
       for (int64_t t = 0; t < p.v; ++t) output[i * p.v + t] *= others / sum;
       lse[i] = highest + std::log(sum);
     }
@@ -857,7 +932,7 @@ struct Forward {
   }
 
   // Turns scores into weights; returns the logarithm of the sum of their exponentials, kLowest without any.
-  float softmax(int64_t i) {
+  float softmax(int64_t i, const Clusters& clusters) {
     const int64_t size = block.width;
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
     const float most = std::max(maximum(far, size), maximum(near, block.near_size()));
@@ -869,6 +944,7 @@ struct Forward {
     const float share = 1.0f / sum;
     for (int64_t c = 0; c < size; ++c) far[c] *= share;
     for (int64_t j = 0; j < block.near_size(); ++j) near[j] *= share;
+    block.drop(i, clusters);
     return most + std::log(sum);
   }
 };
@@ -879,9 +955,9 @@ Tensor numbers(std::initializer_list<int64_t> shape, const Tensor& like) { retur
 std::vector<Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
     const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
-    int64_t cluster, int64_t order, int64_t most) {
+    int64_t cluster, int64_t order, double dropout_p, int64_t seed, int64_t most) {
   const Problem p =
-      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order);
+      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, dropout_p, seed);
   const int64_t heads = p.b * p.h, C = p.C();
   const auto places = query.options().dtype(at::kInt);
   Tensor output = numbers({p.b, p.h, p.n_q, p.v}, query), lse = numbers({p.b, p.h, p.n_q}, query);
@@ -988,7 +1064,10 @@ struct Backward {
     std::fill(ds, ds + count * own.stride, 0.0f);
     own.products(grad, clusters.value, p.v, ds);
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = i * own.stride; j < (i + 1) * own.stride; ++j) ds[j] = own.weights[j] * (ds[j] - delta[i]);
+      own.for_each_of(chosen + i * most, most, clusters, [&](int64_t place, const int32_t* keys) {
+        const int64_t at = i * own.stride + place;
+        p.dropout.back(own.weights + at, ds + at, p.L, delta[i], row + i, [&](int64_t l) { return keys[l]; });
+      });
     own.add_transposed(own.weights, grad, p.v, value.data());
     own.add_transposed(ds, queries, p.d, key.data());
     own.add_products(ds, clusters.key, p.d, to.query + row * p.d);
@@ -1001,11 +1080,13 @@ struct Backward {
     for (const Range& range : block.near) {
       const int64_t size = range.size(), slot = block.head * p.C() * p.L + range.first;
       if (!size) continue;
-      const float* weights = block.near_weights + column;
+      float* weights = block.near_weights + column;
       product_bt(count, size, v, grad, v, clusters.value + slot * v, v, 0.0f, ds, size);
-      product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < size; ++j) ds[i * size + j] = weights[i * total + j] * (ds[i * size + j] - delta[i]);
+        p.dropout.back(weights + i * total, ds + i * size, size, delta[i], block.row() + i, [&](int64_t j) {
+          return clusters.members[slot + j];
+        });
+      product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
       product(count, d, size, ds, size, clusters.key + slot * d, d, true, query_grads, d);
       product_at(size, d, count, ds, size, block.queries(), d, 1.0f, key.data() + range.first * d, d);
       column += size;
@@ -1019,7 +1100,8 @@ struct Backward {
     const int64_t at = block.head * p.C() + block.far.first, first = block.far.first;
     const float* moment = clusters.moments + at * o * v;
     const int64_t width = block.width, skipped = first - block.base;
-    const float *weights = block.far_weights + skipped, *bonus = block.bonus + skipped;
+    float* weights = block.far_weights + skipped;
+    const float* bonus = block.bonus + skipped;
     float* ds = resized(far_flow, count * size);
     float* da = resized(coordinate_grads, count * r);
     std::fill(da, da + count * r, 0.0f);
@@ -1031,18 +1113,18 @@ struct Backward {
           for (int64_t t = 0; t < v; ++t)
             x[(i * o + y) * v + t] = (y ? block.coordinates[i * p.s() + y - 1] : 1.0f) * grad[i * v + t];
       pulled = x;
+    }
+    product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
+    for (int64_t i = 0; i < count; ++i)
+      p.dropout.back(weights + i * width, ds + i * size, size, delta[i], block.row() + i, [&](int64_t c) {
+        return block.cluster_id(first + c);
+      });
+    product_at(size, o * v, count, weights, width, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
+    if (o > 1) {
       float* tilts = resized(sums, count * o * v);
       product(count, o * v, size, weights, width, moment, o * v, false, tilts, o * v);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t y = 1; y < o; ++y) da[i * r + y - 1] = dot(grad + i * v, tilts + (i * o + y) * v, v);
-    }
-    product_at(size, o * v, count, weights, width, pulled, o * v, 1.0f, moments.data() + first * o * v, o * v);
-    product_bt(count, size, o * v, pulled, o * v, moment, o * v, 0.0f, ds, size);
-    for (int64_t i = 0; i < count; ++i) {
-      float* x = ds + i * size;
-      const float *w = weights + i * width, shift = delta[i];
-#pragma omp simd
-      for (int64_t c = 0; c < size; ++c) x[c] = w[c] * (x[c] - shift);
     }
     product(count, d, size, ds, size, clusters.centre + at * d, d, true, query_grads, d);
     product_at(size, d, count, ds, size, block.queries(), d, 1.0f, centre.data() + first * d, d);
@@ -1109,9 +1191,10 @@ std::vector<Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map,
     const Tensor& key_map, const optional<Tensor>& key_open, const Tensor& plan, const Tensor& output, const Tensor& lse,
     const Tensor& own, const Tensor& members, const Tensor& centre, const Tensor& moments, const Tensor& spread,
-    const Tensor& log_count, bool causal, int64_t offset, int64_t window, int64_t run, int64_t cluster, int64_t order) {
+    const Tensor& log_count, bool causal, int64_t offset, int64_t window, int64_t run, int64_t cluster, int64_t order,
+    double dropout_p, int64_t seed) {
   const Problem p =
-      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order);
+      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, dropout_p, seed);
   const int64_t heads = p.b * p.h, groups = p.h / p.h_kv, threads = at::get_num_threads();
   // Whole heads where they are enough to keep the threads busy: parts of a head cost a copy of its gradients each.
   const int64_t parts = heads >= 2 * threads || threads == 1 ? 1 : std::min(p.Q, (2 * threads + heads - 1) / heads);
@@ -1152,12 +1235,13 @@ std::vector<Tensor> backward(
 TORCH_LIBRARY(approx_attn_cpu, library) {
   library.def(
       "cluster_forward(Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, Tensor? key_open, "
-      "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, int most) -> Tensor[]",
+      "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, "
+      "float dropout_p, int seed, int most) -> Tensor[]",
       &forward);
   library.def(
       "cluster_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, "
       "Tensor? key_open, Tensor plan, Tensor output, Tensor lse, Tensor own, Tensor members, Tensor centre, "
       "Tensor moments, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
-      "int order) -> Tensor[]",
+      "int order, float dropout_p, int seed) -> Tensor[]",
       &backward);
 }

@@ -9,14 +9,8 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
-from approx_attn.attention.eigen.kernels.cluster import (
-    Layout,
-    cluster_attention,
-    cluster_weights,
-    products,
-    unpadded_plan,
-    work,
-)
+from approx_attn.attention.eigen.kernels.cluster import cluster_attention, products, unpadded_plan, work
+from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
 
@@ -27,21 +21,21 @@ ORDERS = (0, 1, 2)
 class EigenClusterAttention(HasContentBasis):
     """Every query scores the keys of a few clusters exactly and sees all other keys through the moments of theirs.
 
-    Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the content
-    basis, z_j = k_j·B, its halves at the median of the second, and so on, until clusters of `cluster_size` keys of like
-    content are left. With N, k̄ and v̄ the number and means of a cluster's keys, z̃ their coordinates about the mean,
-    Σ = mean z̃ᵀz̃, M = mean z̃ᵀv and a = s·q·A the coordinates of a query, a cluster enters the softmax with
+    Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the
+    content basis, z_j = k_j·B, its halves at the median of the second, and so on, until clusters of `cluster_size` keys
+    of like content are left. With N, k̄ and v̄ the number and means of a cluster's keys, z̃ their coordinates about the
+    mean, Σ = mean z̃ᵀz̃, M = mean z̃ᵀv and a = s·q·A the coordinates of a query, a cluster enters the softmax with
 
         logit s·q·k̄ + log N + g,    value v̄ + a·M        g = min(½ a Σ aᵀ, 2) from order 1 on, M at order 2 only
 
-    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations seen in
-    r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean score and the spread of scores in
-    a cluster: what the moments miss grows with both), enter key by key with their exact scores instead.
+    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations seen
+    in r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean and the spread of its scores
+    there: what the moments miss grows with both), enter key by key with their exact scores instead.
 
     Under a causal mask or a window, clusters are used of runs that every query of a block of `block_size` positions may
-    see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends on
-    a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both maps
-    of the basis, not through cuts and choices.
+    see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends
+    on a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both
+    maps of the basis, not through cuts and choices.
 
     The mean key needs no basis, since its score costs 1/L of the exact ones: the basis explains deviations within a
     cluster and finds clusters of little deviation.
@@ -140,14 +134,12 @@ class EigenClusterAttention(HasContentBasis):
             if mask.query_keep is not None:  # whatever stands in the padding, even NaN
                 query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
             self.basis.require_ready()
-            maps = (
-                x.to(query.dtype).expand(self.num_heads, -1, -1) for x in (self.basis.query_map, self.basis.key_map)
-            )
-            inputs = (query, key, value, *maps, mask.key_keep, self.keep)
+            expand = (self.num_heads, -1, -1)
+            query_map = self.basis.query_map.to(query.dtype).expand(expand)
+            key_map = self.basis.key_map.to(query.dtype).expand(expand)
+            inputs = Inputs(query, key, value, query_map, key_map, mask.key_keep)
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
-            if need_weights:
-                return cluster_weights(*inputs, layout, dropout_p)
-            return cluster_attention(*inputs, layout, dropout_p), None
+            return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
         if not causal and window is None:

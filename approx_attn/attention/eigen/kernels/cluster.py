@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from approx_attn.attention.eigen.kernels import cluster_torch, native
-from approx_attn.attention.eigen.kernels.cluster_torch import Layout
+from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 
 KERNEL_LANES = 16  # numbers in a vector of the compiled kernel: it takes features in multiples of this
 SHARE_ROUNDING = 1e-6  # a share of keys that is a whole number but for rounding is that number
@@ -40,17 +40,9 @@ class Places(NamedTuple):
 
 
 def cluster_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    key_open: Tensor | None,
-    keep: float | int,
-    layout: Layout,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Output (b, h, n_q, d_v); rows of queries without a usable key are zero.
+    inputs: Inputs, keep: float | int, layout: Layout, dropout_p: float = 0.0, need_weights: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Output (b, h, n_q, d_v) and, if asked for, the weights (b, h, n_q, n_k) with which values enter it.
 
     With the clusters c of the far runs of a query block, N, k̄, v̄ the number and means of a cluster's open keys,
     z̃ = k·B − k̄·B, Σ = mean z̃ᵀz̃ and M = mean z̃ᵀv over them, and a = q·A:
@@ -58,55 +50,40 @@ def cluster_attention(
         logit of a cluster:  q·k̄ + log N + min(½ a Σ aᵀ, SPREAD_LIMIT)     (last term: order 1 and 2)
         value of a cluster:  v̄ + a·M                                       (last term: order 2)
 
-    The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and near
-    runs, with q·k as logits, and the other clusters.
+    The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and
+    near runs, with q·k as logits, and the other clusters. The weight of a cluster is spread over its keys as its value
+    is over theirs, at order 2 with tilts that may be negative. Rows of queries without a usable key are zero.
 
     Args:
-        query: (b, h, n_q, d), multiplied by the scale. key: (b, h_kv, n_k, d). value: (b, h_kv, n_k, d_v).
-        query_map: (h, d, r), A. key_map: (h, d, r), B.
-        key_open: (b, n_k) bool, usable keys; None if all are.
+        inputs: queries, keys, values and maps.
         keep: exact keys per query: a share of those that its block may use, or a number.
         layout: where queries and keys stand and how they are cut.
         dropout_p: probability of dropping an exact pair or a whole cluster.
+        need_weights: return the weights; an array of queries by keys, which nothing else here makes.
     """
-    plan = make_plan(layout, keep, key_open, query.device)
-    maps = query_map, key_map
-    if query.device.type == "cpu" and query.dtype == torch.float32 and native.load() is not None:
-        missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
-        if missing:
-            query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
-            maps = tuple(F.pad(x, (0, 0, 0, missing)) for x in maps)
-        values = F.pad(value, (0, missing_value)) if missing_value else value
-        tensors = (x.contiguous() for x in (query, key, values, *maps))
-        seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
-        output = _forward_op(*tensors, key_open, plan, *layout[2:], dropout_p, seed, most_own(layout, keep))[0]
-        return output[..., : value.shape[-1]]
-    fixed = near_runs(layout, keep, key_open is not None), most_own(layout, keep)
-    return cluster_torch.attend(query, key, value, *maps, key_open, plan, *fixed, layout, dropout_p)[0]
+    plan = make_plan(layout, keep, inputs.key_open, inputs.query.device)
+    if runs_compiled(inputs.query) and not need_weights:
+        return _compiled(inputs, plan, layout, most_own(layout, keep), dropout_p), None
+    fixed = near_runs(layout, keep, inputs.key_open is not None), most_own(layout, keep)
+    return cluster_torch.attend(inputs, plan, *fixed, layout, dropout_p, need_weights)
 
 
-def cluster_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    key_open: Tensor | None,
-    keep: float | int,
-    layout: Layout,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`cluster_attention` and the weights (b, h, n_q, n_k) with which the values enter its output.
+def runs_compiled(query: Tensor) -> bool:
+    """Whether the compiled operator works on such queries."""
+    return query.device.type == "cpu" and query.dtype == torch.float32 and native.load() is not None
 
-    The weight of a cluster is spread over its keys as its value is over theirs, at order 2 with tilts that may be negative.
-    """
-    plan = make_plan(layout, keep, key_open, query.device)
-    fixed = near_runs(layout, keep, key_open is not None), most_own(layout, keep)
-    output, weights = cluster_torch.attend(
-        query, key, value, query_map, key_map, key_open, plan, *fixed, layout, dropout_p, need_weights=True
-    )
-    assert weights is not None
-    return output, weights
+
+def _compiled(inputs: Inputs, plan: Tensor, layout: Layout, most: int, dropout_p: float) -> Tensor:
+    query, key, value, query_map, key_map, key_open = inputs
+    missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
+    if missing:
+        query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
+        query_map, key_map = F.pad(query_map, (0, 0, 0, missing)), F.pad(key_map, (0, 0, 0, missing))
+    padded = F.pad(value, (0, missing_value)) if missing_value else value
+    tensors = (x.contiguous() for x in (query, key, padded, query_map, key_map))
+    seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
+    output = _forward_op(*tensors, key_open, plan, *layout[2:], dropout_p, seed, most)[0]
+    return output[..., : value.shape[-1]]
 
 
 # -- the plan ------------------------------------------------------------------------------------------------
@@ -225,18 +202,31 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _forward_shapes(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: object
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_map: Tensor,
+    key_map: Tensor,
+    key_open: Tensor | None,
+    plan: Tensor,
+    causal: bool,
+    offset: int,
+    window: int,
+    run: int,
+    cluster: int,
+    order: int,
+    dropout_p: float,
+    seed: int,
+    most: int,
 ) -> list[Tensor]:
-    run, cluster, order, _, _, most = rest[-6:]
     b, h, n_q, d = query.shape
     v, r = value.shape[-1], query_map.shape[-1]
-    clusters = -(-key.shape[2] // run) * (run // cluster)  # type: ignore[operator]
-    places = {"dtype": torch.int32}
+    clusters = -(-key.shape[2] // run) * (run // cluster)
     return [
         query.new_empty(b, h, n_q, v),
         query.new_empty(b, h, n_q),
-        query.new_empty(b, h, n_q, most, **places),
-        query.new_empty(b * h, clusters, cluster, **places),
+        query.new_empty(b, h, n_q, most, dtype=torch.int32),
+        query.new_empty(b * h, clusters, cluster, dtype=torch.int32),
         query.new_empty(b * h, clusters, d),
         query.new_empty(b * h, clusters, 1 + r if order == 2 else 1, v),
         query.new_empty(b * h, clusters, r * (r + 1) // 2 if order else 0),
@@ -305,36 +295,28 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.approx_attn.cluster_attention, get_raw=True)
-def _forward_operations(*inputs: object, **kwargs: object) -> int:
-    return _operations(*inputs[:4], *inputs[6:13], times=1)  # type: ignore[arg-type]
+def _forward_operations(
+    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: Any, **kwargs: object
+) -> int:
+    _, _, plan, *settings, _, _, _ = rest
+    layout = Layout(query.shape[2], key.shape[2], *settings)
+    return 2 * _multiply_adds(query, value, query_map.shape[2], plan, layout)
 
 
 @register_flop_formula(torch.ops.approx_attn.cluster_attention_backward, get_raw=True)
-def _backward_operations(grad: Tensor, *inputs: object, **kwargs: object) -> int:
-    # Scores are computed again and differentiated by both factors; values likewise, but for their output.
-    return _operations(*inputs[:4], inputs[6], *inputs[8:14], times=5 / 2)  # type: ignore[arg-type]
-
-
-def _operations(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    plan: Tensor,
-    causal: bool,
-    offset: int,
-    window: int,
-    run: int,
-    cluster: int,
-    order: int,
-    times: float,
+def _backward_operations(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: Any, **kwargs: object
 ) -> int:
-    layout = Layout(query.shape[2], key.shape[2], causal, offset, window, run, cluster, order)
+    _, _, plan, _, *settings, _, _ = rest
+    layout = Layout(query.shape[2], key.shape[2], *settings)
+    # Scores are computed again and differentiated by both factors; values likewise, but for their output.
+    return 5 * _multiply_adds(query, value, query_map.shape[2], plan, layout)
+
+
+def _multiply_adds(query: Tensor, value: Tensor, rank: int, plan: Tensor, layout: Layout) -> int:
     done = work(layout, plan[0].tolist())
-    per_query_pair, per_cluster = products(query.shape[3], value.shape[3], query_map.shape[2], order)
-    pairs = done.near + done.own
-    total = pairs * sum(per_query_pair) + done.clusters * sum(per_cluster)
-    return int(2 * times * query.shape[0] * query.shape[1] * total)
+    pair, cluster = products(query.shape[3], value.shape[3], rank, layout.order)
+    return query.shape[0] * query.shape[1] * ((done.near + done.own) * sum(pair) + done.clusters * sum(cluster))
 
 
 class Work(NamedTuple):

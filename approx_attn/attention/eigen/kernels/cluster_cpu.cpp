@@ -559,7 +559,7 @@ struct Range {
 struct Block {
   const Problem* p = nullptr;
   int64_t head, first, count;  // of the queries
-  Range far, near[2];          // clusters; slots of members before and after the far runs
+  Range far, near[2];          // clusters; keys before and after the far runs, by position: what follows a query moves none
   int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
   std::vector<float> coordinates_, pairs_, far_, bonus_, near_;
@@ -578,7 +578,7 @@ struct Block {
     first = std::max<int64_t>(start, 0), count = std::min(start + p->R, p->n_q) - first;
     const int64_t* plan = p->plan + ((p->plan_samples == 1 ? 0 : head / p->h) * p->Q + block) * 5;
     far = {plan[0] * p->per_run(), plan[1] * p->per_run()};
-    near[0] = {plan[2] * p->R, plan[0] * p->R}, near[1] = {plan[1] * p->R, plan[3] * p->R};
+    near[0] = {plan[2] * p->R, std::min(plan[0] * p->R, p->n)}, near[1] = {plan[1] * p->R, std::min(plan[3] * p->R, p->n)};
     own = plan[4];
     base = far.first / kPanel * kPanel;
     width = far.size() ? (far.last + kPanel - 1) / kPanel * kPanel - base : 0;
@@ -589,7 +589,7 @@ struct Block {
 
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
-    const int64_t C = p->C(), f = p->f(), r = p->r;
+    const int64_t f = p->f(), r = p->r;
     const float* map = p->query_map + head % p->h * p->d * p->s();
     product(count, p->s(), p->d, queries(), p->d, map, p->s(), false, coordinates, p->s());
     for (int64_t i = 0; f && i < count; ++i) {
@@ -615,34 +615,33 @@ struct Block {
     int64_t column = 0;
     for (const Range& range : near) {
       if (!range.size()) continue;
-      const int64_t slot = head * C * p->L + range.first;
       product_bt(
-          count, range.size(), p->d, queries(), p->d, clusters.key + slot * p->d, p->d, 0.0f, near_weights + column,
-          near_size());
-      close(range.size(), clusters.members + slot, near_weights + column);
+          count, range.size(), p->d, queries(), p->d, p->keys(head) + range.first * p->d, p->d, 0.0f,
+          near_weights + column, near_size());
+      close(range, near_weights + column);
       column += range.size();
     }
   }
 
-  void close(int64_t size, const int32_t* members, float* x) {
+  void close(const Range& range, float* x) {
     for (int64_t i = 0; i < count; ++i, x += near_size()) {
       const int64_t position = first + i + p->offset;
       const int64_t last = p->causal ? position : p->window ? position + p->window - 1 : p->n;
-      const int64_t least = p->window ? std::max<int64_t>(position - p->window + 1, 0) : 0;
-      for (int64_t j = 0; j < size; ++j) x[j] = members[j] < least || members[j] > last ? kLowest : x[j];
+      const int64_t least = p->window ? position - p->window + 1 : 0;
+      for (int64_t j = range.first; j < range.last; ++j)
+        if (j < least || j > last || !p->open(head, j)) x[j - range.first] = kLowest;
     }
   }
 
   uint32_t cluster_id(int64_t cluster) const { return p->n + cluster; }
 
   // What dropout leaves of the weights of a query.
-  void drop(int64_t i, const Clusters& clusters) const {
+  void drop(int64_t i) const {
     const int64_t row = this->row() + i;
     p->dropout.drop(far_weights + i * width, width, row, [&](int64_t c) { return cluster_id(base + c); });
     int64_t column = i * near_size();
     for (const Range& range : near) {
-      const int32_t* keys = clusters.members + head * p->C() * p->L + range.first;
-      p->dropout.drop(near_weights + column, range.size(), row, [&](int64_t j) { return keys[j]; });
+      p->dropout.drop(near_weights + column, range.size(), row, [&](int64_t j) { return range.first + j; });
       column += range.size();
     }
   }
@@ -870,13 +869,13 @@ struct Forward {
       int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
       if (block.own) choose(i, own), block.leave_out(i, own);
-      lse[i] = softmax(i, clusters);
+      lse[i] = softmax(i);
     }
     int64_t column = 0;
     for (const Range& range : block.near) {
       product(
           block.count, v, range.size(), block.near_weights + column, block.near_size(),
-          clusters.value + (block.head * p.C() * p.L + range.first) * v, v, true, output, v);
+          p.values(block.head) + range.first * v, v, true, output, v);
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
@@ -932,7 +931,7 @@ struct Forward {
   }
 
   // Turns scores into weights; returns the logarithm of the sum of their exponentials, kLowest without any.
-  float softmax(int64_t i, const Clusters& clusters) {
+  float softmax(int64_t i) {
     const int64_t size = block.width;
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
     const float most = std::max(maximum(far, size), maximum(near, block.near_size()));
@@ -944,7 +943,7 @@ struct Forward {
     const float share = 1.0f / sum;
     for (int64_t c = 0; c < size; ++c) far[c] *= share;
     for (int64_t j = 0; j < block.near_size(); ++j) near[j] *= share;
-    block.drop(i, clusters);
+    block.drop(i);
     return most + std::log(sum);
   }
 };
@@ -983,7 +982,7 @@ std::vector<Tensor> forward(
 
 // -- backward ------------------------------------------------------------------------------------------------------------
 
-// Where the gradients of one head (or of part of its queries) go.
+// Where the gradients of one head (or of part of its queries) go; zeros before, but for the queries'.
 struct Gradients {
   float *query, *key, *value, *query_map, *key_map;
 };
@@ -1029,7 +1028,7 @@ struct Backward {
     differences(count, v, output, grad);
     for (int64_t i = 0; block.own && i < count; ++i) block.leave_out(i, chosen + i * most);
     weigh(block.far_weights, count, block.width, lse), weigh(block.near_weights, count, block.near_size(), lse);
-    near_keys(p, clusters, grad, query_grads);
+    near_keys(p, grad, query_grads, to);
     far_clusters(p, clusters, grad, query_grads, to);
   }
 
@@ -1073,23 +1072,21 @@ struct Backward {
     own.add_products(ds, clusters.key, p.d, to.query + row * p.d);
   }
 
-  void near_keys(const Problem& p, const Clusters& clusters, const float* grad, float* query_grads) {
+  void near_keys(const Problem& p, const float* grad, float* query_grads, const Gradients& to) {
     const int64_t count = block.count, total = block.near_size(), d = p.d, v = p.v;
-    float* ds = resized(near_flow, count * total);
-    int64_t column = 0;
+    float *ds = resized(near_flow, count * total), *weights = block.near_weights;
     for (const Range& range : block.near) {
-      const int64_t size = range.size(), slot = block.head * p.C() * p.L + range.first;
+      const int64_t size = range.size();
       if (!size) continue;
-      float* weights = block.near_weights + column;
-      product_bt(count, size, v, grad, v, clusters.value + slot * v, v, 0.0f, ds, size);
+      product_bt(count, size, v, grad, v, p.values(block.head) + range.first * v, v, 0.0f, ds, size);
       for (int64_t i = 0; i < count; ++i)
         p.dropout.back(weights + i * total, ds + i * size, size, delta[i], block.row() + i, [&](int64_t j) {
-          return clusters.members[slot + j];
+          return range.first + j;
         });
-      product_at(size, v, count, weights, total, grad, v, 1.0f, value.data() + range.first * v, v);
-      product(count, d, size, ds, size, clusters.key + slot * d, d, true, query_grads, d);
-      product_at(size, d, count, ds, size, block.queries(), d, 1.0f, key.data() + range.first * d, d);
-      column += size;
+      product_at(size, v, count, weights, total, grad, v, 1.0f, to.value + range.first * v, v);
+      product(count, d, size, ds, size, p.keys(block.head) + range.first * d, d, true, query_grads, d);
+      product_at(size, d, count, ds, size, block.queries(), d, 1.0f, to.key + range.first * d, d);
+      weights += size;
     }
   }
 
@@ -1162,8 +1159,8 @@ struct Backward {
         const int64_t slot = cluster * p.L + l;
         float *dk = to.key + members[l] * d, *value_grad = to.value + members[l] * v, *to_z = dz + (members[l] - first) * r;
         const float *row = clusters.value + (index * p.L + l) * v, *deviation = deviations + l * r;
-        for (int64_t i = 0; i < d; ++i) dk[i] = key[slot * d + i] + share * centre[cluster * d + i];
-        for (int64_t i = 0; i < v; ++i) value_grad[i] = value[slot * v + i] + share * dv[i];
+        for (int64_t i = 0; i < d; ++i) dk[i] += key[slot * d + i] + share * centre[cluster * d + i];
+        for (int64_t i = 0; i < v; ++i) value_grad[i] += value[slot * v + i] + share * dv[i];
         for (int64_t x = 1; x < o; ++x) {
           const float weight = share * deviation[x - 1];
           for (int64_t i = 0; i < v; ++i) value_grad[i] += weight * dv[x * v + i];

@@ -41,6 +41,24 @@ class Layout(NamedTuple):
     order: int
 
 
+class Inputs(NamedTuple):
+    """What attention is computed from.
+
+    Attributes:
+        query: (b, h, n_q, d), multiplied by the scale.
+        key: (b, h_kv, n_k, d). value: (b, h_kv, n_k, d_v).
+        query_map: (h, d, r), A. key_map: (h, d, r), B.
+        key_open: (b, n_k) bool, usable keys; None if all are.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_map: Tensor
+    key_map: Tensor
+    key_open: Tensor | None
+
+
 class Clusters(NamedTuple):
     """Clusters of all keys, C = runs · run / cluster of them.
 
@@ -65,12 +83,7 @@ class Clusters(NamedTuple):
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_map: Tensor,
-    key_open: Tensor | None,
+    inputs: Inputs,
     plan: Tensor,
     near_runs: Sequence[Sequence[int]],
     most: int,
@@ -85,12 +98,14 @@ def attend(
         near_runs: runs that may be near, for each query block.
         most: no query has more own clusters.
     """
+    query, key, value, query_map, key_map, key_open = inputs
     b, h, n_q, d = query.shape
     key, value = repeat_heads(key, h), repeat_heads(value, h)
     missing = -layout.n_k % layout.run
     if key_open is None:
         key_open = torch.ones(b, layout.n_k, dtype=torch.bool, device=key.device)
-    key, value, key_open = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing)), F.pad(key_open, (0, missing))
+    key, value = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))
+    key_open = F.pad(key_open, (0, missing))
     clusters = make_clusters(key, value, key @ key_map, key_open, layout)
     largest = max(most * layout.cluster, layout.run * max(len(runs) for runs in near_runs))
     step = max(CHUNK_NUMBERS // (b * h * layout.run * max(largest, 1) * (d + value.shape[-1])), 1) * layout.run
@@ -101,17 +116,18 @@ def attend(
         blocks = slice((start - first) // layout.run, -(-(stop - first) // layout.run))
         part = query[:, :, max(start, 0) : stop]
         near = sorted(set().union(*near_runs[blocks]))
-        inputs = (part, key, value, query_map, key_open, clusters, plan[:, blocks], near, most, layout, max(start, 0))
+        chunk = (part, key, value, query_map, key_open, clusters, plan[:, blocks], near, most, layout, max(start, 0))
         if torch.is_grad_enabled() and step < n_q:
-            output, weight = checkpoint(_chunk, *inputs, dropout_p, need_weights, use_reentrant=False)
+            output, weight = checkpoint(_chunk, *chunk, dropout_p, need_weights, use_reentrant=False)
         else:
-            output, weight = _chunk(*inputs, dropout_p, need_weights)
-        outputs.append(output), weights.append(weight)
+            output, weight = _chunk(*chunk, dropout_p, need_weights)
+        outputs.append(output)
+        weights.append(weight)
     return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if need_weights else None
 
 
 def make_clusters(key: Tensor, value: Tensor, coordinates: Tensor, key_open: Tensor, layout: Layout) -> Clusters:
-    """Cut runs of keys (b, h, runs · run, d) with coordinates (b, h, runs · run, r) into clusters, with their moments."""
+    """Cut runs of keys (b, h, runs · run, d) with coordinates (..., r) into clusters, with their moments."""
     members = cut(coordinates.detach(), key_open, layout)
     filled = key_open[:, None].expand(-1, members.shape[1], -1).gather(2, members.flatten(2)).view_as(members)
     used = filled[..., None].to(key.dtype)
@@ -228,8 +244,10 @@ def _chunk(
     dense = weights.new_zeros(b, h, n, key.shape[2])
     dense[..., near_keys] = of_near
     dense = dense.scatter_add(-1, slots.view(b, h, n, -1), of_own)
-    shares = of_far[..., None] * clusters.filled[:, :, None] / clusters.filled.sum(-1).clamp_min(1)[:, :, None, :, None]
+    filled_count = clusters.filled.sum(-1).clamp_min(1)[:, :, None, :, None]
+    shares = of_far[..., None] * clusters.filled[:, :, None] / filled_count  # (b, h, n, C, L)
     if layout.order == 2:
-        shares = shares * (1.0 + (clusters.deviations.flatten(2, 3) @ coordinates.mT).mT.unflatten(-1, shares.shape[-2:]))
+        tilts = coordinates @ clusters.deviations.flatten(2, 3).mT  # (b, h, n, C · L)
+        shares = shares * (1.0 + tilts.view_as(shares))
     dense = dense.scatter_add(-1, clusters.members.flatten(2)[:, :, None].expand(-1, -1, n, -1), shares.flatten(-2))
     return output, dense[..., : layout.n_k]

@@ -28,9 +28,9 @@ class EigenClusterAttention(HasContentBasis):
 
         logit s·q·k̄ + log N + g,    value v̄ + a·M        g = min(½ a Σ aᵀ, 2) from order 1 on, M at order 2 only
 
-    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations seen
-    in r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean and the spread of its scores
-    there: what the moments miss grows with both), enter key by key with their exact scores instead.
+    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations
+    seen in r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean and the spread of its
+    scores there: what the moments miss grows with both), enter key by key with their exact scores instead.
 
     Under a causal mask or a window, clusters are used of runs that every query of a block of `block_size` positions may
     see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends
@@ -41,9 +41,9 @@ class EigenClusterAttention(HasContentBasis):
     cluster and finds clusters of little deviation.
 
     Args:
-        keep: exact keys of each query: a share of the keys that it may use, or a number of keys, rounded up to clusters.
-            Keys at the edges of a causal mask or window count in it, where they alone are more, they are all of them.
-            1.0 is exact attention. A number keeps the exact work of a query the same at any length.
+        keep: exact keys of each query: a share of the keys that it may use, or a number, rounded up to clusters. Keys at
+            the edges of a causal mask or window count in it; where they alone are more, they are all. 1.0 is exact
+            attention. A number keeps the exact work of a query the same at any length.
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
         block_size: keys per run, and positions per query block.
         order: terms of the expansion: 0, 1 or 2.
@@ -96,7 +96,7 @@ class EigenClusterAttention(HasContentBasis):
         halves, rest = divmod(self.block_size, self.cluster_size)
         if rest or halves & (halves - 1):
             raise ValueError(
-                f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... of it, "
+                f"attention.cluster_size must be attention.block_size={block_size} over a power of two, "
                 f"got {cluster_size}."
             )
         if isinstance(order, bool) or order not in ORDERS:

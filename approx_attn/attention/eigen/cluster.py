@@ -41,7 +41,7 @@ class EigenClusterAttention(HasContentBasis):
     cluster and finds clusters of little deviation.
 
     Args:
-        keep: exact keys of each query: a share of the keys that it may use, or a number, rounded up to clusters. Keys at
+        keep: exact keys of each query: a share of those that it may use, or a number, rounded up to clusters. Keys at
             the edges of a causal mask or window count in it; where they alone are more, they are all. 1.0 is exact
             attention. A number keeps the exact work of a query the same at any length.
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.

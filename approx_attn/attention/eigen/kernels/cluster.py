@@ -131,7 +131,7 @@ def most_own(layout: Layout, keep: float | int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def unpadded_plan(layout: Layout, keep: float | int) -> tuple[tuple[int, ...], ...]:
-    """What `make_plan` gives where no key is padded: far_first, far_last, near_first, near_last, own of each block."""
+    """What `make_plan` gives where no key is padded: the four `Places` and the own clusters of each block."""
     rows = []
     for at in places(layout):
         usable = min(at.far_last * layout.run, layout.n_k) - at.far_first * layout.run + at.near_runs * layout.run
@@ -142,7 +142,7 @@ def unpadded_plan(layout: Layout, keep: float | int) -> tuple[tuple[int, ...], .
 
 
 def near_runs(layout: Layout, keep: float | int, padded: bool) -> list[list[int]]:
-    """Runs that may be near, for each query block. With padding a number of keys may turn out to be all that there are."""
+    """Runs that may be near, for each query block: with padding, a number of keys may be all that there are."""
     rows = [row[:4] for row in unpadded_plan(layout, keep)]
     if padded and isinstance(keep, int):
         rows = [at.all_near() for at in places(layout)]
@@ -150,7 +150,7 @@ def near_runs(layout: Layout, keep: float | int, padded: bool) -> list[list[int]
 
 
 def make_plan(layout: Layout, keep: float | int, key_open: Tensor | None, device: torch.device) -> Tensor:
-    """(b | 1, Q, 5) int64: the `Places` of each query block and its own clusters; all is near where the budget has room.
+    """(b | 1, Q, 5) int64: `Places` and own clusters of each query block; all keys are near where the budget has room.
 
     The keys of near runs count in `keep` as if all were there, so that later keys change no choice.
     """

@@ -26,8 +26,8 @@ CHUNK_NUMBERS = 1 << 24  # numbers in the gathered keys and values of a chunk
 class Layout(NamedTuple):
     """Where n_q queries and n_k keys stand and how they are cut.
 
-    Query blocks and runs of keys have `run` positions and start at multiples of it; query i has position i + offset.
-    Runs are cut into clusters of `cluster` keys. `window` is that of the mask, 0 without one; `order` says which moments
+    Query blocks and runs of keys have `run` positions and start at multiples of it; query i stands at i + offset.
+    Runs are cut into clusters of `cluster` keys. `window`: of the mask, 0 without one. `order` says which moments
     of clusters count.
     """
 

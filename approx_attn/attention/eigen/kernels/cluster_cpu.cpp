@@ -773,64 +773,74 @@ struct Own {
 class Highest {
  public:
   void find(const float* x, int64_t n, int64_t count, int32_t* places) {
-    constexpr float kNone = kLowest * 2;
-    const float least = bound(x, n, count);
+    const float least = n > kFew ? threshold(groups(x, n, count), count) : kNone;
     values_.resize(n + kLanes), places_.resize(n);
-    int64_t found = 0;
-    for (int64_t i = 0; i < n; i += kLanes)
-      for (uint32_t bits = reaching(x + i, least); bits; bits &= bits - 1, ++found) {
-        const int64_t place = i + __builtin_ctz(bits);
-        values_[found] = x[place], places_[found] = place;
-      }
-    std::fill_n(values_.begin() + found, kLanes, kNone);
+    int64_t found = n;
+    if (least > kNone) {
+      found = 0;
+      for (int64_t i = 0; i < n; i += kLanes)
+        for (uint32_t bits = reaching(x + i, least); bits; bits &= bits - 1, ++found) {
+          const int64_t place = i + __builtin_ctz(bits);
+          values_[found] = x[place], places_[found] = place;
+        }
+      std::fill_n(values_.begin() + found, kLanes, kNone);
+    } else {
+      std::copy_n(x, n, values_.begin()), std::iota(places_.begin(), places_.end(), 0);
+    }
+    const float bound = threshold(found, count);
     int64_t kept = 0;
-    if (found <= count || found > kMostRanked) kept = all_or_sorted(found, count, places);
-    for (int64_t i = 0; kept < count && i < found; ++i)
-      if (rank(found, i) < count) places[kept++] = places_[i];
-    // NaN reaches nothing: its query has NaN for an output, whatever is chosen.
-    while (kept < count) places[kept++] = 0;
+    if (reached(found, bound) > count) kept = sorted(found, count, places);  // equal numbers
+    for (int64_t i = 0; kept < count && i < found; i += kLanes)
+      for (uint32_t bits = reaching(values_.data() + i, bound); bits && kept < count; bits &= bits - 1)
+        places[kept++] = places_[i + __builtin_ctz(bits)];
+    while (kept < count) places[kept++] = 0;  // NaN reaches nothing: its query has NaN for an output, whatever is chosen
   }
 
  private:
-  static constexpr int64_t kMostRanked = 128;  // beyond, sorting is cheaper than comparing all with all
-  // A number that at least `count` of the x reach: the lowest but few of the highest of interleaved groups.
-  float bound(const float* x, int64_t n, int64_t count) {
-    const int64_t groups = rounded(count + count / 2);
-    if (n < 2 * groups || groups > kMostRanked) return kLowest * 2;
+  static constexpr float kNone = kLowest * 4;
+  static constexpr int64_t kFew = 128;  // numbers of which all are looked at in each step of a search
+
+  // Fills values_ with the highest of interleaved groups, more than `count` of them; returns how many. At least `count` of
+  // the x reach what `count` of these reach.
+  int64_t groups(const float* x, int64_t n, int64_t count) {
+    const int64_t size = std::min(rounded(count + count / 2), n);
     values_.resize(n + kLanes);
-    std::copy_n(x, groups, values_.begin());
-    for (int64_t start = groups; start + groups <= n; start += groups) {
-      for (int64_t i = 0; i < groups; i += kLanes) {
+    std::copy_n(x, size, values_.begin());
+    for (int64_t start = size; start + size <= n; start += size)
+      for (int64_t i = 0; i < size; i += kLanes) {
         const Vector old = load(values_.data() + i), next = load(x + start + i);
         store(values_.data() + i, next > old ? next : old);
       }
-    }
-    for (int64_t i = 0; i < groups; ++i)
-      if (rank(groups, i) == count - 1) return values_[i];
-    return kLowest * 2;
+    return size;
   }
 
-  // How many of the first n values come before value i.
-  int64_t rank(int64_t n, int64_t i) const {
-    int64_t before = 0;
-    for (int64_t j = 0; j < n; j += kLanes) {
-      before += __builtin_popcount(above(values_.data() + j, values_[i]));
-      if (j <= i) {  // equal ones that stand before it
-        const uint32_t earlier = i - j >= kLanes ? 0xFFFF : (1u << (i - j)) - 1;
-        before += __builtin_popcount(reaching(values_.data() + j, values_[i]) & ~above(values_.data() + j, values_[i]) & earlier);
-      }
-    }
-    return before;
+  int64_t reached(int64_t n, float least) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += kLanes) count += __builtin_popcount(reaching(values_.data() + i, least));
+    return count;
   }
 
-  int64_t all_or_sorted(int64_t found, int64_t count, int32_t* places) {
+  // A number that `count` of the first n values reach, or a few more where some are equal or far below the highest: by
+  // halving, without branches that a processor cannot foresee.
+  float threshold(int64_t n, int64_t count) const {
+    float high = maximum(values_.data(), rounded(n)), low = high - 32.0f;
+    if (reached(n, low) < count) return kNone;
+    for (int step = 0; step < 40; ++step) {
+      const float middle = 0.5f * (low + high);
+      const int64_t above = reached(n, middle);
+      if (above == count) return middle;
+      low = above > count ? middle : low, high = above > count ? high : middle;
+    }
+    return low;
+  }
+
+  int64_t sorted(int64_t found, int64_t count, int32_t* places) {
     order_.resize(found);
     std::iota(order_.begin(), order_.end(), 0);
     const auto higher = [&](int32_t a, int32_t b) { return values_[a] != values_[b] ? values_[a] > values_[b] : a < b; };
-    if (found > count) std::nth_element(order_.begin(), order_.begin() + count - 1, order_.end(), higher);
-    const int64_t kept = std::min(found, count);
-    for (int64_t i = 0; i < kept; ++i) places[i] = places_[order_[i]];
-    return kept;
+    std::nth_element(order_.begin(), order_.begin() + count - 1, order_.end(), higher);
+    for (int64_t i = 0; i < count; ++i) places[i] = places_[order_[i]];
+    return count;
   }
 
   std::vector<float> values_;

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import (
     Layout,
     cluster_attention,
@@ -149,6 +150,10 @@ class EigenClusterAttention(HasContentBasis):
                 return cluster_weights(*inputs, layout, dropout_p)
             return cluster_attention(*inputs, layout, dropout_p), None
 
+    def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
+        # Narrower types are computed in float32.
+        return device.type == "cpu" and dtype != torch.float64 and native.load() is not None
+
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
         if not causal and window is None:
             offset = 0  # positions do not matter then
@@ -174,4 +179,5 @@ class EigenClusterAttention(HasContentBasis):
             score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + maps + of_moments),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
             state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
+            computed_pairs=h * pairs_computed,
         )

@@ -9,7 +9,7 @@ of padded keys; a mechanism implements `attend` and `cost`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -91,9 +91,9 @@ class Cost:
         return self.exact_pairs if self.computed_pairs is None else self.computed_pairs
 
     def __add__(self, other: Cost) -> Cost:
-        summed = (getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "computed_pairs")
         exact_alone = self.computed_pairs is None and other.computed_pairs is None
-        return Cost(*summed, computed_pairs=None if exact_alone else self._computed + other._computed)
+        summed = [getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "computed_pairs"]
+        return replace(Cost(*summed), computed_pairs=None if exact_alone else self._computed + other._computed)
 
 
 class AttentionMechanism(nn.Module):

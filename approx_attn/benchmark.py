@@ -52,7 +52,7 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
     device = _device(str(cfg["device"]))
     if cfg["threads"] is not None:
         torch.set_num_threads(int(cfg["threads"]))
-    load = warn_of_load(device)
+    load = load_of_machine()
     rows: list[Row] = []
     left_out: dict[str, None] = {}
     for length in cfg["length"]:
@@ -62,6 +62,9 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
             here = {**cfg, "causal": causal}
             specs = _specs(asked, causal)
             source = load_inputs(here, length, list(specs.values()))
+            if load is not None and load > QUIET_LOAD and device.type == "cpu":
+                said = f"the machine is not quiet (load {load:.2f} before the start)"
+                warn(f"{said}, so times and ratios are less certain.")
             for pass_name in cfg["pass"]:
                 if cfg["progress_bar"]:
                     print(heading(length, causal, pass_name))
@@ -83,14 +86,11 @@ def _specs(entries: Sequence[Entry], causal: bool) -> dict[str, dict[str, Any]]:
     return {entry.label: entry.options for entry in entries if entry.can_be_causal or not causal}
 
 
-def warn_of_load(device: torch.device) -> float | None:
-    """Load of the machine, processes on average over the last minute; warns where a CPU is to be measured beside it."""
-    load = None
-    with suppress(OSError, AttributeError):  # not every system says
-        load = os.getloadavg()[0]
-    if load is not None and load > QUIET_LOAD and device.type == "cpu":
-        warn(f"the machine is not quiet (load {load:.2f} before the start), so times and ratios are less certain.")
-    return load
+def load_of_machine() -> float | None:
+    """Processes that run or want to, on average over the last minute; None where the system does not say."""
+    with suppress(OSError, AttributeError):
+        return os.getloadavg()[0]
+    return None
 
 
 # -- measuring -----------------------------------------------------------------------------------------------

@@ -132,7 +132,9 @@ class _Calibrator:
             self.layers.append(layer)
             self._start(layer, query, key)
         assert self.collector is not None
-        self.collector(layer, query, key, value, replace(mask, causal=self.causal), scale)
+        # Content bases are of single tokens, all of which are used under a causal mask, too; its n² places need not be.
+        by_pair = bool(self.observed) or self.collector.statistics != ["content"]
+        self.collector(layer, query, key, value, replace(mask, causal=self.causal and by_pair), scale)
 
     def _start(self, layer: str, query: Tensor, key: Tensor) -> None:
         """Find out from the mechanisms in the shape of a layer what they need."""

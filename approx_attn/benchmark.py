@@ -73,6 +73,8 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
     below = notes(rows)
     if left_out:
         below.append(f"Not causal, so without causal rows: {', '.join(left_out)}.")
+    if references and not any(row.reference for row in rows):
+        below.append("No row of reference has a length, causality and pass that were measured here.")
     below.append(conditions(cfg, device, load))
     for table in as_tables(rows):
         print_table(table)

@@ -186,6 +186,13 @@ def test_rows_of_another_run_join_the_table_the_file_and_the_plot(tmp_path, monk
         assert [line["reference"] for line in csv.DictReader(file)] == ["", "", "abc123", str(earlier)]
 
 
+def test_rows_of_another_run_that_fit_nowhere_are_not_passed_over(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("label,length,pass_name,speedup\nmra,96,forward,0.5\n")
+    rows = run(tmp_path / "b", "attention=[exact]", "pass=[forward]", f"reference=[{tmp_path / 'a.csv'}]")
+    assert len(rows) == 2
+    assert "No row of reference has a length, causality and pass that were measured here." in capsys.readouterr().out
+
+
 def test_what_ran_in_a_compiled_operator_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(EigenClusterAttention, "runs_compiled", lambda *place: True)
     run(tmp_path, "attention=[eigen_cluster,topk]", "pass=[forward]")

@@ -45,17 +45,18 @@ def plot_time(rows: Sequence[Row], path: Path) -> None:
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
     """Relative output error against speed-up over SDPA, both logarithmic; the best trade-offs are joined by a line.
 
-    One column of panels per length and causality, one line of panels per pass. Exact attention stands at the bottom
+    One column of panels per length, one line of panels per pass and causality. Exact attention stands at the bottom
     edge, since its error has no place on a logarithmic axis.
     """
-    columns = list(dict.fromkeys((row.length, row.causal) for row in rows))
-    passes = list(dict.fromkeys(row.pass_name for row in rows))
-    size = (3.6 * len(columns) + 3.6, 3.3 * len(passes) + 0.3)
+    lengths = sorted({row.length for row in rows})
+    lines = list(dict.fromkeys((row.pass_name, row.causal) for row in rows))
+    lines.sort(key=lambda line: line[0])  # the causalities of a pass below one another
+    size = (3.6 * len(lengths) + 3.6, 3.3 * len(lines) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(passes), len(columns), squeeze=False)
+    axes = figure.subplots(len(lines), len(lengths), squeeze=False)
     labels = _labels(rows)
-    for line, pass_name in zip(axes, passes, strict=True):
-        for axis, (length, causal) in zip(line, columns, strict=True):
+    for panels, (pass_name, causal) in zip(axes, lines, strict=True):
+        for axis, length in zip(panels, lengths, strict=True):
             place = (length, causal, pass_name)
             _draw_frontier(axis, [row for row in rows if row.place == place], labels)
             axis.set(title=heading(*place), xlabel="speed-up over SDPA (×)", ylabel="relative error of the output")

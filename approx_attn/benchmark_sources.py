@@ -70,10 +70,10 @@ class Source:
         if (label, layer) in self.observed:
             mechanism.load_state_dict(self.observed[label, layer].state_dict())
             return ""
-        if has_basis(mechanism) and self.calibration is not None:
-            needed = needed_statistics(mechanism)
-            if set(needed) <= set(self.calibration.statistics):
-                self.calibration.load_into(mechanism, layer)
+        if has_basis(mechanism):
+            found = self.calibration
+            if found is not None and set(needed_statistics(mechanism)) <= set(found.statistics):
+                found.load_into(mechanism, layer)
                 return ""
             return f"not calibrated, bases over positions are fitted up to {LONGEST_POSITION_BASIS:,} tokens"
         learns = any(parameter.requires_grad for parameter in mechanism.parameters())

@@ -112,13 +112,14 @@ def test_what_q_and_k_cannot_calibrate_is_named_in_its_row(tmp_path):
     assert [row.note for row in rows] == ["", *named, "", ""]
 
 
-def test_bases_over_positions_end_where_they_would_take_minutes(monkeypatch):
+@pytest.mark.parametrize("others", [[], [{"name": "eigen_cluster"}]], ids=["alone", "beside eigen_cluster"])
+def test_bases_over_positions_end_where_they_would_take_minutes(monkeypatch, others):
     monkeypatch.setattr("approx_attn.benchmark_sources.LONGEST_POSITION_BASIS", 16)
     spec = {"name": "eigen_row"}
     cfg = config()
     (layer,) = load_inputs(cfg, 24, [spec]).layers
     mechanism = build_attention("eigen_row", num_heads=2, head_dim=8, max_length=24)
-    note = load_inputs(cfg, 24, [spec, {"name": "eigen_cluster"}]).calibrate(mechanism, "eigen_row", layer.index)
+    note = load_inputs(cfg, 24, [spec, *others]).calibrate(mechanism, "eigen_row", layer.index)
     assert note == "not calibrated, bases over positions are fitted up to 16 tokens"
 
 

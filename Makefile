@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare test test-slow lint types format wheel clean
+.PHONY: help install compare gpu test test-slow lint types format wheel clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 compare: install ## Train five mechanisms on embedded data, three seeds each, and print the table (about 10 minutes)
 	$(BIN)/python scripts/compare.py data=digits 'attention=[exact,eigen_row,topk,sliding_window,linformer]' 'seeds=[1,2,3]' $(ARGS)
+
+gpu: install ## Check and measure eigen_cluster on a CUDA GPU, into results/gpu (under 8 minutes)
+	$(BIN)/python scripts/gpu.py $(ARGS)
 
 test: install lint types ## Lint, types and the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -6,70 +6,38 @@ inputs, with `scaled_dot_product_attention` taking its turn in every round of th
 
 from __future__ import annotations
 
-import csv
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, attention_class, build_attention
+from approx_attn.attention import AttentionMask, AttentionMechanism
 from approx_attn.benchmark_memory import OutOfMemory, fresh_process_memory, is_out_of_memory
-from approx_attn.benchmark_sources import SYNTHETIC, LayerInputs, Source, load_inputs
+from approx_attn.benchmark_settings import DTYPES, Entry, check, label_of, listed, read_settings
+from approx_attn.benchmark_sources import SYNTHETIC, LayerInputs, Source, build, load_inputs
+from approx_attn.benchmark_table import SDPA, Row, as_tables, heading, notes, read_references, write_csv
+from approx_attn.calibration.basis_file import has_basis
 from approx_attn.instantiation import ConfigError
 from approx_attn.measurement import Timing, peak_memory, time_alternately
+from approx_attn.notices import warn
 from approx_attn.output import print_table, require_folder
+from approx_attn.results.record import source_commit
 
-PASSES = ("forward", "train")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-DEVICES = ("auto", "cpu", "cuda")
-SDPA = "sdpa"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        label: mechanism and the options that were given.
-        length: tokens.
-        pass_name: `forward` or `train`.
-        seconds: median time of a call; None where it did not run.
-        spread: interquartile range of the times, seconds.
-        speedup: time of SDPA over this time, median over the rounds.
-        peak_bytes: most memory held beyond inputs and parameters; None where not measured.
-        exact_share: share of pairs whose score is exact, 0 to 1.
-        multiply_adds: of a forward pass over one sequence, from the cost record.
-        relative_multiply_adds: the same relative to exact attention.
-        error: ‖Ô − O‖ / ‖O‖, mean over layers and heads; None where not measured.
-        note: why something is missing.
-    """
-
-    label: str
-    length: int
-    pass_name: str
-    seconds: float | None = None
-    spread: float | None = None
-    speedup: float | None = None
-    peak_bytes: int | None = None
-    exact_share: float | None = None
-    multiply_adds: int | None = None
-    relative_multiply_adds: float | None = None
-    error: float | None = None
-    note: str = ""
+QUIET_LOAD = 0.5  # processes that want to run, on average over the last minute
 
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn benchmark key=value ...`; returns the exit code."""
-    from approx_attn.command import run_plain, settings
+    from approx_attn.command import run_plain
 
-    return run_plain("benchmark", lambda: benchmark(settings("benchmark", arguments)), arguments)
+    return run_plain("benchmark", lambda: benchmark(read_settings(arguments)), arguments)
 
 
 def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
@@ -78,58 +46,53 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
     Raises:
         ConfigError: a wrong value, before anything is measured.
     """
-    specs = check(cfg)
+    entries = check(cfg)
     output = require_folder("output", cfg["output"])
+    references = read_references(cfg["reference"] or [])
     device = _device(str(cfg["device"]))
     if cfg["threads"] is not None:
         torch.set_num_threads(int(cfg["threads"]))
+    load = load_of_machine()
     rows: list[Row] = []
+    left_out: dict[str, None] = {}
     for length in cfg["length"]:
-        source = load_inputs(cfg, length)
-        for pass_name in cfg["pass"]:
-            if cfg["progress_bar"]:
-                print(f"{length} tokens, {pass_name}")
-            rows += measure(specs, source, length, pass_name, cfg, device)
+        for causal in dict.fromkeys(listed(cfg["causal"])):
+            asked = [entry for entry in entries if entry.is_asked_for(length, causal)]
+            left_out |= dict.fromkeys(entry.label for entry in asked if causal and not entry.can_be_causal)
+            here = {**cfg, "causal": causal}
+            specs = _specs(asked, causal)
+            source = load_inputs(here, length, list(specs.values()))
+            if load is not None and load > QUIET_LOAD and device.type == "cpu":
+                said = f"the machine is not quiet (load {load:.2f} before the start)"
+                warn(f"{said}, so times and ratios are less certain.")
+            for pass_name in cfg["pass"]:
+                if cfg["progress_bar"]:
+                    print(heading(length, causal, pass_name))
+                rows += measure(specs, source, length, pass_name, here, device)
+                rows += [row for row in references if row.place == (length, causal, pass_name)]
+    below = notes(rows)
+    if left_out:
+        below.append(f"Not causal, so without causal rows: {', '.join(left_out)}.")
+    if references and not any(row.reference for row in rows):
+        below.append("No row of reference has a length, causality and pass that were measured here.")
+    below.append(conditions(cfg, device, load))
     for table in as_tables(rows):
         print_table(table)
-    print(conditions(cfg, device))
-    print(write_files(rows, output, conditions(cfg, device)))
+    print("\n".join(below))
+    print(write_files(rows, output, "\n".join(below)))
     return rows
 
 
-def check(cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The mechanisms that a configuration names, options by label.
+def _specs(entries: Sequence[Entry], causal: bool) -> dict[str, dict[str, Any]]:
+    """Options by label of the mechanisms that run under a causality."""
+    return {entry.label: entry.options for entry in entries if entry.can_be_causal or not causal}
 
-    Raises:
-        ConfigError: an unknown name or option, or a value that nothing can be done with.
-    """
-    for key, accepted in (("pass", PASSES), ("dtype", tuple(DTYPES)), ("device", DEVICES)):
-        for value in cfg[key] if isinstance(cfg[key], list) else [cfg[key]]:
-            if value not in accepted:
-                raise ConfigError(f"{key} must be among {', '.join(accepted)}, got {value!r}.")
-    for key in ("attention", "length", "pass"):
-        if not isinstance(cfg[key], list) or not cfg[key]:
-            raise ConfigError(f"{key} must be a list such as {key}=[...], got {cfg[key]!r}.")
-    for key in ("length", "batch_size", "num_heads", "head_dim", "repeats", "sequences", "error_queries"):
-        for value in cfg[key] if isinstance(cfg[key], list) else [cfg[key]]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}.")
-    specs: dict[str, dict[str, Any]] = {}
-    for entry in cfg["attention"]:
-        options = {"name": entry} if isinstance(entry, str) else dict(entry)
-        if "name" not in options:
-            raise ConfigError(f"attention: an entry with options needs a name, got {entry!r}.")
-        given = {key: value for key, value in options.items() if key != "name"}
-        try:
-            can_be_causal = attention_class(options["name"]).capabilities.causal
-            build_attention(options["name"], num_heads=1, head_dim=8, max_length=16, **given)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if cfg["causal"] and not can_be_causal:
-            raise ConfigError(f"attention={options['name']} does not support causal=true.")
-        label = " ".join([options["name"], *(f"{key}={value}" for key, value in given.items())])
-        specs[label] = options
-    return specs
+
+def load_of_machine() -> float | None:
+    """Processes that run or want to, on average over the last minute; None where the system does not say."""
+    with suppress(OSError, AttributeError):
+        return os.getloadavg()[0]
+    return None
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -147,18 +110,24 @@ def measure(
     dtype = DTYPES[str(cfg["dtype"])]
     inputs = source.layers[0].to(device, dtype)
     cfg = {**cfg, "num_heads": inputs.query.shape[1], "head_dim": inputs.query.shape[-1]}
-    exact = build("exact", {}, inputs, length, cfg).cost(length, causal=bool(cfg["causal"]))
-    rows = {SDPA: Row(SDPA, length, pass_name, exact_share=1.0, multiply_adds=exact.multiply_adds, error=0.0)}
-    runs: dict[str, Callable[[], object]] = {SDPA: sdpa_call(inputs, pass_name, bool(cfg["causal"]))}
+    causal = bool(cfg["causal"])
+    exact = build({"name": "exact"}, inputs.query, inputs.key, causal).cost(length, causal=causal)
+    empty = Row("", length, pass_name, causal, commit=source_commit() or "")
+    sdpa = replace(empty, label=SDPA, exact_share=1.0, computed_share=1.0, error=0.0)
+    rows = {SDPA: replace(sdpa, multiply_adds=exact.multiply_adds)}
+    runs: dict[str, Callable[[], object]] = {SDPA: sdpa_call(inputs, pass_name, causal)}
     for label, spec in specs.items():
-        row = Row(label, length, pass_name)
+        row = replace(empty, label=label)
         try:
             row = replace(row, peak_bytes=_memory(spec, length, pass_name, cfg, device))
-            mechanism = calibrated(spec, source.layers[0], length, cfg).to(device, dtype)
-            cost = mechanism.cost(length, causal=bool(cfg["causal"]))
-            row = replace(row, exact_share=cost.exact_share, multiply_adds=cost.multiply_adds)
+            mechanism, note = calibrated(spec, source, 0, cfg)
+            mechanism = mechanism.to(device, dtype)
+            cost = mechanism.cost(length, causal=causal)
+            row = replace(row, note=note, compiled=mechanism.runs_compiled(device, dtype))
+            row = replace(row, exact_share=cost.exact_share, computed_share=cost.computed_share)
+            row = replace(row, multiply_adds=cost.multiply_adds)
             row = replace(row, error=output_error(spec, source, length, cfg, device))
-            runs[label] = call(mechanism, inputs, pass_name, bool(cfg["causal"]))
+            runs[label] = call(mechanism, inputs, pass_name, causal)
             runs[label]()  # memory that is not there shows now, not among the measured rounds
         except (OutOfMemory, RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -179,34 +148,23 @@ def _with_timing(row: Row, timing: Timing | None, sdpa: Timing, exact_multiply_a
     row = replace(row, relative_multiply_adds=relative)
     if timing is None:
         return row
-    return replace(row, seconds=timing.median, spread=timing.spread, speedup=sdpa.relative_to(timing))
+    row = replace(row, seconds=timing.median, spread=timing.spread)
+    return replace(row, speedup=sdpa.relative_to(timing), speedup_spread=sdpa.spread_relative_to(timing))
 
 
-def build(
-    name: str, options: Mapping[str, Any], inputs: LayerInputs, length: int, cfg: Mapping[str, Any]
-) -> AttentionMechanism:
-    """A mechanism in the shape of some inputs."""
-    return build_attention(
-        name,
-        num_heads=inputs.query.shape[1],
-        head_dim=inputs.query.shape[-1],
-        num_key_value_heads=inputs.key.shape[1],
-        max_length=length,
-        causal=bool(cfg["causal"]),
-        **{key: value for key, value in options.items() if key != "name"},
-    )
+def calibrated(
+    spec: Mapping[str, Any], source: Source, index: int, cfg: Mapping[str, Any]
+) -> tuple[AttentionMechanism, str]:
+    """A mechanism fitted to the calibration part of a layer's inputs, and a note if it could not be.
 
-
-def calibrated(spec: Mapping[str, Any], layer: LayerInputs, length: int, cfg: Mapping[str, Any]) -> AttentionMechanism:
-    """A mechanism whose content basis, if it has one, is fitted to the calibration part of a layer's inputs."""
+    One that starts from a file (`basis`) stays as that says.
+    """
     torch.manual_seed(int(cfg["seed"]))
-    mechanism = build(str(spec["name"]), spec, layer, length, cfg)
-    load: Callable[..., None] | None = getattr(mechanism, "load_content_basis", None)
-    if load is not None and layer.moments is not None and spec.get("basis") is None:
-        share = str(spec.get("share", "head"))
-        fit = layer.moments.fit("head" if share == "head" else "layer")
-        load(fit.query_map, fit.key_map, layer.moments.statistics()[2])
-    return mechanism
+    layer = source.layers[index]
+    mechanism = build(spec, layer.query, layer.key, bool(cfg["causal"]))
+    if has_basis(mechanism) and spec.get("basis") is not None:
+        return mechanism, ""
+    return mechanism, source.calibrate(mechanism, label_of(spec), layer.index)
 
 
 def call(
@@ -264,8 +222,8 @@ def output_error(
 ) -> float:
     """Relative error of the output against exact attention in float64, mean over layers and heads."""
     total, causal = 0.0, bool(cfg["causal"])
-    for layer in source.layers:
-        mechanism = calibrated(spec, layer, length, cfg).to(device, DTYPES[str(cfg["dtype"])])
+    for index, layer in enumerate(source.layers):
+        mechanism = calibrated(spec, source, index, cfg)[0].to(device, DTYPES[str(cfg["dtype"])])
         inputs = layer.to(device, DTYPES[str(cfg["dtype"])])
         output = call(mechanism, inputs, "forward", causal)()
         assert output is not None
@@ -307,9 +265,9 @@ def memory_of_one_pass(
     shape = (int(cfg["batch_size"]), int(cfg["num_heads"]), length, int(cfg["head_dim"]))
     dtype = DTYPES[str(cfg["dtype"])]
     query, key, value = (torch.randn(shape, dtype=dtype, device=device) for _ in range(3))
-    inputs = LayerInputs(query, key, value, None, None)
-    mechanism = build(str(spec["name"]), spec, inputs, length, cfg).to(device, dtype)
-    small = LayerInputs(query[:, :, :32], key[:, :, :32], value[:, :, :32], None, None)
+    inputs = LayerInputs(query, key, value, None)
+    mechanism = build(spec, query, key, bool(cfg["causal"])).to(device, dtype)
+    small = LayerInputs(query[:, :, :32], key[:, :, :32], value[:, :, :32], None)
     if mechanism.capabilities.variable_length:
         call(mechanism, small, pass_name, bool(cfg["causal"]))()  # libraries that load on first use
     return measure_peak(call(mechanism, inputs, pass_name, bool(cfg["causal"])))
@@ -324,56 +282,29 @@ def _device(name: str) -> torch.device:
 # -- showing -------------------------------------------------------------------------------------------------
 
 
-def conditions(cfg: Mapping[str, Any], device: torch.device) -> str:
+def conditions(cfg: Mapping[str, Any], device: torch.device, load: float | None = None) -> str:
     """Under which conditions the numbers were measured, in one line."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     kind = "synthetic" if cfg["source"] in SYNTHETIC else "captured"
+    causal = " and ".join("causal" if value else "not causal" for value in listed(cfg["causal"]))
     return (
         f"{where}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{cfg['dtype']}; {kind} source {cfg['source']}; batch {cfg['batch_size']}"
-        f"{', causal' if cfg['causal'] else ''}; median of {cfg['repeats']} rounds after {cfg['warm_up']} to warm up"
+        f"{cfg['dtype']}; {kind} source {cfg['source']}, {cfg['sequences']} sequences to calibrate; "
+        f"batch {cfg['batch_size']}; {causal}; "
+        f"median of {cfg['repeats']} rounds after {cfg['warm_up']} to warm up"
+        f"{'' if load is None else f'; load {load:.2f} before the start'}"
+        f"; commit {source_commit() or 'unknown'}"
     )
 
 
-def as_tables(rows: Sequence[Row]) -> list[Table]:
-    """The rows for a console, one table per length and pass."""
-    tables: dict[tuple[int, str], Table] = {}
-    for row in rows:
-        place = (row.length, row.pass_name)
-        if place not in tables:
-            table = Table(title=f"{row.length} tokens, {row.pass_name}", title_justify="left")
-            table.add_column("mechanism")
-            for header in ("ms", "±", "× SDPA", "MiB", "exact", "mult", "error"):
-                table.add_column(header, justify="right")
-            tables[place] = table
-        cells = (
-            _shown(row.seconds, lambda x: f"{x * 1e3:.1f}"),
-            _shown(row.spread, lambda x: f"{x * 1e3:.1f}"),
-            _shown(row.speedup, lambda x: f"{x:.2f}"),
-            _shown(row.peak_bytes, lambda x: f"{x / 2**20:.0f}"),
-            _shown(row.exact_share, lambda x: f"{x:.1%}"),
-            _shown(row.relative_multiply_adds, lambda x: f"{x:.1%}"),
-            _shown(row.error, lambda x: f"{x:.4f}"),
-        )
-        tables[place].add_row(f"{row.label}: {row.note}" if row.note else row.label, *cells)
-    return list(tables.values())
-
-
-def _shown(value: Any, how: Callable[[Any], str]) -> str:
-    return "–" if value is None else how(value)
-
-
 def write_files(rows: Sequence[Row], folder: Path, caption: str) -> Path:
-    """`table.csv`, `conditions.txt`, `time.png` and `error.png` in a folder, which is returned."""
+    """`table.csv`, `conditions.txt`, `time.png` and `frontier.png` in a folder, which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv(rows, folder / "table.csv")
     (folder / "conditions.txt").write_text(caption + "\n", encoding="utf-8")
 
-    from approx_attn.benchmark_plots import plot_error, plot_time
+    from approx_attn.benchmark_plots import plot_frontier, plot_time
 
     plot_time(rows, folder / "time.png")
-    plot_error(rows, folder / "error.png")
+    plot_frontier(rows, folder / "frontier.png")
     return folder

@@ -185,6 +185,7 @@ def test_cost_record_is_plausible(name, case):
         assert 0 <= cost.exact_pairs <= cost.total_pairs
         pairs = n_q * (n_q + 1) // 2 if causal else n_q * n_k
         assert cost.total_pairs == HEADS * pairs
+        assert cost.computed_share >= cost.exact_share
         assert cost.score_multiply_adds >= cost.exact_pairs  # at least one product per exact score
         assert cost.value_multiply_adds >= 0
         assert cost.state >= 0

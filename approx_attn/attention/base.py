@@ -9,7 +9,7 @@ of padded keys; a mechanism implements `attend` and `cost`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +60,9 @@ class Cost:
         value_multiply_adds: multiply-adds from the weights and values to the output.
         state: numbers held besides queries, keys, values and output (parameters and the largest
             intermediate arrays of a forward pass).
+        computed_pairs: pairs whose score is computed from the full query and key, whether or not it enters the
+            result: more than `exact_pairs` where pairs are chosen by their exact scores or computed by whole blocks.
+            None: the exact pairs alone.
     """
 
     exact_pairs: int
@@ -67,6 +70,7 @@ class Cost:
     score_multiply_adds: int
     value_multiply_adds: int
     state: int
+    computed_pairs: int | None = None
 
     @property
     def multiply_adds(self) -> int:
@@ -77,8 +81,19 @@ class Cost:
         """Share of the pairs whose score is computed exactly, 0 to 1."""
         return self.exact_pairs / max(self.total_pairs, 1)
 
+    @property
+    def computed_share(self) -> float:
+        """Computed scores relative to those of exact attention; above 1 where closed pairs are computed too."""
+        return self._computed / max(self.total_pairs, 1)
+
+    @property
+    def _computed(self) -> int:
+        return self.exact_pairs if self.computed_pairs is None else self.computed_pairs
+
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        exact_alone = self.computed_pairs is None and other.computed_pairs is None
+        summed = [getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "computed_pairs"]
+        return replace(Cost(*summed), computed_pairs=None if exact_alone else self._computed + other._computed)
 
 
 class AttentionMechanism(nn.Module):
@@ -160,6 +175,14 @@ class AttentionMechanism(nn.Module):
         Of a mask without padding and without a window.
         """
         raise NotImplementedError
+
+    def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether inputs of this type on this device are computed by a compiled operator of this package.
+
+        False is for PyTorch's own operators, one after the other, fused ones such as
+        `scaled_dot_product_attention` among them.
+        """
+        return False
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any] | None:

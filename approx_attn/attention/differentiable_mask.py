@@ -136,6 +136,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
             score_multiply_adds=self.num_heads * n_q * n_k * self.head_dim,  # a closed pair is computed, too
             value_multiply_adds=self.num_heads * n_q * n_k * self.value_dim,
             state=self.gates.values.numel() + 2 * self.num_heads * n_q * n_k,
+            computed_pairs=self.num_heads * n_q * n_k,
         )
 
     @torch.no_grad()

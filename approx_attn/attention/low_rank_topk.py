@@ -16,6 +16,7 @@ from approx_attn.attention.base import (
     Capabilities,
     Cost,
     clamped_rank,
+    repeat_heads,
     require_choice,
     require_positive,
     require_share_or_count,
@@ -42,9 +43,9 @@ class LowRankTopKAttention(AttentionMechanism):
         rank: r, clamped to head_dim.
         keep: k, as a share of the keys that a query may use or as a number of keys.
         basis: where the covariance comes from. `running`: a moving average over training passes, held in
-            the checkpoint; until the first one, the first r dimensions. The directions are found when it has
-            changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's own
-            keys, which needs no training but would let a query's choice depend on later keys, so not causal.
+            the checkpoint; until the first one, or calibration, the first r dimensions. The directions are found when
+            it has changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's
+            own keys, which needs no training but would let a query's choice depend on later keys, so not causal.
         scoring: `dense` computes whole chunks of exact scores and uses those that were chosen, which is fastest
             where matrix products are; `gather` computes only the chosen ones. `cost` counts what is performed.
         chunk_size: queries handled at once; bounds the memory at chunk_size·n numbers per head (`gather`:
@@ -94,6 +95,7 @@ class LowRankTopKAttention(AttentionMechanism):
             self.register_buffer("covariance", start.repeat(num_heads, 1, 1))  # (h, d, d)
         self._found: tuple[Tensor, Tensor] | None = None  # the latest covariance, and its directions (1, h, d, r)
         self._of_training_pass: Tensor | None = None  # directions that the latest training pass used
+        self._observed: tuple[Tensor, Tensor] | None = None  # scatter (h, d, d) and number (1, 1, 1) of observed keys
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -153,6 +155,36 @@ class LowRankTopKAttention(AttentionMechanism):
             self._found = None
         return directions
 
+    @torch.no_grad()
+    def observe(
+        self, query: Tensor, key: Tensor, mask: AttentionMask | None = None, *, scale: float | None = None
+    ) -> None:
+        """Add the keys of a batch to the covariance that `fit` will take; basis=input has nothing to fit.
+
+        Args:
+            query, scale: of no use here; every mechanism is observed by the same call.
+            key: (b, h_kv, n_k, d).
+            mask: padded keys are left out.
+        """
+        if self.basis == "running":
+            scatter, count = key_scatter(repeat_heads(key, self.num_heads), None if mask is None else mask.key_keep)
+            before = (0.0, 0.0) if self._observed is None else self._observed
+            self._observed = before[0] + scatter.sum(dim=0), before[1] + count.sum(dim=0)
+
+    @torch.no_grad()
+    def fit(self) -> None:
+        """Take the covariance of the observed keys as the running one.
+
+        Raises:
+            ValueError: if nothing was observed.
+        """
+        if self.basis == "running":
+            if self._observed is None:
+                raise ValueError("attention=low_rank_topk: call observe(query, key) before fit(), got no observations.")
+            scatter, count = self._observed
+            self.covariance.copy_(scatter / count.clamp(min=1))
+            self._observed = None
+
     def _running_directions(self) -> Tensor:
         """(1, h, d, r) of the running covariance, found again where it is another than at the latest pass."""
         if torch.compiler.is_compiling():  # whose code may not depend on what the covariance is
@@ -188,6 +220,7 @@ class LowRankTopKAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * estimated * self.value_dim,
             state=self.num_heads
             * (basis_state + (n_q + n_k) * r + 2 * n_q * k + min(self.chunk_size, n_q) * (2 * n_k + gathered)),
+            computed_pairs=self.num_heads * exact,
         )
 
     def extra_repr(self) -> str:

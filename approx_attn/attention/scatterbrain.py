@@ -196,6 +196,7 @@ class ScatterbrainAttention(AttentionMechanism):
                 + (n_q + n_k + sides * rows) * m
                 + sides * (segments + band.n_blocks) * m * columns
             ),
+            computed_pairs=self.num_heads * rows * band.span,
         )
 
     def extra_repr(self) -> str:

@@ -308,6 +308,7 @@ class SlidingWindowAttention(AttentionMechanism):
             score_multiply_adds=self.num_heads * computed * self.head_dim,
             value_multiply_adds=self.num_heads * computed * self.value_dim,
             state=state,
+            computed_pairs=self.num_heads * computed,
         )
 
 

@@ -95,6 +95,7 @@ class TopKAttention(AttentionMechanism):
             score_multiply_adds=self.num_heads * scored * self.head_dim,
             value_multiply_adds=self.num_heads * scored * self.value_dim,
             state=self.num_heads * (2 * n_q * resolve_count(self.keep, n_k) + 2 * min(self.chunk_size, n_q) * n_k),
+            computed_pairs=self.num_heads * scored,
         )
 
 

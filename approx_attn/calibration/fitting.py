@@ -66,7 +66,7 @@ def calibrate(
     for name in wanted:
         if name not in STATISTICS:
             raise ValueError(f"statistics must be among {', '.join(STATISTICS)}, got {name!r}.")
-    collector = _Collector(wanted, None if rows is None else require_positive("rows", rows), seed)
+    collector = StatisticsCollector(wanted, None if rows is None else require_positive("rows", rows), seed)
     collector.observers = {name: m for name, m in model.named_modules() if hasattr(m, "observe") and hasattr(m, "fit")}
     was_training = model.training
     model.eval()
@@ -101,7 +101,7 @@ def needed_statistics(model: nn.Module) -> list[str]:
     return [name for name in STATISTICS if name in needed] or ["content", "absolute"]
 
 
-class _Collector:
+class StatisticsCollector:
     """Callback of a capture: keeps the statistics of every layer."""
 
     def __init__(self, statistics: Sequence[str], rows: int | None, seed: int) -> None:

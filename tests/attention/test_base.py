@@ -63,6 +63,8 @@ def test_costs_add_up():
     assert total == Cost(3, 8, 20, 40, 10)
     assert total.exact_share == 3 / 8
     assert total.multiply_adds == 60
+    chosen = Cost(2, 4, 10, 20, 5, computed_pairs=4) + Cost(1, 4, 10, 20, 5)
+    assert (chosen.exact_share, chosen.computed_share) == (3 / 8, 5 / 8)
     assert Cost(0, 0, 0, 0, 0).exact_share == 0.0
 
 

@@ -87,6 +87,20 @@ def test_own_basis_refuses_a_causal_mask():
         build(basis="input")(*draw(), AttentionMask(causal=True))
 
 
+def test_calibration_gives_the_directions_of_the_keys_that_were_seen():
+    calibrated, own = build(rank=1, keep=2).eval(), build(rank=1, keep=2, basis="input").eval()
+    query, key, value = (x[:1] for x in draw())
+    key = torch.cat([key[..., :3], 10 * key[..., 3:]], dim=-1)  # most in dimensions that do not lead at the start
+    expected = own(query, key, value)[0]
+    assert not torch.allclose(calibrated(query, key, value)[0], expected)
+    for _ in range(2):
+        calibrated.observe(query, key)
+    calibrated.fit()
+    torch.testing.assert_close(calibrated(query, key, value)[0], expected)
+    with pytest.raises(ValueError, match="got no observations"):
+        calibrated.fit()
+
+
 @pytest.mark.parametrize("basis", ["running", "input"])
 @pytest.mark.parametrize("scoring", ["dense", "gather"])
 def test_cost_counts_the_products(basis, scoring):

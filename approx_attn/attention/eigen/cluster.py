@@ -9,6 +9,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
@@ -141,6 +142,10 @@ class EigenClusterAttention(HasContentBasis):
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 
+    def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
+        # Narrower types are computed in float32.
+        return device.type == "cpu" and dtype != torch.float64 and native.load() is not None
+
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
         if not causal and window is None:
             offset = 0  # positions do not matter then
@@ -166,4 +171,5 @@ class EigenClusterAttention(HasContentBasis):
             score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + maps + of_moments),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
             state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
+            computed_pairs=h * pairs_computed,
         )

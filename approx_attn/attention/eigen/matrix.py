@@ -311,6 +311,7 @@ class EigenMatrixAttention(AttentionMechanism):
             score_multiply_adds=h * products * self.head_dim + basis + factors + estimates,
             value_multiply_adds=h * n_q * n_k * self.value_dim,
             state=parameters + g * n_q * n_k * (r + 1 + r * r) + 3 * h * n_q * n_k,
+            computed_pairs=h * products,
         )
 
 

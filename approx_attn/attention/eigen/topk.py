@@ -348,6 +348,7 @@ class EigenTopKAttention(EstimatedScores):
             score_multiply_adds=h * (estimated * r + scored * d + maps),
             value_multiply_adds=h * weighed * self.value_dim,
             state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
+            computed_pairs=h * scored,
         )
 
     def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""Time, memory and error of mechanisms side by side: scripts/benchmark.py attention=[eigen_block,mra]"""
+"""Time, memory and error of mechanisms side by side: scripts/benchmark.py attention=[eigen_cluster,mra]"""
 
 import sys
 

@@ -32,11 +32,11 @@ def run(tmp_path: Path, *arguments: str) -> list[Row]:
 def test_one_row_per_mechanism_length_and_pass_and_the_files(tmp_path):
     rows = run(
         tmp_path,
-        "attention=[exact,{name: eigen_block, block_size: 8, keep: 0.25}]",
+        "attention=[exact,{name: eigen_cluster, block_size: 8, keep: 0.25}]",
         "length=[24,48]",
         "pass=[forward,train]",
     )
-    labels = ["sdpa", "exact", "eigen_block block_size=8 keep=0.25"]
+    labels = ["sdpa", "exact", "eigen_cluster block_size=8 keep=0.25"]
     expected = [(label, n, part) for n in (24, 48) for part in ("forward", "train") for label in labels]
     assert [(row.label, row.length, row.pass_name) for row in rows] == expected
     for row in rows:
@@ -53,17 +53,17 @@ def test_one_row_per_mechanism_length_and_pass_and_the_files(tmp_path):
 
 
 def test_exact_has_no_error_and_its_cost_is_the_unit(tmp_path):
-    sdpa, exact, block = run(
-        tmp_path, "attention=[exact,{name: eigen_block, block_size: 8, keep: 0.2}]", "pass=[forward]"
+    sdpa, exact, cluster = run(
+        tmp_path, "attention=[exact,{name: eigen_cluster, block_size: 8, cluster_size: 4, keep: 0.2}]", "pass=[forward]"
     )
     assert sdpa.speedup == 1.0
     assert exact.error is not None
     assert exact.error < 1e-6
     assert exact.relative_multiply_adds == 1.0
-    assert block.error is not None
-    assert block.error > 1e-3
-    assert block.exact_share is not None
-    assert block.exact_share < 0.4
+    assert cluster.error is not None
+    assert cluster.error > 1e-3
+    assert cluster.exact_share is not None
+    assert cluster.exact_share < 0.4
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -90,7 +90,7 @@ def test_content_bases_are_fitted_to_the_source():
     errors = {}
     for start in ("fitted", "random"):
         layers = source.layers if start == "fitted" else [_without_moments(layer) for layer in source.layers]
-        spec = {"name": "eigen_block", "block_size": 8, "keep": 8, "rank": 2, "order": 1}
+        spec = {"name": "eigen_cluster", "block_size": 8, "keep": 8, "rank": 2, "order": 1}
         errors[start] = output_error(spec, type(source)(layers), 48, cfg, torch.device("cpu"))
     assert errors["fitted"] < errors["random"]
 
@@ -127,7 +127,9 @@ def test_captured_inputs_come_from_every_layer_of_a_model(tmp_path):
     source = load_inputs(config(*arguments), 24)
     assert [layer.query.shape for layer in source.layers] == [(1, 2, 24, 8)] * 3
     assert len(load_inputs(config(*arguments, "layers=[1]"), 24).layers) == 1
-    rows = run(tmp_path / "out", *arguments, "length=[24]", "attention=[{name: eigen_block, block_size: 4}]")
+    rows = run(
+        tmp_path / "out", *arguments, "length=[24]", "attention=[{name: eigen_cluster, block_size: 4, cluster_size: 2}]"
+    )
     assert rows[1].error is not None
     with pytest.raises(ConfigError, match="layers must be among 0 to 2, got 3"):
         load_inputs(config(*arguments, "layers=[3]"), 24)

@@ -73,8 +73,6 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "eigen_row.basis_init": st.sampled_from(["dct", "random"]),
     "eigen_matrix.rank": rank_or_none,
     "eigen_matrix.selection": st.sampled_from(["rows_and_columns", "random", "greedy"]),
-    "eigen_block.block_size": st.just("auto") | st.integers(1, 20),
-    "eigen_topk.block_size": st.none() | st.integers(1, 20),
     "dct.rank": rank_or_none,
     "dct.selection": st.sampled_from(["strided", "random", "greedy"]),
     "linformer.share": st.sampled_from(["none", "heads", "key_value", "layer"]),

@@ -93,7 +93,9 @@ class OneHead:
             halves = []
             for slot in slots:
                 here = axis % self.b_map.shape[1]
-                real = sorted((j for j in slot if j is not None), key=lambda j: (float(self.key[j] @ self.b_map[:, here]), j))
+                real = sorted(
+                    (j for j in slot if j is not None), key=lambda j: (float(self.key[j] @ self.b_map[:, here]), j)
+                )
                 ordered = real + [None] * (len(slot) - len(real))
                 halves += [ordered[: size // 2], ordered[size // 2 :]]
             slots, size, axis = halves, size // 2, axis + 1

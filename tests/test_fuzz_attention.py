@@ -6,6 +6,7 @@ existing; an option with a name that is new needs an entry in `OPTIONS`.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "basis_init": st.just("random"),
     "block_size": st.integers(1, 20),
     "chunk_size": st.integers(1, 40),
+    "cluster_size": st.sampled_from([1, 2, 3, 4, 8]),
     "conv_kernel": st.none() | st.sampled_from([1, 3, 5]),
     "coordinates": st.none(),
     "factor_rank": st.integers(1, 6),
@@ -73,6 +75,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "eigen_row.basis_init": st.sampled_from(["dct", "random"]),
     "eigen_matrix.rank": rank_or_none,
     "eigen_matrix.selection": st.sampled_from(["rows_and_columns", "random", "greedy"]),
+    "eigen_cluster.block_size": st.sampled_from([2, 4, 6, 8, 12, 16, 24]),
     "dct.rank": rank_or_none,
     "dct.selection": st.sampled_from(["strided", "random", "greedy"]),
     "linformer.share": st.sampled_from(["none", "heads", "key_value", "layer"]),
@@ -81,6 +84,8 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "scatterbrain.window": st.none() | st.integers(0, 8),
     "sliding_window.window": st.none() | st.integers(0, 8),
 }
+
+COMPILED = ("eigen_cluster",)  # run kernels of their own in float32
 
 
 @dataclass(repr=False)
@@ -191,6 +196,8 @@ def check_everything(problem: Problem | str, row: int) -> None:
     if keep is not None:
         blind = ~keep.expand(batch, heads, n_q, n_k).any(-1)
         assert (output[blind] == 0).all(), "a query without a key gives zeros"
+    if query.dtype == torch.float32 and problem.words["name"] in COMPILED:
+        check_precision(problem, output)
     if query.dtype == torch.float64:  # in float32 a near tie may be decided otherwise
         check_padding(problem, output)
         check_batch_invariance(problem, output)
@@ -219,6 +226,13 @@ def check_gradients(problem: Problem, row: int) -> None:
         loss.backward()
     for name, tensor in [("input", x) for x in inputs] + list(problem.mechanism.named_parameters()):
         assert tensor.grad is None or tensor.grad.isfinite().all(), f"gradient of {name}"
+
+
+def check_precision(problem: Problem, output: Tensor) -> None:
+    """A compiled kernel against PyTorch's operators in float64."""
+    double = replace(problem, mechanism=copy.deepcopy(problem.mechanism).double())
+    expected = solve(double, *(x.double() for x in problem.tensors))
+    assert (output.double() - expected).norm() <= 1e-3 * expected.norm(), "float32 and float64"
 
 
 def close(got: Tensor, expected: Tensor, what: str) -> None:

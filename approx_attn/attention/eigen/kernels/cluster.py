@@ -71,7 +71,7 @@ def cluster_attention(
     """
     plan = make_plan(layout, keep, key_open, query.device)
     maps = query_map, key_map
-    if query.device.type == "cpu" and query.dtype == torch.float32 and dropout_p == 0.0 and native.load() is not None:
+    if query.device.type == "cpu" and query.dtype == torch.float32 and dropout_p == 0.0 and native.is_available():
         missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
         if missing:
             query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))

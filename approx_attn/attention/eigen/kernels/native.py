@@ -49,6 +49,12 @@ def load() -> ModuleType | None:
     return None
 
 
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether `load` gives operators; torch.compile takes the answer as it is, without a look at how it was found."""
+    return load() is not None
+
+
 def _load() -> ModuleType:
     if sys.platform != "linux":
         raise OSError(f"it is built on Linux only, this is {platform.system()}")

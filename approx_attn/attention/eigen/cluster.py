@@ -13,6 +13,7 @@ from approx_attn.attention.eigen.kernels.cluster import (
     Layout,
     cluster_attention,
     cluster_weights,
+    preparation,
     products,
     unpadded_plan,
     work,
@@ -165,13 +166,12 @@ class EigenClusterAttention(HasContentBasis):
         pairs_computed = done.near + done.own
         clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
         moments = cluster_scores + cluster_values + 1  # numbers per cluster
-        maps = (n_q if self.order > 0 else 0) * r * d + n_k * r * d
-        of_moments = n_k * (cluster_scores - d + cluster_values - d_v)  # spread and tilt
+        before = preparation(layout, d, d_v, r)
         block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
         return Cost(
             exact_pairs=h * min(done.exact, pairs),
             total_pairs=h * pairs,
-            score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + maps + of_moments),
+            score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + before),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
             state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
         )

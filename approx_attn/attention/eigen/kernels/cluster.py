@@ -329,6 +329,7 @@ def _operations(
     per_query_pair, per_cluster = products(query.shape[3], value.shape[3], query_map.shape[2], order)
     pairs = done.near + done.own
     total = pairs * sum(per_query_pair) + done.clusters * sum(per_cluster)
+    total += preparation(layout, query.shape[3], value.shape[3], query_map.shape[2])
     return int(2 * times * query.shape[0] * query.shape[1] * total)
 
 
@@ -365,3 +366,10 @@ def products(dim: int, value_dim: int, rank: int, order: int) -> tuple[tuple[int
     spread = rank * (rank + 1) // 2 if order > 0 else 0
     moments = 1 + rank if order == 2 else 1
     return (dim, value_dim), (dim + spread, moments * value_dim)
+
+
+def preparation(layout: Layout, dim: int, value_dim: int, rank: int) -> int:
+    """Multiply-adds of one head before any score: coordinates of queries and keys, spread and tilt of clusters."""
+    _, per_cluster = products(dim, value_dim, rank, layout.order)
+    coordinates = (layout.n_q if layout.order > 0 else 0) + layout.n_k
+    return coordinates * rank * dim + layout.n_k * (sum(per_cluster) - dim - value_dim)

@@ -28,29 +28,29 @@ ORDERS = (0, 1, 2)
 class EigenClusterAttention(HasContentBasis):
     """Every query scores the keys of a few clusters exactly and sees all other keys through the moments of theirs.
 
-    Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the content
-    basis, z_j = k_j·B, its halves at the median of the second, and so on, until clusters of `cluster_size` keys of like
-    content are left. With N, k̄ and v̄ the number and means of a cluster's keys, z̃ their coordinates about the mean,
-    Σ = mean z̃ᵀz̃, M = mean z̃ᵀv and a = s·q·A the coordinates of a query, a cluster enters the softmax with
+    Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the
+    content basis, z_j = k_j·B, its halves at the median of the second, and so on, until clusters of `cluster_size` keys
+    of like content are left. With N, k̄ and v̄ the number and means of a cluster's keys, z̃ their coordinates about the
+    mean, Σ = mean z̃ᵀz̃, M = mean z̃ᵀv and a = s·q·A the coordinates of a query, a cluster enters the softmax with
 
         logit s·q·k̄ + log N + g,    value v̄ + a·M        g = min(½ a Σ aᵀ, 2) from order 1 on, M at order 2 only
 
-    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations seen in
-    r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean score and the spread of scores in
-    a cluster: what the moments miss grows with both), enter key by key with their exact scores instead.
+    which is the expansion of Σ_j exp(s·q·k_j)·v_j about its mean key to the cumulants of a Gaussian, the deviations
+    seen in r dimensions. A query's own clusters, those of the highest logit + √(a Σ aᵀ) (the mean score and the spread
+    of scores in a cluster: what the moments miss grows with both), enter key by key with their exact scores instead.
 
     Under a causal mask or a window, clusters are used of runs that every query of a block of `block_size` positions may
-    see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends on
-    a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both maps
-    of the basis, not through cuts and choices.
+    see whole; keys of the runs at the edges enter exactly. Cuts depend on the keys of a run alone, so no output depends
+    on a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both
+    maps of the basis, not through cuts and choices.
 
     The mean key needs no basis, since its score costs 1/L of the exact ones: the basis explains deviations within a
     cluster and finds clusters of little deviation.
 
     Args:
-        keep: exact keys of each query: a share of the keys that it may use, or a number of keys, rounded up to clusters.
-            Keys at the edges of a causal mask or window count in it, where they alone are more, they are all of them.
-            1.0 is exact attention. A number keeps the exact work of a query the same at any length.
+        keep: exact keys of each query: a share of the keys that it may use, or a number of keys, rounded up to
+            clusters. Keys at the edges of a causal mask or window count in it; where they alone are more, they are all
+            of them. 1.0 is exact attention. A number keeps the exact work of a query the same at any length.
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
         block_size: keys per run, and positions per query block.
         order: terms of the expansion: 0, 1 or 2.
@@ -103,8 +103,8 @@ class EigenClusterAttention(HasContentBasis):
         halves, rest = divmod(self.block_size, self.cluster_size)
         if rest or halves & (halves - 1):
             raise ValueError(
-                f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... of it, "
-                f"got {cluster_size}."
+                f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... "
+                f"of it, got {cluster_size}."
             )
         if isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
@@ -141,10 +141,10 @@ class EigenClusterAttention(HasContentBasis):
             if mask.query_keep is not None:  # whatever stands in the padding, even NaN
                 query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
             self.basis.require_ready()
-            maps = (
+            query_map, key_map = (
                 x.to(query.dtype).expand(self.num_heads, -1, -1) for x in (self.basis.query_map, self.basis.key_map)
             )
-            inputs = (query, key, value, *maps, mask.key_keep, self.keep)
+            inputs = (query, key, value, query_map, key_map, mask.key_keep, self.keep)
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             if need_weights:
                 return cluster_weights(*inputs, layout, dropout_p)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ def cluster_attention(
         logit of a cluster:  q·k̄ + log N + min(½ a Σ aᵀ, SPREAD_LIMIT)     (last term: order 1 and 2)
         value of a cluster:  v̄ + a·M                                       (last term: order 2)
 
-    The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and near
-    runs, with q·k as logits, and the other clusters.
+    The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and
+    near runs, with q·k as logits, and the other clusters.
 
     Args:
         query: (b, h, n_q, d), multiplied by the scale. key: (b, h_kv, n_k, d). value: (b, h_kv, n_k, d_v).
@@ -75,7 +75,7 @@ def cluster_attention(
         missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
         if missing:
             query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
-            maps = tuple(F.pad(x, (0, 0, 0, missing)) for x in maps)
+            maps = F.pad(query_map, (0, 0, 0, missing)), F.pad(key_map, (0, 0, 0, missing))
         values = F.pad(value, (0, missing_value)) if missing_value else value
         tensors = (x.contiguous() for x in (query, key, values, *maps))
         output = _forward_op(*tensors, key_open, plan, *layout[2:], most_own(layout, keep))[0]
@@ -97,7 +97,8 @@ def cluster_weights(
 ) -> tuple[Tensor, Tensor]:
     """`cluster_attention` and the weights (b, h, n_q, n_k) with which the values enter its output.
 
-    The weight of a cluster is spread over its keys as its value is over theirs, at order 2 with tilts that may be negative.
+    The weight of a cluster is spread over its keys as its value is over theirs, at order 2 with tilts that may be
+    negative.
     """
     plan = make_plan(layout, keep, key_open, query.device)
     fixed = near_runs(layout, keep, key_open is not None), most_own(layout, keep)
@@ -164,7 +165,7 @@ def unpadded_plan(layout: Layout, keep: float | int) -> tuple[tuple[int, ...], .
 
 
 def near_runs(layout: Layout, keep: float | int, padded: bool) -> list[list[int]]:
-    """Runs that may be near, for each query block. With padding a number of keys may turn out to be all that there are."""
+    """Runs that may be near, for each query block. With padding a number of keys may be all that there are."""
     rows = [row[:4] for row in unpadded_plan(layout, keep)]
     if padded and isinstance(keep, int):
         rows = [at.all_near() for at in places(layout)]
@@ -172,7 +173,7 @@ def near_runs(layout: Layout, keep: float | int, padded: bool) -> list[list[int]
 
 
 def make_plan(layout: Layout, keep: float | int, key_open: Tensor | None, device: torch.device) -> Tensor:
-    """(b | 1, Q, 5) int64: the `Places` of each query block and its own clusters; all is near where the budget has room.
+    """(b | 1, Q, 5) int64: `Places` of each query block and its own clusters; all is near where the budget has room.
 
     The keys of near runs count in `keep` as if all were there, so that later keys change no choice.
     """
@@ -222,19 +223,16 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _forward_shapes(
-    query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: object
-) -> list[Tensor]:
+def _forward_shapes(query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: Any) -> list[Tensor]:
     run, cluster, order, most = rest[-4:]
     b, h, n_q, d = query.shape
     v, r = value.shape[-1], query_map.shape[-1]
-    clusters = -(-key.shape[2] // run) * (run // cluster)  # type: ignore[operator]
-    places = {"dtype": torch.int32}
+    clusters = -(-key.shape[2] // run) * (run // cluster)
     return [
         query.new_empty(b, h, n_q, v),
         query.new_empty(b, h, n_q),
-        query.new_empty(b, h, n_q, most, **places),
-        query.new_empty(b * h, clusters, cluster, **places),
+        query.new_empty(b, h, n_q, most, dtype=torch.int32),
+        query.new_empty(b * h, clusters, cluster, dtype=torch.int32),
         query.new_empty(b * h, clusters, d),
         query.new_empty(b * h, clusters, 1 + r if order == 2 else 1, v),
         query.new_empty(b * h, clusters, r * (r + 1) // 2 if order else 0),
@@ -264,9 +262,8 @@ def _backward_op(
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
-    query_grad, key_grad, value_grad, map_grads = kernel.cluster_backward(
-        grad, query, key, value, query_map, key_map, key_open, plan, *results, causal, offset, window, run, cluster, order
-    )
+    tensors, layout = (query, key, value, query_map, key_map, key_open, plan), (causal, offset, window, run, cluster)
+    query_grad, key_grad, value_grad, map_grads = kernel.cluster_backward(grad, *tensors, *results, *layout, order)
     parts = key_grad.shape[2] > 1
     key_grad, value_grad = ((x.sum(2) if parts else x.squeeze(2)) for x in (key_grad, value_grad))
     return [query_grad, key_grad, value_grad, *(parts.sum(0) for parts in map_grads)]  # views of one are refused
@@ -300,14 +297,16 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.approx_attn.cluster_attention, get_raw=True)
-def _forward_operations(*inputs: object, **kwargs: object) -> int:
-    return _operations(*inputs[:4], *inputs[6:13], times=1)  # type: ignore[arg-type]
+def _forward_operations(*inputs: Any, **kwargs: object) -> int:
+    tensors, layout = (*inputs[:4], inputs[6]), inputs[7:13]
+    return _operations(*tensors, *layout, times=1)
 
 
 @register_flop_formula(torch.ops.approx_attn.cluster_attention_backward, get_raw=True)
-def _backward_operations(grad: Tensor, *inputs: object, **kwargs: object) -> int:
+def _backward_operations(grad: Tensor, *inputs: Any, **kwargs: object) -> int:
     # Scores are computed again and differentiated by both factors; values likewise, but for their output.
-    return _operations(*inputs[:4], inputs[6], *inputs[8:14], times=5 / 2)  # type: ignore[arg-type]
+    tensors, layout = (*inputs[:4], inputs[6]), inputs[8:14]
+    return _operations(*tensors, *layout, times=5 / 2)
 
 
 def _operations(
@@ -322,6 +321,7 @@ def _operations(
     run: int,
     cluster: int,
     order: int,
+    *,
     times: float,
 ) -> int:
     layout = Layout(query.shape[2], key.shape[2], causal, offset, window, run, cluster, order)

@@ -27,8 +27,8 @@ class Layout(NamedTuple):
     """Where n_q queries and n_k keys stand and how they are cut.
 
     Query blocks and runs of keys have `run` positions and start at multiples of it; query i has position i + offset.
-    Runs are cut into clusters of `cluster` keys. `window` is that of the mask, 0 without one; `order` says which moments
-    of clusters count.
+    Runs are cut into clusters of `cluster` keys. `window` is that of the mask, 0 without one; `order` says which
+    moments of clusters count.
     """
 
     n_q: int
@@ -90,7 +90,8 @@ def attend(
     missing = -layout.n_k % layout.run
     if key_open is None:
         key_open = torch.ones(b, layout.n_k, dtype=torch.bool, device=key.device)
-    key, value, key_open = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing)), F.pad(key_open, (0, missing))
+    key, value = F.pad(key, (0, 0, 0, missing)), F.pad(value, (0, 0, 0, missing))
+    key_open = F.pad(key_open, (0, missing))
     clusters = make_clusters(key, value, key @ key_map, key_open, layout)
     largest = max(most * layout.cluster, layout.run * max(len(runs) for runs in near_runs))
     step = max(CHUNK_NUMBERS // (b * h * layout.run * max(largest, 1) * (d + value.shape[-1])), 1) * layout.run
@@ -106,12 +107,13 @@ def attend(
             output, weight = checkpoint(_chunk, *inputs, dropout_p, need_weights, use_reentrant=False)
         else:
             output, weight = _chunk(*inputs, dropout_p, need_weights)
-        outputs.append(output), weights.append(weight)
+        outputs.append(output)
+        weights.append(weight)
     return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if need_weights else None
 
 
 def make_clusters(key: Tensor, value: Tensor, coordinates: Tensor, key_open: Tensor, layout: Layout) -> Clusters:
-    """Cut runs of keys (b, h, runs · run, d) with coordinates (b, h, runs · run, r) into clusters, with their moments."""
+    """Cut runs of keys (b, h, runs · run, d) with coordinates (b, h, runs · run, r) into clusters with moments."""
     members = cut(coordinates.detach(), key_open, layout)
     filled = key_open[:, None].expand(-1, members.shape[1], -1).gather(2, members.flatten(2)).view_as(members)
     used = filled[..., None].to(key.dtype)
@@ -231,6 +233,7 @@ def _chunk(
     dense = dense.scatter_add(-1, slots.view(b, h, n, -1), of_own)
     shares = of_far[..., None] * clusters.filled[:, :, None] / clusters.filled.sum(-1).clamp_min(1)[:, :, None, :, None]
     if layout.order == 2:
-        shares = shares * (1.0 + (clusters.deviations.flatten(2, 3) @ coordinates.mT).mT.unflatten(-1, shares.shape[-2:]))
+        tilts = (clusters.deviations.flatten(2, 3) @ coordinates.mT).mT  # (b, h, n, C · L)
+        shares = shares * (1.0 + tilts.unflatten(-1, shares.shape[-2:]))
     dense = dense.scatter_add(-1, clusters.members.flatten(2)[:, :, None].expand(-1, -1, n, -1), shares.flatten(-2))
     return output, dense[..., : layout.n_k]

@@ -45,7 +45,8 @@ def load() -> ModuleType | None:
         reason = _first_error(error)
     except (OSError, RuntimeError, ImportError) as error:  # ImportError: PyTorch's build tools lack setuptools
         reason = str(error)
-    log.warning("The CPU kernel of eigen_cluster was not built (%s); PyTorch's operators do its work, which takes several times as long.", reason)
+    slower = "PyTorch's operators do its work, which takes several times as long"
+    log.warning("The CPU kernel of eigen_cluster was not built (%s); %s.", reason, slower)
     return None
 
 

@@ -7,7 +7,6 @@ with arguments that the class has; everything else is refused with one sentence 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -18,8 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from approx_attn.attention import AttentionMechanism
-from approx_attn.attention.registry import SHAPE_ARGUMENTS
+from approx_attn.attention import AttentionMechanism, available_attention
+from approx_attn.attention.registry import REPLACED_CLASSES, SHAPE_ARGUMENTS, suggestion, without_replaced
 
 TRUSTED_PACKAGES = ("approx_attn", "torch.optim", "pytorch_lightning")
 
@@ -50,6 +49,7 @@ def build(node: Mapping[str, Any], key: str, kind: type, **given: Any) -> Any:
     """
     cls = target_class(node, key, kind)
     check_arguments(node, key, kind, given)
+    node = _without_replaced(node, cls)
     check_types(node, key, cls)
     arguments = {name: _built(value, name, key) for name, value in node.items() if not _is_directive(name)}
     if node.get("_partial_"):
@@ -90,7 +90,7 @@ def check_arguments(node: Mapping[str, Any], key: str, kind: type, given: Iterab
         if name not in given and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
     takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in node:
+    for name in _without_replaced(node, cls):
         if _is_directive(name) or name in accepted:
             continue
         if name in given or not takes_any:
@@ -177,14 +177,6 @@ def display_name(cls: type) -> str:
     return getattr(cls, "name", "") or cls.__name__ if issubclass(cls, AttentionMechanism) else cls.__name__
 
 
-def suggestion(got: str, accepted: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: what was probably meant, and what is accepted."""
-    accepted = sorted(accepted)
-    close = difflib.get_close_matches(got, accepted, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{meant} Accepted: {', '.join(accepted) or 'none'}."
-
-
 def sentence(error: BaseException, key: str) -> str:
     """The message of an error on one line, with the key in front unless it names one already."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -204,10 +196,23 @@ def _built(value: Any, name: str, parent: str) -> Any:
     return build(value, name, kind)
 
 
+def _without_replaced(node: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
+    """A node without the options of earlier versions of its mechanism."""
+    if not issubclass(cls, AttentionMechanism):
+        return node
+    try:
+        return without_replaced(cls.name, node)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _locate(target: str, key: str) -> Any:
     if not _is_trusted(target):
         allowed = ", ".join(TRUSTED_PACKAGES)
         raise ConfigError(f"{key}._target_ must lie in one of the packages {allowed}, got {target!r}.")
+    if target in REPLACED_CLASSES:
+        name = REPLACED_CLASSES[target]
+        raise ConfigError(f"attention={name} is unknown{suggestion(name, available_attention())}")
     module, _, name = target.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

@@ -17,7 +17,7 @@ and may hold
     Called after building, e.g. to give parameters that start at zero some random values (seeded already).
 `EXTRA_MASKS = False`
     Leaves arbitrary masks and biases out of the comparison with `naive` (they are still tested elsewhere).
-`POOLS_QUERIES = True`, or the ids of the cases of which it is true
+`POOLS_QUERIES = True`
     Neighbouring queries share a choice, so a query alone may come out otherwise than among its neighbours.
 `BFLOAT16_TOLERANCE: float`
     Relative error allowed under bfloat16 autocast, 0.1 unless given.
@@ -379,17 +379,12 @@ def test_padded_queries_count_for_nothing_where_only_keys_are_said_to_be_padded(
 TIED_TO_POSITIONS = {  # mechanisms, or cases of theirs, and what they have that left padding moves tokens away from
     "dct": "a basis over positions",
     "differentiable_mask-absolute": "a gate per pair of positions",
-    "eigen_block": "blocks that start at fixed positions",
     "eigen_cluster": "runs that start at fixed positions",
     "eigen_linear-six": "sections of fixed positions",
     "eigen_linear-random, shared": "sections of fixed positions",
     "eigen_matrix": "a basis over positions",
     "eigen_row": "a basis over positions",
     "eigen_topk-absolute": "a prior score per position",
-    "eigen_topk-tiles": "tiles that start at fixed positions",
-    "eigen_topk-tiles_first": "tiles that start at fixed positions",
-    "eigen_topk-tiles_drop": "tiles that start at fixed positions",
-    "eigen_topk-tiles_mean": "tiles that start at fixed positions",
     "gaussian-grid": "a grid that starts at the first position",
     "linformer": "a column of the projections per position",
     "mean-default": "an average per pair of positions",
@@ -497,8 +492,7 @@ def test_queries_with_an_offset_stand_where_the_mask_says(name, case):
     mechanism = build(name, case, causal=True)
     if not mechanism.capabilities.cross:
         pytest.skip("refuses cross attention, tested below")
-    pools = getattr(REFERENCES[name], "POOLS_QUERIES", ())
-    if pools is True or case in pools:
+    if getattr(REFERENCES[name], "POOLS_QUERIES", False):
         pytest.skip("its choice of keys is shared by neighbouring queries")
     query, key, value = inputs(20)
     whole = call(mechanism, query, key, value, mask=AttentionMask(causal=True))

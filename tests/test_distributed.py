@@ -87,7 +87,7 @@ MECHANISMS = {
     "exact": [],
     "eigen_row": [],
     "eigen_linear": [],
-    "eigen_block": [],
+    "eigen_cluster": [],
     "eigen_topk": ["task.auxiliary_weight=0"],
     "low_rank_topk": [],
 }

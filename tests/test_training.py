@@ -424,6 +424,44 @@ def test_hostile_checkpoint_cannot_name_another_class(target: str, run: Any, tmp
         load_task(tmp_path / "hostile.ckpt")
 
 
+def of_earlier_version(config: dict[str, Any], module: str, cls: str, **options: Any) -> dict[str, Any]:
+    """The configuration with a mechanism as configurations named it that were written then."""
+    node = {"_target_": f"approx_attn.attention.eigen.{module}.{cls}", "_partial_": True, **options}
+    return {**config, "attention": node, "model": {**config["model"], "attention": node}}
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        (("block", "EigenBlockAttention"), "attention=eigen_block is unknown; eigen_cluster has replaced it."),
+        (("topk", "EigenTopKAttention", 8), "attention.block_size is no longer an option of eigen_topk; eigen_cluster"),
+    ],
+    ids=["mechanism", "option"],
+)
+def test_what_was_trained_with_a_mechanism_that_is_gone(
+    attention: tuple, message: str, run: Any, tmp_path: Path
+) -> None:
+    saved = torch.load(run.run_dir / "checkpoints" / "best.ckpt", weights_only=True)
+    module, cls, *size = attention
+    options = {"block_size": size[0]} if size else {}
+    old = of_earlier_version(saved["hyper_parameters"]["config"], module, cls, **options)
+    saved["hyper_parameters"]["config"] = old
+    torch.save(saved, tmp_path / "old.ckpt")
+    for use in (lambda: evaluate(tmp_path / "old.ckpt"), lambda: train({**old, "paths": {"runs": str(tmp_path)}})):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            use()
+
+
+def test_what_was_trained_with_an_option_that_is_gone_and_was_off(tmp_path: Path) -> None:
+    result = train(config(tmp_path, "attention=eigen_topk"))
+    saved = torch.load(result.run_dir / "checkpoints" / "best.ckpt", weights_only=True)
+    old = of_earlier_version(saved["hyper_parameters"]["config"], "topk", "EigenTopKAttention", block_size=None)
+    saved["hyper_parameters"]["config"] = old
+    torch.save(saved, tmp_path / "old.ckpt")
+    figures = evaluate(tmp_path / "old.ckpt")
+    assert figures["test/loss"] == pytest.approx(result.metrics["test/loss"])
+
+
 def test_a_checkpoint_does_not_say_where_data_is_written(tmp_path: Path) -> None:
     small = ["data=mqar", "data.train_size=100", "data.val_size=100", "data.test_size=100", "data.eval_batch_size=100"]
     result = train(config(tmp_path / "runs", *small, f"data.cache_dir={tmp_path / 'cache'}"))

@@ -19,8 +19,7 @@ from approx_attn.attention.registry import (
 )
 
 for _module in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
-    if ".kernels" not in _module.name:  # kernels need optional packages; their mechanisms import them on use
-        importlib.import_module(_module.name)
+    importlib.import_module(_module.name)
 
 __all__ = [
     "AttentionMask",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -26,30 +25,6 @@ def keys_per_query(keep: float | int, usable: Tensor) -> Tensor:
     if isinstance(keep, int):
         return torch.full_like(usable, keep)
     return (usable.double() * keep).round().long().clamp(min=1)
-
-
-SHARE_ROUNDING = 1e-6  # a share of blocks that is a whole number but for rounding is that number
-
-
-def blocks_wanted(keep: float | int, available: Tensor, size: int) -> Tensor:
-    """Number of key blocks that `keep` asks for, rounded up.
-
-    Args:
-        keep: share of the available blocks, or a number of keys.
-        available: int64, blocks that there are, any shape.
-        size: keys per block.
-
-    Returns:
-        int64 of the same shape, at least 1; of a number of keys it may be more than there are.
-    """
-    if isinstance(keep, int):
-        return torch.full_like(available, -(-keep // size))
-    return (keep * available.double() - SHARE_ROUNDING).ceil().long().clamp_min(1)
-
-
-def most_blocks_wanted(keep: float | int, available: int, size: int) -> int:
-    """`blocks_wanted` in plain numbers, so that torch.compile meets none that depends on data."""
-    return -(-keep // size) if isinstance(keep, int) else max(math.ceil(keep * available - SHARE_ROUNDING), 1)
 
 
 def kept_pairs(keep: float | int, n_q: int, n_k: int, causal: bool) -> int:

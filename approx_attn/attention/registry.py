@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from approx_attn.attention.base import AttentionMechanism
@@ -13,6 +13,14 @@ _MECHANISMS: dict[str, type[AttentionMechanism]] = {}
 
 # What the surrounding layer decides, so no config may set it.
 SHAPE_ARGUMENTS = ("num_heads", "head_dim", "value_dim", "num_key_value_heads", "max_length", "causal", "layer_index")
+
+REPLACED = {"eigen_block": "eigen_cluster"}
+"""Mechanisms of earlier versions, which records and checkpoints still name, and what has replaced them."""
+
+REPLACED_CLASSES = {"approx_attn.attention.eigen.block.EigenBlockAttention": "eigen_block"}
+
+REPLACED_OPTIONS = {"eigen_topk": {"block_size": "eigen_cluster"}}
+"""Likewise options, by mechanism, that were off at null."""
 
 AttentionSpec = str | Mapping[str, Any] | Callable[..., AttentionMechanism] | AttentionMechanism
 """How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes the shape
@@ -46,10 +54,10 @@ def attention_class(name: str) -> type[AttentionMechanism]:
     """The class behind a name.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known ones, or says what has replaced it.
     """
     if name not in _MECHANISMS:
-        raise ValueError(f"attention={name!r} is unknown{_hint(name, available_attention())}")
+        raise ValueError(f"attention={name!r} is unknown{suggestion(name, available_attention())}")
     return _MECHANISMS[name]
 
 
@@ -69,10 +77,10 @@ def build_attention(name: str, **options: Any) -> AttentionMechanism:
     Raises:
         ValueError: unknown name, unknown option, or an impossible value.
     """
-    accepted = attention_options(name)
+    accepted, options = attention_options(name), without_replaced(name, options)
     for option in options:
         if option not in accepted and option not in SHAPE_ARGUMENTS:
-            raise ValueError(f"attention.{option} is not an option of {name}{_hint(option, sorted(accepted))}")
+            raise ValueError(f"attention.{option} is not an option of {name}{suggestion(option, accepted)}")
     return attention_class(name)(**options)
 
 
@@ -90,7 +98,24 @@ def resolve_attention(spec: AttentionSpec, **shape: Any) -> AttentionMechanism:
     return spec(**shape)
 
 
-def _hint(got: str, accepted: list[str]) -> str:
+def without_replaced(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a mechanism without those of earlier versions, which specifications hold that were saved then.
+
+    Raises:
+        ValueError: one of these is not null.
+    """
+    replaced = REPLACED_OPTIONS.get(name, {})
+    for option, mechanism in replaced.items():
+        if options.get(option) is not None:
+            raise ValueError(f"attention.{option} is no longer an option of {name}; {mechanism} has replaced it.")
+    return {option: value for option, value in options.items() if option not in replaced}
+
+
+def suggestion(got: str, accepted: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: what was probably meant or has replaced it, and what is accepted."""
+    accepted = sorted(accepted)
+    if REPLACED.get(got) in accepted:
+        return f"; {REPLACED[got]} has replaced it."
     close = difflib.get_close_matches(got, accepted, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else "."
     return f"{meant} Accepted: {', '.join(accepted) or 'none'}."

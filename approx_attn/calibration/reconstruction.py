@@ -193,7 +193,7 @@ def standard_mechanisms(budgets: Iterable[float], rank: int) -> dict[str, dict[s
                 "rest": "drop",
                 "select": "estimate",
             },
-            f"eigen_block keep={at}": {"name": "eigen_block", "rank": rank, "keep": keep, "block_size": 16},
+            f"eigen_cluster keep={at}": {"name": "eigen_cluster", "rank": rank, "keep": keep, "block_size": 16},
             f"eigen_row keep={at}": {"name": "eigen_row", "keep": keep, "selection": "greedy"},
             f"low_rank_topk keep={at}": {"name": "low_rank_topk", "rank": rank, "keep": keep, "basis": "input"},
             f"topk keep={at}": {"name": "topk", "keep": keep},

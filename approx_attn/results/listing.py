@@ -66,13 +66,14 @@ class RunEntry:
 
     @property
     def options(self) -> str:
-        """The options of the mechanism that are not at their defaults."""
-        if self.attention not in available_attention():
+        """The options of the mechanism that are not at their defaults; where a default is not known, not at null."""
+        known = attention_options(self.attention) if self.attention in available_attention() else {}
+        chosen = self.config.get("attention")
+        if not isinstance(chosen, dict):
             return ""
-        known = attention_options(self.attention)
-        chosen = self.config.get("attention") or {}
+        defaults = {key: parameter.default for key, parameter in known.items()}
         return " ".join(
-            f"{key}={value}" for key, value in chosen.items() if key in known and value != known[key].default
+            f"{key}={value}" for key, value in chosen.items() if not key.startswith("_") and value != defaults.get(key)
         )
 
     @property

@@ -23,7 +23,7 @@ def test_require_positive_names_key_and_value(value):
     assert require_positive("attention.k", 3) == 3
 
 
-@pytest.mark.parametrize(("name", "rank"), [("eigen_topk", 1001), ("eigen_block", 1002), ("low_rank_topk", 1003)])
+@pytest.mark.parametrize(("name", "rank"), [("eigen_topk", 1001), ("eigen_cluster", 1002), ("low_rank_topk", 1003)])
 def test_a_rank_beyond_the_dimensions_of_a_head_is_warned_of(name, rank):
     with pytest.warns(ConfigWarning, match=rf"attention\.rank={rank} is more than the 16 dimensions of a head"):
         build_attention(name, num_heads=2, head_dim=16, rank=rank)

@@ -40,6 +40,19 @@ def test_unknown_option_gets_a_hint():
         build_attention("topk", num_heads=1, head_dim=1, keeep=0.5)
 
 
+def test_a_name_of_earlier_versions_says_what_has_replaced_it():
+    with pytest.raises(ValueError, match=r"^attention='eigen_block' is unknown; eigen_cluster has replaced it\.$"):
+        build_attention("eigen_block", num_heads=1, head_dim=1)
+
+
+def test_an_option_of_earlier_versions_plays_no_part_where_it_was_off():
+    build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=None)
+    with pytest.raises(
+        ValueError, match=r"^attention\.block_size is no longer an option of eigen_topk; eigen_cluster has"
+    ):
+        build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=8)
+
+
 def test_options_leave_out_what_the_layer_decides():
     assert set(attention_options("topk")) == {"keep", "chunk_size"}
     for name in available_attention():

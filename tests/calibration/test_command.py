@@ -127,7 +127,7 @@ def test_reconstruct_leaves_out_what_a_causal_model_refuses_unless_asked_for(fol
     assert reconstruct_main(words) == 0
     with path.open() as file:
         measured = {row["mechanism"].split()[0] for row in csv.DictReader(file)}
-    assert measured == {"eigen_topk", "eigen_block", "eigen_row", "topk", "sliding_window"}
+    assert measured == {"eigen_topk", "eigen_cluster", "eigen_row", "topk", "sliding_window"}
     assert "Not measured, for lack of causal attention: low_rank_topk" in capsys.readouterr().out
     assert reconstruct_main([*words, "attention=mra"]) != 0
     assert "attention=mra does not support causal attention" in capsys.readouterr().err

@@ -166,3 +166,15 @@ def test_the_whole_schedule_is_called_so():
     half = describe_schedule(config, spec, [17500])
     assert "50% of the sequences and 50% of the token positions" in half
     assert "Other settings" not in half
+
+
+def test_a_comparison_of_a_mechanism_that_is_gone_is_written_as_it_was(finished, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    for path in old.iterdir():
+        if path.suffix in (".csv", ".md", ".json"):
+            path.write_text(path.read_text().replace("eigen_topk", "eigen_block"))
+    assert run_verb("results", [str(old), f"output={tmp_path / 'RESULTS.md'}"]) == 0
+    table = (tmp_path / "RESULTS.md").read_text()
+    assert "| eigen_block |" in table
+    assert overview_line(read_comparison(old)).split(" | ")[1] == "eigen_block"

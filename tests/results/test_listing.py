@@ -20,10 +20,12 @@ def add_run(root: Path, attention: str, seed: int, status: str | None = "finishe
     folder = root / "digits" / attention / f"{len(list(root.rglob('config.yaml'))):010d}-seed{seed}"
     folder.mkdir(parents=True)
     mark_run(folder)
+    if attention == "topk":
+        options = {"keep": 0.25, **options}
     config = {
         "name": "digits",
         "seed": seed,
-        "attention": {"_target_": "approx_attn.attention.topk.TopKAttention", "keep": 0.25, **options},
+        "attention": {"_target_": "approx_attn.attention.topk.TopKAttention", **options},
         "optimizer": {"lr": 0.004, "nesterov": True},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -91,6 +93,16 @@ def test_what_sets_rows_apart_is_shown(root: Path, capsys: pytest.CaptureFixture
     assert apart == ["", "", "optimizer.lr=0.004", "optimizer.lr=0.004", "optimizer.lr=0.5"]
     cli.main(["runs", f"folder={root}"])
     assert "differs in" in capsys.readouterr().out
+
+
+def test_runs_of_mechanisms_and_options_that_are_gone_say_what_they_were(root: Path) -> None:
+    add_run(root, "eigen_block", 1, keep=0.5, query_block_size=None)
+    add_run(root, "eigen_topk", 1, block_size=8)
+    own, filters = listing.split_words([f"folder={root}"])
+    said = {run.attention: run.options for run in listing.chosen_runs(own, filters) if run.seed == 1}
+    assert said["eigen_block"] == "keep=0.5"
+    assert said["eigen_topk"] == "block_size=8"
+    assert listed(root, "attention=eigen_block", "attention.keep=0.5") == ["eigen_block 1 finished"]
 
 
 def test_nothing_found_is_said_and_is_no_success(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
-from approx_attn.attention.eigen.kernels.cluster import cluster_attention, products, unpadded_plan, work
+from approx_attn.attention.eigen.kernels.cluster import (
+    cluster_attention,
+    preparation,
+    products,
+    unpadded_plan,
+    work,
+)
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
@@ -144,7 +150,7 @@ class EigenClusterAttention(HasContentBasis):
 
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
         # Narrower types are computed in float32.
-        return device.type == "cpu" and dtype != torch.float64 and native.load() is not None
+        return device.type == "cpu" and dtype != torch.float64 and native.is_available()
 
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
         if not causal and window is None:
@@ -162,13 +168,12 @@ class EigenClusterAttention(HasContentBasis):
         pairs_computed = done.near + done.own
         clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
         moments = cluster_scores + cluster_values + 1  # numbers per cluster
-        maps = (n_q if self.order > 0 else 0) * r * d + n_k * r * d
-        of_moments = n_k * (cluster_scores - d + cluster_values - d_v)  # spread and tilt
+        before = preparation(layout, d, d_v, r)
         block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
         return Cost(
             exact_pairs=h * min(done.exact, pairs),
             total_pairs=h * pairs,
-            score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + maps + of_moments),
+            score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + before),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
             state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
             computed_pairs=h * pairs_computed,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,15 +28,8 @@ from approx_attn.attention.eigen.chunk_scores import (
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
 from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
-from approx_attn.attention.eigen.tiles import (
-    TileLayout,
-    choose_tiles,
-    count_exact_pairs,
-    selected_pairs,
-    with_exact_tiles,
-)
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys, keys_per_query, query_chunks
+from approx_attn.attention.query_chunks import keys_per_query, query_chunks
 from approx_attn.attention.registry import register_attention
 
 RESTS = ("keep", "drop", "mean")
@@ -65,16 +56,11 @@ class EigenTopKAttention(EstimatedScores):
 
     Args:
         rank: r, clamped to head_dim.
-        block_size: None chooses pair by pair. A number chooses tiles of as many queries and keys, by the expected
-            error summed over the tile, and scores nothing else: `keep` then means a share of the tiles that a block of
-            queries may use, or a number of keys rounded up to blocks, tiles with window or global tokens or on the
-            diagonal of a causal mask are exact as a whole, and `scoring` plays no part. A causal choice uses no later
-            input: see `TileLayout`.
         keep: exact pairs of each query: a share of the keys that it may use (under a causal mask: of those up to
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
             alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
         window: keys at a distance of at most this from the query are exact; 0 for no window at all.
-        global_tokens: leading keys that are exact for every query; padding does not count, but in tiles.
+        global_tokens: leading keys that are exact for every query; padding does not count.
         rest: what pairs without an exact score get. `keep`: their estimate. `mean`: the mean estimated weight of
             all of them in the row, so that their total weight stays. `drop`: nothing.
         select: `error` chooses by ŝ_ij + log ‖(k_j − k̄)(I − B Aᵀ)‖, the expected error of leaving the pair at its
@@ -109,7 +95,6 @@ class EigenTopKAttention(EstimatedScores):
         layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
-        block_size: int | None = None,
         window: int = 0,
         global_tokens: int = 0,
         rest: str = "keep",
@@ -134,7 +119,6 @@ class EigenTopKAttention(EstimatedScores):
             layer_index=layer_index,
         )
         self.keep = require_share_or_count("attention.keep", keep)
-        self.block_size = None if block_size is None else require_positive("attention.block_size", block_size)
         self.window = require_at_least("attention.window", window, 0)
         self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
         self.rest = require_choice("attention.rest", rest, RESTS)
@@ -180,50 +164,21 @@ class EigenTopKAttention(EstimatedScores):
         inputs = self._score_inputs(query, key, value, mask, hides=self.select == "error")
         self.auxiliary_loss = self._auxiliary_loss(query, key, mask, scale)
 
-        if self.block_size is None or resolve_count(self.keep, n_k) == n_k:
-            parts = query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
-            chunks: list[tuple[Any, ...]] = [(inputs.part(*part), n_k) for part in parts]
-            attend: Callable[..., tuple[Tensor, Tensor]] = self._attend_pairs
-        else:
-            layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
-            if mask.window is not None:
-                layout = layout._replace(spare=1)  # blocks of queries have unequally many tiles in it
-            chunks = self._tile_chunks(layout, inputs)
-            attend = self._attend_tiles
-        recompute = len(chunks) > 1 and torch.is_grad_enabled()
+        parts = query_chunks(n_q, n_k, self.chunk_size, mask.causal, mask.query_offset)
+        recompute = len(parts) > 1 and torch.is_grad_enabled()
         outputs, weights = [], []
-        for chunk in chunks:
-            arguments = (*chunk, scale, dropout_p)
+        for part in parts:
+            arguments = (inputs.part(*part), n_k, scale, dropout_p)
             if recompute:
-                output, weight = checkpoint(attend, *arguments, use_reentrant=False)
+                output, weight = checkpoint(self._attend_chunk, *arguments, use_reentrant=False)
             else:
-                output, weight = attend(*arguments)
+                output, weight = self._attend_chunk(*arguments)
             outputs.append(output)
             if need_weights:
-                weights.append(nn.functional.pad(weight, (0, n_k - weight.shape[-1])))  # or cuts padding off
-        output = torch.cat(outputs, dim=-2)[:, :, :n_q]
-        return output, torch.cat(weights, dim=-2)[:, :, :n_q] if need_weights else None
+                weights.append(nn.functional.pad(weight, (0, n_k - weight.shape[-1])))
+        return torch.cat(outputs, dim=-2), torch.cat(weights, dim=-2) if need_weights else None
 
-    def _tile_chunks(self, layout: TileLayout, inputs: ScoreInputs) -> list[tuple[Any, ...]]:
-        """Arguments of `_attend_tiles` for every run of query blocks, padded to whole blocks."""
-        padded = ScoreInputs(
-            query=layout.pad_queries(inputs.query),
-            query_low=layout.pad_queries(inputs.query_low),
-            offset=None if inputs.offset is None else layout.pad_queries(inputs.offset),
-            key=layout.pad_keys(inputs.key),
-            key_low=layout.pad_keys(inputs.key_low),
-            hidden=None if inputs.hidden is None else layout.pad_keys(inputs.hidden.mT).mT,
-            value=layout.pad_keys(inputs.value),
-            mask=replace(layout.pad_mask(inputs.mask, inputs.query.device), window=inputs.mask.window),
-        )
-        chunks = []
-        for begin, stop in layout.chunks(self.chunk_size):
-            seen = layout.columns_for(stop) * layout.b_k
-            part = padded.part(begin * layout.b_q, stop * layout.b_q + layout.lead, seen)
-            chunks.append((part, layout, (begin, stop)))
-        return chunks
-
-    def _attend_pairs(self, inputs: ScoreInputs, n_k: int, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    def _attend_chunk(self, inputs: ScoreInputs, n_k: int, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
         """Output (b, h, c, d_v) and weights (b, h, c, seen) of a chunk of queries over the keys they may see.
 
         Args:
@@ -247,30 +202,6 @@ class EigenTopKAttention(EstimatedScores):
             scores = estimate.scatter(-1, index, torch.where(is_open, exact, estimate.gather(-1, index)))
             selected = scatter_choice(index, is_open, seen)
         return self._weigh(scores, selected, keep, inputs.value, dropout_p)
-
-    def _attend_tiles(
-        self, inputs: ScoreInputs, layout: TileLayout, blocks: tuple[int, int], scale: float, dropout_p: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `_attend_pairs` for a run of query blocks, whose probes stand before them in the inputs."""
-        query, key, mask = inputs.query, inputs.key, inputs.mask
-        e, seen, lead = query.shape[-2], key.shape[-2], layout.lead
-        c = e - lead
-        own = mask.queries(lead, e)
-        keep = mask.dense_keep(e, seen, query.device)
-        own_keep = keep if keep is None or keep.shape[-2] == 1 else keep[..., lead:, :]
-        if mask.window is not None and own_keep is not None:  # no tile for the padding behind the last query
-            rows = torch.arange(c, device=query.device)[:, None] + blocks[0] * layout.b_q
-            own_keep = own_keep & (rows < layout.n_q)
-        estimate = self._estimate(inputs, keep, scale)  # (b, h, lead + c, seen)
-        places = layout.places(*blocks, seen // layout.b_k, query.device)
-        probes = crop_keys(mask.queries(0, c), seen)
-        choice = choose_tiles(layout, places, estimate[:, :, :c], inputs.hidden, probes, own_keep, self.keep)
-        bias = own.finite_bias()
-        scores = with_exact_tiles(layout, estimate[:, :, lead:], choice, query[:, :, lead:], key, bias, scale)
-        selected = None
-        if self.rest != "keep":
-            selected = selected_pairs(layout, choice.selected(seen // layout.b_k))
-        return self._weigh(scores, selected, own_keep, inputs.value, dropout_p)
 
     def _weigh(
         self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float
@@ -335,24 +266,21 @@ class EigenTopKAttention(EstimatedScores):
         causal = self.causal if causal is None else causal
         n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
         h, d, r, offset = self.num_heads, self.head_dim, self.basis.rank, n_k - n_q if causal else 0
-        by_tile = self.block_size is not None and resolve_count(self.keep, n_k) < n_k
-        exact, scored, estimated, weighed = (self._count_tiles if by_tile else self._count_pairs)(
-            n_q, n_k, causal, offset
-        )
+        exact, scored, seen = self._count_pairs(n_q, n_k, causal, offset)
         hidden = n_k * r * d if self.select == "error" else 0
         parameters = sum(parameter.numel() for parameter in self.parameters())
         maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
         return Cost(
             exact_pairs=h * min(exact, pairs),
             total_pairs=h * pairs,
-            score_multiply_adds=h * (estimated * r + scored * d + maps),
-            value_multiply_adds=h * weighed * self.value_dim,
+            score_multiply_adds=h * (seen * r + scored * d + maps),
+            value_multiply_adds=h * seen * self.value_dim,
             state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
             computed_pairs=h * scored,
         )
 
-    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int, int]:
-        """Exact pairs, and computed exact scores, estimates and weights, of one head."""
+    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int]:
+        """Exact pairs, computed exact scores, and pairs that are estimated and weighed, of one head."""
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         seen = sum((stop - start) * keys for start, stop, keys in chunks)
         exact = 0
@@ -362,20 +290,7 @@ class EigenTopKAttention(EstimatedScores):
             exact += min(usable, max(resolve_count(self.keep, max(usable, 1)), first))
         most = self._most_exact(n_k)
         scored = seen if self.scoring == "dense" else sum((stop - start) * min(most, k) for start, stop, k in chunks)
-        return exact, scored, seen, seen
-
-    def _count_tiles(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int, int]:
-        """As `_count_pairs`, with what is computed for the padding of tiles."""
-        assert self.block_size is not None
-        mask = AttentionMask(causal=causal, query_offset=offset)
-        layout = TileLayout.of(self.block_size, n_q, n_k, mask, self.window, self.global_tokens)
-        most, scored, estimated, weighed = layout.most_exact(self.keep), 0, 0, 0
-        for begin, stop in layout.chunks(self.chunk_size):
-            queries, columns = (stop - begin) * layout.b_q, layout.columns_for(stop)
-            scored += queries * min(most, columns) * layout.b_k
-            estimated += (queries + layout.lead) * columns * layout.b_k
-            weighed += queries * columns * layout.b_k
-        return count_exact_pairs(layout, self.keep), scored, estimated, weighed
+        return exact, scored, seen
 
     def _count_first(self, position: int, n_k: int, usable: int) -> int:
         """Keys of the window and global tokens that a query at this position may use."""

@@ -70,7 +70,7 @@ def cluster_attention(
 
 def runs_compiled(query: Tensor) -> bool:
     """Whether the compiled operator works on such queries."""
-    return query.device.type == "cpu" and query.dtype == torch.float32 and native.load() is not None
+    return query.device.type == "cpu" and query.dtype == torch.float32 and native.is_available()
 
 
 def _compiled(inputs: Inputs, plan: Tensor, layout: Layout, most: int, dropout_p: float) -> Tensor:
@@ -316,7 +316,9 @@ def _backward_operations(
 def _multiply_adds(query: Tensor, value: Tensor, rank: int, plan: Tensor, layout: Layout) -> int:
     done = work(layout, plan[0].tolist())
     pair, cluster = products(query.shape[3], value.shape[3], rank, layout.order)
-    return query.shape[0] * query.shape[1] * ((done.near + done.own) * sum(pair) + done.clusters * sum(cluster))
+    per_head = (done.near + done.own) * sum(pair) + done.clusters * sum(cluster)
+    per_head += preparation(layout, query.shape[3], value.shape[3], rank)
+    return query.shape[0] * query.shape[1] * per_head
 
 
 class Work(NamedTuple):
@@ -352,3 +354,10 @@ def products(dim: int, value_dim: int, rank: int, order: int) -> tuple[tuple[int
     spread = rank * (rank + 1) // 2 if order > 0 else 0
     moments = 1 + rank if order == 2 else 1
     return (dim, value_dim), (dim + spread, moments * value_dim)
+
+
+def preparation(layout: Layout, dim: int, value_dim: int, rank: int) -> int:
+    """Multiply-adds of one head before any score: coordinates of queries and keys, spread and tilt of clusters."""
+    _, per_cluster = products(dim, value_dim, rank, layout.order)
+    coordinates = (layout.n_q if layout.order > 0 else 0) + layout.n_k
+    return coordinates * rank * dim + layout.n_k * (sum(per_cluster) - dim - value_dim)

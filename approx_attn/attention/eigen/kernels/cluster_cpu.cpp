@@ -92,6 +92,11 @@ inline float maximum(const float* x, int64_t n) {
   return highest;
 }
 
+// What the weights of a query without a usable score are: nothing, or not a number where a score is none either.
+inline float no_weight(const float* x, int64_t n) {
+  return std::any_of(x, x + n, [](float score) { return std::isnan(score); }) ? NAN : 0.0f;
+}
+
 // Turns x into exp(x − highest); returns the sum of these.
 inline float exponentials(float* x, int64_t n, float highest) {
   float sum = 0.0f;
@@ -912,7 +917,9 @@ struct Forward {
       float* x = own.weights + i * own.stride;
       const float highest = std::max(maximum(x, own.stride), lse[i]);
       if (highest <= kLowest / 2) {  // no usable key
-        std::fill(x, x + own.stride, 0.0f);
+        const float none = no_weight(x, own.stride);
+        std::fill(x, x + own.stride, none);
+        lse[i] += none;
         continue;
       }
       const float others = exp_nonpositive(lse[i] - highest), sum = others + exponentials(x, own.stride, highest);
@@ -946,8 +953,9 @@ struct Forward {
     float *far = block.far_weights + i * size, *near = block.near_weights + i * block.near_size();
     const float most = std::max(maximum(far, size), maximum(near, block.near_size()));
     if (most <= kLowest / 2) {  // no usable key
-      std::fill(far, far + size, 0.0f), std::fill(near, near + block.near_size(), 0.0f);
-      return kLowest;
+      const float none = no_weight(far, size) + no_weight(near, block.near_size());
+      std::fill(far, far + size, none), std::fill(near, near + block.near_size(), none);
+      return kLowest + none;
     }
     const float sum = exponentials(far, size, most) + exponentials(near, block.near_size(), most);
     const float share = 1.0f / sum;

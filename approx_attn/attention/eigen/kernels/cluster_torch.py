@@ -209,7 +209,8 @@ def _chunk(
         logits = logits + (variance / 2).clamp_max(SPREAD_LIMIT)
         rating = logits.detach() + variance.detach().clamp_min(0.0).sqrt()
     most = min(most, rating.shape[-1])
-    chosen = rating.masked_fill(~far, float("-inf")).topk(most, dim=-1).indices  # (b, h, n, T)
+    rating = rating.masked_fill(~far, float("-inf"))
+    chosen = rating.sort(dim=-1, descending=True, stable=True).indices[..., :most]  # (b, h, n, T), equal ones by place
     is_own = torch.arange(most, device=query.device) < own[:, None]  # (b | 1, 1, n, T)
     is_own = is_own & far.gather(-1, chosen)
     far = far & ~torch.zeros_like(far).scatter(-1, chosen, is_own)

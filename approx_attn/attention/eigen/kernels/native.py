@@ -35,7 +35,7 @@ def load() -> ModuleType | None:
     """The operators of cluster_cpu.cpp (`cluster_forward`, `cluster_backward`), or None where they cannot be built.
 
     The first call on a machine compiles for about ten seconds and says so. Where nothing can be compiled a warning says
-    why, once per process, and PyTorch's operators do the work, which takes about twice as long.
+    why, once per process, and PyTorch's operators do the work, which takes several times as long.
     """
     if os.environ.get(SWITCH) == "0":
         return None
@@ -45,8 +45,15 @@ def load() -> ModuleType | None:
         reason = _first_error(error)
     except (OSError, RuntimeError, ImportError) as error:  # ImportError: PyTorch's build tools lack setuptools
         reason = str(error)
-    log.warning("The CPU kernel of eigen_cluster was not built (%s); the slower path is used.", reason)
+    slower = "PyTorch's operators do its work, which takes several times as long"
+    log.warning("The CPU kernel of eigen_cluster was not built (%s); %s.", reason, slower)
     return None
+
+
+@torch.compiler.assume_constant_result
+def is_available() -> bool:
+    """Whether `load` gives operators; torch.compile takes the answer as it is, without a look at how it was found."""
+    return load() is not None
 
 
 def _load() -> ModuleType:

@@ -6,6 +6,7 @@ that uses the basis. The weights of the model stay fixed, and every layer learns
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,7 +43,7 @@ def refine_basis(
     Args:
         model: holds layers that `capture_attention_inputs` sees; stays as it is.
         batches: inputs of the model, as `calibrate` takes them; taken in turns.
-        calibration: fitted on the same model; the start.
+        calibration: fitted on the same model; the maps start from it, and stay as they are in layers that do not run.
         attention: `{"name": ..., **options}` of the mechanism that the basis is for: one with a content basis that
             learns, of share `head` or `layer`.
         steps: of gradient.
@@ -65,7 +66,7 @@ def refine_basis(
     try:
         with torch.no_grad(), capture_attention_inputs(model, learner):
             for step in with_progress(range(steps), progress, "refining"):
-                learner.pace = 0.5 + 0.5 * float(torch.tensor(torch.pi * step / steps).cos())
+                learner.pace = 0.5 + 0.5 * math.cos(math.pi * step / steps)
                 run_model(model, batches[step % len(batches)])
     finally:
         model.train(was_training)
@@ -106,7 +107,7 @@ def basis_variants(
     for label, options in mechanisms.items():
         table[label] = spec = dict(options)
         if steps and _is_refinable(spec):
-            table |= {f"{label}, random basis": spec, f"{label}, refined": spec}
+            table |= {f"{label}, random basis": {"seed": 0} | spec, f"{label}, refined": spec}
             bases[f"{label}, random basis"] = None
             bases[f"{label}, refined"] = refine_basis(model, batches, calibration, spec, steps=steps, progress=progress)
     return table, bases

@@ -122,19 +122,18 @@ def chosen_mechanisms(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for key, chosen in (("keep", budgets), ("attention", names)):
         if not chosen:
             raise ConfigError(f"{key} must list at least one, got [].")
-    table: dict[str, dict[str, Any]] = {}
+    with_options = [entry for entry in names if isinstance(entry, dict)]
     for name in names:
-        if isinstance(name, dict):
-            for keep in budgets:
-                spec = _mechanism(name, {"keep": keep, "rank": options["rank"]})
-                shown = {key: value for key, value in spec.items() if key in ("keep", *name) and key != "name"}
-                table[" ".join([spec["name"], *(f"{key}={value}" for key, value in shown.items())])] = spec
-        elif name in known:
-            table |= {label: spec for label, spec in standard.items() if spec["name"] == name}
-        else:
+        if name not in known and name not in with_options:
             raise ConfigError(
                 f"attention={name} cannot be measured here; accepted: {', '.join(known)}, or {{name: ..., <options>}}."
             )
+    table = {label: spec for label, spec in standard.items() if spec["name"] in names}
+    for entry in with_options:
+        for keep in budgets:
+            spec = _mechanism(entry, {"keep": keep, "rank": options["rank"]})
+            shown = (f"{key}={value}" for key, value in spec.items() if key in ("keep", *entry) and key != "name")
+            table[" ".join([spec["name"], *shown])] = spec
     return table
 
 

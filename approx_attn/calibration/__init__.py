@@ -4,6 +4,7 @@ from approx_attn.calibration.basis_file import STATISTICS, Calibration, LayerSha
 from approx_attn.calibration.fitting import calibrate, needed_statistics
 from approx_attn.calibration.moments import ContentMoments, PositionMoments
 from approx_attn.calibration.position_fit import PositionFit, fit_position_basis
+from approx_attn.calibration.refinement import refine_basis
 
 __all__ = [
     "STATISTICS",
@@ -16,4 +17,5 @@ __all__ = [
     "fit_position_basis",
     "load_basis_into",
     "needed_statistics",
+    "refine_basis",
 ]

@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from approx_attn.attention import available_attention
+from approx_attn.attention import available_attention, build_attention
+from approx_attn.attention.registry import attention_options
 from approx_attn.calibration.basis_file import STATISTICS
 from approx_attn.calibration.fitting import calibrate
 from approx_attn.calibration.reconstruction import Reconstruction, reconstruct, standard_mechanisms, without_refusals
+from approx_attn.calibration.refinement import basis_variants, refine_basis, require_refinable
 from approx_attn.calibration.sources import load_source
 from approx_attn.command import run_plain, settings
 from approx_attn.instantiation import ConfigError
@@ -33,6 +35,14 @@ def _calibrate(options: dict[str, Any]) -> None:
     for name in options["statistics"] or ():
         if name not in STATISTICS:
             raise ConfigError(f"statistics must be among {', '.join(STATISTICS)}, got {name!r}.")
+    steps = refinement_steps(options)
+    mechanism = None if options["attention"] is None else _mechanism(options["attention"], {})
+    if steps and mechanism is None:
+        raise ConfigError(f"refine={steps} needs attention=<the mechanism that the basis is for>.")
+    if mechanism is not None and not steps:
+        raise ConfigError(f"attention={mechanism['name']} is what refine=<steps> is for, got refine=0.")
+    if mechanism is not None:
+        require_refinable(mechanism)
     require_file("output", options["output"])
     source = load_source(
         str(options["model"]),
@@ -44,7 +54,7 @@ def _calibrate(options: dict[str, Any]) -> None:
     calibration = calibrate(
         source.model,
         source.first,
-        path=options["output"],
+        path=options["output"] if mechanism is None else None,
         statistics=options["statistics"],
         max_rank=options["max_rank"],
         rows=options["rows"],
@@ -53,6 +63,11 @@ def _calibrate(options: dict[str, Any]) -> None:
         progress=options["progress_bar"],
         seed=options["seed"],
     )
+    if mechanism is not None:
+        calibration = refine_basis(
+            source.model, source.first, calibration, mechanism, steps=steps, progress=options["progress_bar"]
+        )
+        calibration.save(options["output"])
     table = Table(title=f"{options['output']}: {', '.join(calibration.statistics)}", title_justify="left")
     for header in ("layer", "heads", "key heads", "head_dim", "length", "rows"):
         table.add_column(header, justify="left" if header == "layer" else "right")
@@ -63,7 +78,7 @@ def _calibrate(options: dict[str, Any]) -> None:
 
 
 def _reconstruct(options: dict[str, Any]) -> None:
-    mechanisms = chosen_mechanisms(options)
+    mechanisms, steps = chosen_mechanisms(options), refinement_steps(options)
     output = require_file("output", options["output"])
     source = load_source(
         str(options["model"]),
@@ -84,7 +99,9 @@ def _reconstruct(options: dict[str, Any]) -> None:
         mechanisms, refused = without_refusals(mechanisms, calibration)
         if refused:
             print(f"Not measured, for lack of causal attention: {', '.join(refused)}.")
-    rows = reconstruct(source.model, source.second, mechanisms, calibration, progress=options["progress_bar"])
+    progress = options["progress_bar"]
+    mechanisms, bases = basis_variants(source.model, source.first, mechanisms, calibration, steps, progress)
+    rows = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
     print_table(as_table(rows, str(options["model"])))
     print(write_csv(rows, output))
 
@@ -105,10 +122,41 @@ def chosen_mechanisms(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for key, chosen in (("keep", budgets), ("attention", names)):
         if not chosen:
             raise ConfigError(f"{key} must list at least one, got [].")
+    with_options = [entry for entry in names if isinstance(entry, dict)]
     for name in names:
-        if name not in known:
-            raise ConfigError(f"attention={name} cannot be measured here; accepted: {', '.join(known)}.")
-    return {label: spec for label, spec in standard.items() if spec["name"] in names}
+        if name not in known and name not in with_options:
+            raise ConfigError(
+                f"attention={name} cannot be measured here; accepted: {', '.join(known)}, or {{name: ..., <options>}}."
+            )
+    table = {label: spec for label, spec in standard.items() if spec["name"] in names}
+    for entry in with_options:
+        for keep in budgets:
+            spec = _mechanism(entry, {"keep": keep, "rank": options["rank"]})
+            shown = (f"{key}={value}" for key, value in spec.items() if key in ("keep", *entry) and key != "name")
+            table[" ".join([spec["name"], *shown])] = spec
+    return table
+
+
+def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"name": ..., **options}` from a name or such a mapping, with those of the `defaults` that it takes."""
+    given = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict) or "name" not in given:
+        raise ConfigError(f"attention: an entry with options needs a name, got {entry!r}.")
+    try:
+        accepted = attention_options(given["name"])
+        spec = {**given, **{k: v for k, v in defaults.items() if k in accepted and k not in given}}
+        build_attention(**spec, num_heads=1, head_dim=8, max_length=16)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return spec
+
+
+def refinement_steps(options: Mapping[str, Any]) -> int:
+    """`refine`, checked."""
+    steps = options["refine"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ConfigError(f"refine must be a whole number of at least 0, got {steps!r}.")
+    return steps
 
 
 def as_table(rows: Sequence[Reconstruction], model: str) -> Table:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from rich.table import Table
 
 from approx_attn.attention.base import require_positive
-from approx_attn.calibration.command import chosen_mechanisms
+from approx_attn.calibration.command import chosen_mechanisms, refinement_steps
 from approx_attn.calibration.embeddings import Batch, EmbeddingPreservation, preserve_embeddings
 from approx_attn.calibration.sources import load_encoder
 from approx_attn.command import run_plain, settings
@@ -33,7 +33,7 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     Raises:
         ConfigError: a model, a set of texts or a mechanism that cannot be used.
     """
-    mechanisms = chosen_mechanisms(options)
+    mechanisms, steps = chosen_mechanisms(options), refinement_steps(options)
     output = require_file("output", options["output"])
     for key in ("length", "sequences", "test_sequences", "batch_size"):
         _checked(key, options[key])
@@ -43,7 +43,7 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
         Path(str(name)).name: read_texts(tokenizer, "data", str(name), options["test_sequences"], options)
         for name in measured_sets(options)
     }
-    results = preserve_embeddings(model, taken, texts, mechanisms, progress=options["progress_bar"])
+    results = preserve_embeddings(model, taken, texts, mechanisms, refine=steps, progress=options["progress_bar"])
     print_table(as_table(results, str(options["model"])))
     print(write_csv(results, output))
     return results

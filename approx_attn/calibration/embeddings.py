@@ -19,6 +19,7 @@ from approx_attn.adapters.convert import attention_spec, convert, find_layers
 from approx_attn.adapters.layers import SLOT
 from approx_attn.attention import Cost, build_attention
 from approx_attn.calibration.fitting import calibrate, with_progress
+from approx_attn.calibration.refinement import basis_variants
 
 Batch = dict[str, Tensor]
 
@@ -50,6 +51,7 @@ def preserve_embeddings(
     texts: Mapping[str, Sequence[Batch]],
     mechanisms: Mapping[str, Mapping[str, Any]],
     *,
+    refine: int = 0,
     progress: bool = True,
 ) -> list[EmbeddingPreservation]:
     """Cosine between the embeddings of an encoder and of the same encoder with another attention.
@@ -59,6 +61,7 @@ def preserve_embeddings(
         calibration: batches of inputs that bases are fitted on: `input_ids` and `attention_mask`, both (b, n).
         texts: by name, batches to measure on.
         mechanisms: by label, `{"name": ..., **options}`.
+        refine: steps of gradient; more than 0 adds mechanisms with a random and with a refined content basis.
         progress: show progress bars.
 
     Returns:
@@ -71,10 +74,13 @@ def preserve_embeddings(
     longest = {name: max(batch["input_ids"].shape[1] for batch in batches) for name, batches in texts.items()}
     length = max(*longest.values(), *(batch["input_ids"].shape[1] for batch in calibration))
     fitted = calibrate(model, calibration, statistics=["content", "absolute"], progress=progress)
+    mechanisms, bases = basis_variants(model, calibration, mechanisms, fitted, refine, progress)
     results = []
     for label, spec in mechanisms.items():
         converted = convert(copy.deepcopy(model), attention_spec(spec, {}), calibration=None, max_length=length).eval()
-        fitted.load_into_model(converted)
+        basis = bases.get(label, fitted)
+        if basis is not None:
+            basis.load_into_model(converted)
         for name, batches in texts.items():
             cosines = F.cosine_similarity(embeddings(converted, batches, progress), original[name], dim=-1)
             own, exact = costs(converted, longest[name])

@@ -6,7 +6,7 @@ disturb the next. Bases are calibrated on one part of the data and measured on a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ def reconstruct(
     mechanisms: Mapping[str, Mapping[str, Any]],
     calibration: Calibration,
     *,
+    bases: Mapping[str, Calibration | None] | None = None,
     progress: bool = True,
 ) -> list[Reconstruction]:
     """Relative output error of mechanisms in every attention layer of a model.
@@ -61,12 +62,13 @@ def reconstruct(
         batches: inputs of the model, as `calibrate` takes them, other than those it took.
         mechanisms: by label, `{"name": ..., **options}`. Those that start from a basis get it from `calibration`.
         calibration: fitted on the same model.
+        bases: by label, what mechanisms start from in place of `calibration`; None keeps their random basis.
         progress: show a progress bar.
 
     Raises:
         ValueError: an unknown mechanism or option, or one that the model's attention does not fit; no batches.
     """
-    measured = ReconstructionMeasurement(mechanisms, calibration)
+    measured = ReconstructionMeasurement(mechanisms, calibration, bases)
     was_training = model.training
     model.eval()
     try:
@@ -81,9 +83,14 @@ def reconstruct(
 class ReconstructionMeasurement:
     """Callback of a capture: runs every mechanism on every layer's inputs and adds up the errors."""
 
-    def __init__(self, mechanisms: Mapping[str, Mapping[str, Any]], calibration: Calibration) -> None:
+    def __init__(
+        self,
+        mechanisms: Mapping[str, Mapping[str, Any]],
+        calibration: Calibration,
+        bases: Mapping[str, Calibration | None] | None = None,
+    ) -> None:
         self.specs = {label: dict(spec) for label, spec in mechanisms.items()}
-        self.calibration = calibration
+        self.calibration, self.bases = calibration, dict(bases or {})
         self.layers = {layer.name: i for i, layer in enumerate(calibration.layers)}
         self.built: dict[tuple[str, str], AttentionMechanism] = {}
         self.sums: dict[tuple[str, str], Tensor] = {}
@@ -92,16 +99,8 @@ class ReconstructionMeasurement:
     def __call__(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float
     ) -> None:
-        if mask.key_keep is not None:
-            padded = ~mask.key_keep[:, None, :, None]
-            key, value = key.masked_fill(padded, 0.0), value.masked_fill(padded, 0.0)
-        exact, _ = exact_attention_with_weights(query, key, value, mask, scale, 0.0)
-        real = used_tokens(mask, query, key)[0][:, None, :, None]  # (b, 1, n_q, 1)
-        norm = exact.masked_fill(~real, 0.0).flatten(2).norm(dim=-1)  # (b, h)
-        for label in self.specs:
-            mechanism = self._mechanism(label, layer, query, key, value, mask)
-            output, _ = mechanism(query, key, value, mask, scale=scale)
-            error = (output - exact).masked_fill(~real, 0.0).flatten(2).norm(dim=-1) / norm.clamp_min(1e-12)
+        built = [self._mechanism(label, layer, query, key, value, mask) for label in self.specs]
+        for label, error in zip(self.specs, relative_errors(built, query, key, value, mask, scale), strict=True):
             both = torch.stack([error.sum().double().cpu(), torch.tensor(float(error.numel()), dtype=torch.float64)])
             self.sums[label, layer] = self.sums.get((label, layer), torch.zeros(2, dtype=torch.float64)) + both
 
@@ -120,8 +119,9 @@ class ReconstructionMeasurement:
             index = self.layers[layer]
             max_length = self.calibration.layers[index].length
             mechanism = build_attention(options.pop("name"), **options, **shape, max_length=max_length).eval()
-            if has_basis(mechanism):
-                self.calibration.load_into(mechanism, index)
+            basis = self.bases.get(label, self.calibration)
+            if has_basis(mechanism) and basis is not None:
+                basis.load_into(mechanism, index)
             self.built[label, layer] = mechanism.to(query.device)
             lengths = (query.shape[-2], key.shape[-2])
             exact = ExactAttention(**shape).cost(*lengths, causal=mask.causal)
@@ -145,6 +145,26 @@ class ReconstructionMeasurement:
                 )
             )
         return rows
+
+
+def relative_errors(
+    mechanisms: Sequence[AttentionMechanism],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    scale: float,
+) -> Iterator[Tensor]:
+    """(b, h) of each mechanism in turn: ‖Ô − O‖ / ‖O‖ over the real queries, O the output of exact attention."""
+    if mask.key_keep is not None:
+        padded = ~mask.key_keep[:, None, :, None]
+        key, value = key.masked_fill(padded, 0.0), value.masked_fill(padded, 0.0)
+    exact, _ = exact_attention_with_weights(query, key, value, mask, scale, 0.0)
+    real = used_tokens(mask, query, key)[0][:, None, :, None]  # (b, 1, n_q, 1)
+    norm = exact.masked_fill(~real, 0.0).flatten(2).norm(dim=-1).clamp_min(1e-12)  # (b, h)
+    for mechanism in mechanisms:
+        output, _ = mechanism(query, key, value, mask, scale=scale)
+        yield (output - exact).masked_fill(~real, 0.0).flatten(2).norm(dim=-1) / norm
 
 
 def without_refusals(
@@ -193,7 +213,8 @@ def standard_mechanisms(budgets: Iterable[float], rank: int) -> dict[str, dict[s
                 "rest": "drop",
                 "select": "estimate",
             },
-            f"eigen_cluster keep={at}": {"name": "eigen_cluster", "rank": rank, "keep": keep, "block_size": 16},
+            f"eigen_cluster keep={at}": {"name": "eigen_cluster", "rank": rank, "keep": keep},
+            f"eigen_cluster keep={at} order=2": {"name": "eigen_cluster", "rank": rank, "keep": keep, "order": 2},
             f"eigen_row keep={at}": {"name": "eigen_row", "keep": keep, "selection": "greedy"},
             f"low_rank_topk keep={at}": {"name": "low_rank_topk", "rank": rank, "keep": keep, "basis": "input"},
             f"topk keep={at}": {"name": "topk", "keep": keep},

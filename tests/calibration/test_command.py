@@ -75,9 +75,37 @@ def test_reconstruct_prints_and_writes_the_errors_of_every_layer(folder, tmp_pat
     assert "eigen_topk keep=0.25" in capsys.readouterr().out
 
 
+def test_reconstruct_shows_what_random_and_refined_bases_are_worth(folder, tmp_path):
+    path = tmp_path / "table.csv"
+    attention = "[{name: eigen_cluster, cluster_size: 2, block_size: 8},topk]"
+    words = {"test_sequences": 4, "keep": 0.5, "rank": 2, "refine": 2, "attention": attention, "output": path}
+    assert reconstruct_main(arguments(folder, **words)) == 0
+    with path.open() as file:
+        errors = {row["mechanism"]: float(row["error"]) for row in csv.DictReader(file)}
+    label = "eigen_cluster cluster_size=2 block_size=8 keep=0.5"
+    assert list(errors) == ["topk keep=0.5", label, f"{label}, random basis", f"{label}, refined"]
+    assert len(set(errors.values())) == 4
+
+
+def test_calibrate_refines_the_basis_of_one_mechanism(folder, tmp_path):
+    closed, refined = tmp_path / "closed.safetensors", tmp_path / "refined.safetensors"
+    attention = "{name: eigen_cluster, keep: 0.5, cluster_size: 2, block_size: 8, rank: 3}"
+    assert main(arguments(folder, output=closed)) == 0
+    assert main(arguments(folder, output=refined, refine=2, attention=attention)) == 0
+    before, after = Calibration.open(closed).tensors, Calibration.open(refined).tensors
+    assert after["1.content.head.key_map"].shape == (2, 8, 3)
+    assert not torch.equal(after["1.content.head.key_map"], before["1.content.head.key_map"][..., :3])
+    assert torch.equal(after["1.content.layer.key_map"], before["1.content.layer.key_map"])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"refine": -1}, "refine must be a whole number of at least 0, got -1"),
+        ({"refine": 2}, "refine=2 needs attention=<the mechanism that the basis is for>"),
+        ({"attention": "eigen_topk"}, "attention=eigen_topk is what refine=<steps> is for, got refine=0"),
+        ({"refine": 2, "attention": "{name: eigen_topk, rnk: 2}"}, "attention.rnk is not an option of eigen_topk"),
+        ({"refine": 2, "attention": "topk"}, "refine needs a content basis that learns"),
         ({"data": "nowhere.txt"}, "data=nowhere.txt is not a file"),
         ({"length": 0}, "length must be a whole number"),
         ({"sequences": 900}, "gives 21 of 900 sequences of 16 tokens"),

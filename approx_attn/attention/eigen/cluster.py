@@ -103,8 +103,8 @@ class EigenClusterAttention(HasContentBasis):
         halves, rest = divmod(self.block_size, self.cluster_size)
         if rest or halves & (halves - 1):
             raise ValueError(
-                f"attention.cluster_size must be attention.block_size={block_size} over a power of two, "
-                f"got {cluster_size}."
+                f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... "
+                f"of it, got {cluster_size}."
             )
         if isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")

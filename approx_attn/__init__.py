@@ -2,10 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from approx_attn.adapters.convert import convert, describe, revert
-from approx_attn.adapters.functional import scaled_dot_product_attention
-from approx_attn.adapters.multihead import MultiheadAttention
-from approx_attn.adapters.saving import load_converted, save_converted
 from approx_attn.attention import (
     AttentionMask,
     AttentionMechanism,
@@ -15,10 +11,14 @@ from approx_attn.attention import (
     build_attention,
     register_attention,
 )
-from approx_attn.calibration import calibrate
+from approx_attn.attention.functional import scaled_dot_product_attention
+from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.calibration import calibrate
+from approx_attn.conversion.convert import convert, describe, revert
+from approx_attn.conversion.saving import load_converted, save_converted
 
 if TYPE_CHECKING:
-    from approx_attn.prediction import load_model, predict
+    from approx_attn.run.predict import load_model, predict
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What needs Lightning and Hydra is imported when it is first used."""
     if name in ("load_model", "predict"):
-        from approx_attn import prediction
+        from approx_attn.run import predict as prediction
 
         return getattr(prediction, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

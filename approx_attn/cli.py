@@ -11,35 +11,41 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from approx_attn.instantiation import suggestion
-from approx_attn.notices import ConfigWarning
+from approx_attn.config.instantiate import suggestion
+from approx_attn.errors import ConfigWarning
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("approx_attn.training:main", "train and test one model: data=digits attention=eigen_row seed=1"),
-    "evaluate": ("approx_attn.evaluation:main", "test a checkpoint: checkpoint=<file>"),
+    "train": ("approx_attn.run.train:main", "train and test one model: data=digits attention=eigen_row seed=1"),
+    "evaluate": ("approx_attn.run.evaluate:main", "test a checkpoint: checkpoint=<file>"),
     "predict": (
-        "approx_attn.prediction:main",
+        "approx_attn.run.predict:main",
         "classes of new texts or images: checkpoint=<file> data=<file or folder> output=<file.csv>",
     ),
-    "compare": ("approx_attn.comparison:main", "train what is missing and print one table: attention=[exact,topk]"),
-    "calibrate": ("approx_attn.calibration.command:main", "fit bases on a live model and its data"),
+    "compare": (
+        "approx_attn.comparison.command:main",
+        "train what is missing, print one table: attention=[exact,topk]",
+    ),
+    "calibrate": ("approx_attn.diagnosis.calibrate:main", "fit bases on a live model and its data"),
     "reconstruct": (
-        "approx_attn.calibration.command:reconstruct_main",
+        "approx_attn.diagnosis.calibrate:reconstruct_main",
         "error of the attention output by mechanism, budget and layer: model=<...> data=<text file>",
     ),
     "embed": (
-        "approx_attn.calibration.embed_command:main",
+        "approx_attn.diagnosis.embed:main",
         "how far text embeddings move with other attention: model=<encoder> calibration=<texts> data=[<texts>]",
     ),
-    "analyze": ("approx_attn.analysis.command:main", "spectra, overlaps, reconstruction and norms of a model"),
-    "benchmark": ("approx_attn.benchmark:main", "time, memory and error of mechanisms side by side"),
+    "analyze": (
+        "approx_attn.diagnosis.analysis.command:main",
+        "spectra, overlaps, reconstruction, norms of a model",
+    ),
+    "benchmark": ("approx_attn.diagnosis.benchmark.command:main", "time, memory and error of mechanisms side by side"),
     "estimate": (
-        "approx_attn.estimation.command:main",
+        "approx_attn.diagnosis.estimation.command:main",
         "memory and time of a run before it is started: data=listops trainer=ddp",
     ),
-    "runs": ("approx_attn.results.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),
-    "results": ("approx_attn.results.document:main", "put finished comparisons into RESULTS.md: <folder> <folder>"),
+    "runs": ("approx_attn.comparison.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),
+    "results": ("approx_attn.comparison.document:main", "put finished comparisons into RESULTS.md: <folder> <folder>"),
     "list": ("approx_attn.cli:list_mechanisms", "the mechanisms: what they can do, what they cost"),
 }
 
@@ -176,8 +182,8 @@ def _print_options(name: str) -> None:
     from rich.text import Text
 
     from approx_attn.attention import attention_class, attention_options
-    from approx_attn.configuration import config_dir
-    from approx_attn.help import meanings
+    from approx_attn.config.compose import config_dir
+    from approx_attn.config.help import meanings
     from approx_attn.output import print_table
 
     said = meanings(config_dir() / "attention" / f"{name}.yaml")

@@ -18,18 +18,14 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from approx_attn.configuration import compose_config, config_dir, parse_overrides, plain
-from approx_attn.help import help_page
-from approx_attn.instantiation import ConfigError, suggestion
-from approx_attn.stopping import Stopped
+from approx_attn.config.compose import compose_config, config_dir, parse_overrides, plain
+from approx_attn.config.help import help_page
+from approx_attn.config.instantiate import suggestion
+from approx_attn.errors import ConfigError, Stopped, Unsuccessful
 
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
 INTERRUPTED = 130
-
-
-class Unsuccessful(Exception):
-    """A command came to its end without the result that it is for; the message is one sentence."""
 
 
 def require_finite(figures: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from approx_attn.instantiation import ConfigError
+from approx_attn.errors import ConfigError
 
 NO_EDGE = 10_000  # characters in a line of a file or pipe
 

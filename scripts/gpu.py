@@ -2,7 +2,7 @@
 
 import sys
 
-from approx_attn.benchmark_gpu import main
+from approx_attn.diagnosis.benchmark.gpu import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

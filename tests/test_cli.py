@@ -15,7 +15,7 @@ import approx_attn
 from approx_attn import cli
 from approx_attn.attention import available_attention
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "debug=fast",
     "progress_bar=false",
@@ -114,7 +114,7 @@ def test_files_of_another_folder_are_found_and_swept(capsys: pytest.CaptureFixtu
     folder = tmp_path / "mine"
     (folder / "attention").mkdir(parents=True)
     for name in ("mine_wide", "mine_narrow"):
-        text = "_target_: approx_attn.attention.topk.TopKAttention\n_partial_: true\nkeep: 0.5\n"
+        text = "_target_: approx_attn.attention.baselines.topk.TopKAttention\n_partial_: true\nkeep: 0.5\n"
         (folder / "attention" / f"{name}.yaml").write_text(text.replace("0.5", "0.1") if "narrow" in name else text)
     words = ["train", *TINY, "-m", "--config-dir", str(folder), "attention=glob(mine_*)", f"paths.runs={tmp_path}/runs"]
     assert cli.main(words) == 0

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from approx_attn.attention import attention_class, attention_options, available_attention
-from approx_attn.configuration import ConfigError, available_choices, compose_config, config_dir, load_config, plain
-from approx_attn.instantiation import target_class
-from approx_attn.training import check_run, run_folder
+from approx_attn.config.compose import ConfigError, available_choices, compose_config, config_dir, load_config, plain
+from approx_attn.config.instantiate import target_class
+from approx_attn.run.train import check_run, run_folder
 
 QUIET = ["logger=csv", "progress_bar=false", "trainer.accelerator=cpu"]
 NEEDS = {"text_classification": ["data.path=somewhere"], "lra_retrieval": ["data.path=somewhere"]}

@@ -15,11 +15,11 @@ import pytorch_lightning as pl
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 
-from approx_attn import training
 from approx_attn.attention import attention_class, available_attention
-from approx_attn.configuration import available_choices, compose_config
+from approx_attn.config.compose import available_choices, compose_config
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.instantiation import ConfigError
+from approx_attn.errors import ConfigError
+from approx_attn.run import train as training
 
 STEPS = 3
 WORDS = ["a", "fine", "film", "dull", "plot", "and", "no", "joy", "great", "fun"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from approx_attn import cli
 from approx_attn.attention import available_attention
-from approx_attn.configuration import load_config
+from approx_attn.config.compose import load_config
 
 TINY = [
     "debug=fast",

@@ -12,13 +12,13 @@ from rich.console import Console
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from approx_attn.comparison import compare
-from approx_attn.configuration import compose_config
-from approx_attn.evaluation import evaluate
-from approx_attn.instantiation import ConfigError
+from approx_attn.comparison.command import compare
+from approx_attn.config.compose import compose_config
+from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Tally, figures, metric_direction, metric_names, metric_of
-from approx_attn.results.record import read_result
-from approx_attn.training import train
+from approx_attn.run.evaluate import evaluate
+from approx_attn.run.record import read_result
+from approx_attn.run.train import train
 
 ALL = ("f1", "balanced_accuracy", "per_class_accuracy", "calibration_error")
 SMALL = [
@@ -131,7 +131,7 @@ def test_runs_that_go_on_from_others_have_the_metrics_asked_for(tmp_path: Path) 
 def test_old_runs_are_compared_by_metrics_that_their_predictions_tell(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("approx_attn.training.train", lambda config: pytest.fail("it was trained before"))
+    monkeypatch.setattr("approx_attn.run.train.train", lambda config: pytest.fail("it was trained before"))
     rows = compare(
         [*SMALL, *words(runs), "metric=calibration_error", f"metrics=[{','.join(ALL)}]"], Console(quiet=True)
     )

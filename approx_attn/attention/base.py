@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.notices import warn
+from approx_attn.errors import warn
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class AttentionMechanism(nn.Module):
         layer_index: which layer of a model this is, for mechanisms that load a basis fitted per layer.
     """
 
+    registered: ClassVar[dict[str, type[AttentionMechanism]]] = {}  # all of them by name, filled by the registry
     name: ClassVar[str] = ""  # set by the registry
     capabilities: ClassVar[Capabilities] = Capabilities()
     cost_formula: ClassVar[str] = ""  # for people: multiply-adds of scores per head, e.g. "n·m·d + n²·r"
@@ -284,9 +285,8 @@ class AttentionMechanism(nn.Module):
 
     @classmethod
     def _refusal(cls, request: str, capability: str) -> str:
-        from approx_attn.attention.registry import mechanisms_with
-
-        others = ", ".join(mechanisms_with(capability)) or "none"
+        able = (name for name, known in cls.registered.items() if getattr(known.capabilities, capability))
+        others = ", ".join(sorted(able)) or "none"
         return f"attention={cls.name} does not support {request}; mechanisms that do: {others}."
 
     def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int]:

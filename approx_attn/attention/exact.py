@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    repeat_heads,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, repeat_heads
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.query_chunks import crop_keys
 from approx_attn.attention.registry import register_attention

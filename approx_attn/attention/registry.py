@@ -9,7 +9,7 @@ from typing import Any
 
 from approx_attn.attention.base import AttentionMechanism
 
-_MECHANISMS: dict[str, type[AttentionMechanism]] = {}
+_MECHANISMS = AttentionMechanism.registered
 
 # What the surrounding layer decides, so no config may set it.
 SHAPE_ARGUMENTS = ("num_heads", "head_dim", "value_dim", "num_key_value_heads", "max_length", "causal", "layer_index")
@@ -43,11 +43,6 @@ def register_attention(name: str) -> Callable[[type[AttentionMechanism]], type[A
 def available_attention() -> list[str]:
     """Names of all mechanisms, sorted."""
     return sorted(_MECHANISMS)
-
-
-def mechanisms_with(capability: str) -> list[str]:
-    """Names of the mechanisms whose `capabilities.<capability>` is True, sorted."""
-    return [name for name in available_attention() if getattr(_MECHANISMS[name].capabilities, capability)]
 
 
 def attention_class(name: str) -> type[AttentionMechanism]:

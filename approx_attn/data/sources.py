@@ -14,7 +14,7 @@ from datasets.table import InMemoryTable
 
 from approx_attn.data.base import SPLITS, require_count, require_count_or_none, require_share
 from approx_attn.data.cache import quiet_datasets
-from approx_attn.notices import warn
+from approx_attn.errors import warn
 
 READERS = {
     ".parquet": "parquet",

@@ -7,12 +7,7 @@ from typing import Any
 
 import datasets
 
-from approx_attn.data.base import (
-    DataSpec,
-    SequenceDataModule,
-    require_count,
-    require_one_of,
-)
+from approx_attn.data.base import DataSpec, SequenceDataModule, require_count, require_one_of
 from approx_attn.data.cache import quiet_datasets
 from approx_attn.data.packing import BYTE_VOCAB_SIZE, PAD, PackedSequences
 from approx_attn.data.sources import (

@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from approx_attn.adapters.capture import capture_attention_inputs
-from approx_attn.adapters.convert import convert, find_layers
-from approx_attn.adapters.layers import SLOT, AttentionLayer, AttentionShape
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
 from approx_attn.attention.base import require_choice
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.conversion.convert import convert, find_layers
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
 

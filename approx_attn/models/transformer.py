@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from approx_attn.adapters.multihead import MultiheadAttention
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.base import require_choice, require_positive
 from approx_attn.attention.exact import ExactAttention
+from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 

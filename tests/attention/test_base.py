@@ -13,7 +13,7 @@ from approx_attn.attention.base import (
     resolve_count,
 )
 from approx_attn.attention.exact import ExactAttention
-from approx_attn.notices import ConfigWarning
+from approx_attn.errors import ConfigWarning
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, None])

@@ -14,7 +14,7 @@ from approx_attn.attention import (
     resolve_attention,
 )
 from approx_attn.attention.exact import ExactAttention
-from approx_attn.attention.registry import SHAPE_ARGUMENTS, mechanisms_with
+from approx_attn.attention.registry import SHAPE_ARGUMENTS
 
 
 def test_names_are_sorted_and_hold_the_reference():
@@ -84,8 +84,3 @@ def test_ways_to_say_what_a_layer_uses(spec):
 def test_a_mapping_needs_a_name():
     with pytest.raises(ValueError, match="must have the key 'name'"):
         resolve_attention({"keep": 0.5}, num_heads=2, head_dim=4)
-
-
-def test_mechanisms_with_a_capability():
-    assert "exact" in mechanisms_with("causal")
-    assert "linformer" not in mechanisms_with("causal")

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import ks_2samp
 
 from approx_attn.data import listops
-from approx_attn.data.listops import ListOpsData
-from approx_attn.data.listops_trees import TOKEN_NAMES, VOCAB_SIZE, Expressions, random_expressions
+from approx_attn.data.generators.listops import ListOpsData
+from approx_attn.data.generators.listops_trees import TOKEN_NAMES, VOCAB_SIZE, Expressions, random_expressions
 
 SHORT = {"max_depth": 4, "max_args": 10, "min_length": 20, "max_length": 200}
 FULL = {"max_depth": 10, "max_args": 10, "min_length": 500, "max_length": 2000}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from approx_attn.data.mqar import MQARData, associative_recall, distinct
+from approx_attn.data.generators.mqar import MQARData, associative_recall, distinct
 from approx_attn.data.packing import IGNORE
 
 SETTING = {"vocab_size": 32, "length": 40, "num_pairs": 5, "power": 0.01, "random_filler": True}

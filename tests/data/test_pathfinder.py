@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from approx_attn.data import pathfinder
-from approx_attn.data.pathfinder import PathfinderData
-from approx_attn.data.pathfinder_images import Scenes, Setting, random_scenes
+from approx_attn.data.generators.pathfinder import PathfinderData
+from approx_attn.data.generators.pathfinder_images import Scenes, Setting, random_scenes
 
 SMALL = Setting(resolution=16, contour_length=4, num_distractors=2, distractor_length=2, seed_distance=3)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from approx_attn.data.text_classification import TextClassificationData
-from approx_attn.notices import ConfigWarning
+from approx_attn.errors import ConfigWarning
 
 TRAIN = {
     "text": [f"review number {i} " + "good bad "[i % 2 * 5 :] for i in range(50)],

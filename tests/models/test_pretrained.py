@@ -14,16 +14,16 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
-from approx_attn.configuration import compose_config, plain
-from approx_attn.evaluation import evaluate, load_task
-from approx_attn.instantiation import ConfigError
+from approx_attn.config.compose import compose_config, plain
+from approx_attn.errors import ConfigError
 from approx_attn.models.pretrained import (
     PretrainedClassifier,
     PretrainedImageClassifier,
     PretrainedLanguageModel,
     attention_block,
 )
-from approx_attn.training import train
+from approx_attn.run.evaluate import evaluate, load_task
+from approx_attn.run.train import train
 
 transformers = pytest.importorskip("transformers")
 

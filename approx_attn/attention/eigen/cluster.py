@@ -10,13 +10,7 @@ from torch import Tensor
 from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
-from approx_attn.attention.eigen.kernels.cluster import (
-    cluster_attention,
-    preparation,
-    products,
-    unpadded_plan,
-    work,
-)
+from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention

@@ -252,6 +252,8 @@ class HasContentBasis(AttentionMechanism):
     def load_basis_file(self, path: str | None) -> None:
         """Start from the basis in a file of `approx_attn.calibrate`; None: nothing to do."""
         if path is not None:
-            from approx_attn.calibration import load_basis_into  # calibration knows the mechanisms, not they it
+            from approx_attn.conversion.calibration import (
+                load_basis_into,  # calibration knows the mechanisms, not they it
+            )
 
             load_basis_into(self, path)

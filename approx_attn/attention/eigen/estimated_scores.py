@@ -7,12 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.eigen.chunk_scores import (
-    grouped_matmul,
-    grouped_to_query_heads,
-    mean_residual,
-    sampled_keep,
-)
+from approx_attn.attention.eigen.chunk_scores import grouped_matmul, grouped_to_query_heads, mean_residual, sampled_keep
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.query_chunks import crop_keys

@@ -22,13 +22,7 @@ from approx_attn.attention.base import (
 )
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import SELECTIONS, greedy_order, repeat_positions, select_positions
-from approx_attn.attention.eigen.position_basis import (
-    ALIGNMENTS,
-    BASIS_INITS,
-    LENGTHS,
-    PositionBasis,
-    full_precision,
-)
+from approx_attn.attention.eigen.position_basis import ALIGNMENTS, BASIS_INITS, LENGTHS, PositionBasis, full_precision
 from approx_attn.attention.eigen.row_scores import (
     QueryBlock,
     block_scores,
@@ -152,7 +146,7 @@ class EigenRowAttention(AttentionMechanism):
         self.register_buffer("column_order", None)
         self.select_greedily()
         if basis is not None:
-            from approx_attn.calibration import load_basis_into
+            from approx_attn.conversion.calibration import load_basis_into
 
             load_basis_into(self, basis)
 

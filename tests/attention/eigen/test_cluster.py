@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
 from approx_attn.attention.eigen.kernels import native
-from approx_attn.measurement import peak_memory
+from approx_attn.run.measurement import peak_memory
 
 HEADS = 4
 SMALL = {"block_size": 16, "cluster_size": 4, "rank": 3, "keep": 12}

@@ -1,0 +1,150 @@
+"""Gaussian attention: weights that fall with the distance between tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, require_positive
+from approx_attn.attention.baselines.positional import attention_from_scores
+from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.registry import register_attention
+
+LEAST_SIGMA = 1e-4  # keeps squared distances over 2σ² finite
+
+
+@register_attention("gaussian")
+class GaussianAttention(AttentionMechanism):
+    """Weights ∝ exp(−‖x_i − x_j‖² / 2σ²) over the keys a query may use, with one σ per head.
+
+    Source: localised Gaussians as attention weights, arXiv 2409.13291. Coordinates x are positions unless
+    given; an additive mask is added to the exponent, as to scores.
+
+    Args:
+        sigma: σ, one for all heads or a list with one per head; None: 1, 2, 4, … doubling from head to head.
+        train_sigma: learn σ (as its logarithm) or keep it fixed.
+        grid_width: tokens lie row by row on a grid of this width, such as the pixels of an image; None: on a line.
+        coordinates: a list with the point (a list of numbers) of each position; inputs may not be longer.
+            None: from positions and `grid_width`.
+    """
+
+    capabilities = Capabilities(has_parameters=True, window=True)
+    cost_formula = "n² (and n²·d_v for the values)"
+    log_sigma: Tensor
+    coordinates: Tensor | None
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        num_key_value_heads: int | None = None,
+        max_length: int | None = None,
+        causal: bool = False,
+        layer_index: int = 0,
+        sigma: float | Sequence[float] | None = None,
+        train_sigma: bool = True,
+        grid_width: int | None = None,
+        coordinates: Sequence[Sequence[float]] | None = None,
+    ) -> None:
+        super().__init__(
+            num_heads,
+            head_dim,
+            value_dim=value_dim,
+            num_key_value_heads=num_key_value_heads,
+            max_length=max_length,
+            causal=causal,
+            layer_index=layer_index,
+        )
+        log_sigma = torch.tensor([math.log(value) for value in _sigma_per_head(sigma, num_heads)])
+        if train_sigma:
+            self.log_sigma = nn.Parameter(log_sigma)
+        else:
+            self.register_buffer("log_sigma", log_sigma)
+        self.grid_width = None if grid_width is None else require_positive("attention.grid_width", grid_width)
+        if coordinates is not None and grid_width is not None:
+            raise ValueError("attention.coordinates and attention.grid_width exclude each other, got both.")
+        self.register_buffer("coordinates", None if coordinates is None else _points(coordinates))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        scale: float,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        query_points = self._coordinates(mask.query_positions(query.shape[-2], query.device))  # (n_q, c)
+        key_points = self._coordinates(torch.arange(key.shape[-2], device=key.device))  # (n_k, c)
+        squared = (query_points[:, None] - key_points).square().sum(dim=-1)  # (n_q, n_k)
+        log_sigma = at_least_float32(self.log_sigma).clamp(min=math.log(LEAST_SIGMA))
+        precision = 0.5 * torch.exp(-2.0 * log_sigma)  # 1 / 2σ², (h,)
+        scores = -precision[:, None, None] * squared  # (h, n_q, n_k)
+        output, weights = attention_from_scores(scores[None], value, mask, dropout_p)
+        return output, weights if need_weights else None
+
+    def _coordinates(self, positions: Tensor) -> Tensor:
+        """(n,) positions -> (n, c) points."""
+        if self.coordinates is not None:
+            if len(positions) > len(self.coordinates):
+                raise ValueError(
+                    f"attention.coordinates must have a point for each of {len(positions)} positions, "
+                    f"got {len(self.coordinates)}."
+                )
+            return at_least_float32(self.coordinates)[positions.clamp(0, len(self.coordinates) - 1)]
+        if self.grid_width is None:
+            points = positions[:, None]
+        else:
+            row = positions.div(self.grid_width, rounding_mode="floor")
+            points = torch.stack((row, positions - row * self.grid_width), dim=-1)
+        return points.to(torch.promote_types(self.log_sigma.dtype, torch.float32))
+
+    def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
+        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        axes = 1 if self.coordinates is None and self.grid_width is None else 2
+        if self.coordinates is not None:
+            axes = self.coordinates.shape[-1]
+        return Cost(
+            exact_pairs=0,
+            total_pairs=self.num_heads * pairs,
+            score_multiply_adds=n_q * n_k * axes + self.num_heads * n_q * n_k,  # distances once, 1/2σ² for each head
+            value_multiply_adds=self.num_heads * n_q * n_k * self.value_dim,
+            state=self.num_heads * (1 + n_q * n_k) + n_q * n_k * axes,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, grid_width={self.grid_width}"
+
+
+def _sigma_per_head(sigma: float | Sequence[float] | None, num_heads: int) -> list[float]:
+    if sigma is None:
+        return [2.0**head for head in range(num_heads)]
+    values = [sigma] * num_heads if isinstance(sigma, int | float) else list(sigma)
+    numbers = all(
+        isinstance(v, int | float) and not isinstance(v, bool) and LEAST_SIGMA <= v < math.inf for v in values
+    )
+    if len(values) != num_heads or not numbers:
+        raise ValueError(
+            f"attention.sigma must be a number of at least {LEAST_SIGMA}, or a list of {num_heads} such numbers "
+            f"(one per head), got {sigma!r}."
+        )
+    return [float(v) for v in values]
+
+
+def _points(coordinates: Sequence[Sequence[float]]) -> Tensor:
+    try:
+        points = torch.as_tensor([list(point) for point in coordinates], dtype=torch.float32)
+    except (TypeError, ValueError):
+        points = torch.empty(0)
+    if points.dim() != 2 or points.numel() == 0 or not bool(points.isfinite().all()):
+        raise ValueError(
+            "attention.coordinates must be a list of points, each a list of as many finite numbers, "
+            f"got {str(coordinates)[:80]}."
+        )
+    return points

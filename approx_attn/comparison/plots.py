@@ -1,0 +1,201 @@
+"""Figures of a comparison, made to be printed: labelled axes, units, readable in grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from approx_attn.comparison.statistics import pareto_frontier
+from approx_attn.comparison.table import ComparisonRow, Metric
+from approx_attn.run.record import open_atomically
+
+Cost = Callable[[ComparisonRow], float | None]
+
+# Told apart by shape first, so that a grey print loses nothing. Colours: Okabe and Ito's colour-blind safe set.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rows of a table that belong together in a figure: a mechanism, or one at several budgets.
+
+    Attributes:
+        label: name of the mechanism, with the options that all its rows have.
+        option: the option that sets the budget; empty for a single row.
+        rows: in the order of the table; all have a figure.
+    """
+
+    label: str
+    option: str
+    rows: tuple[ComparisonRow, ...]
+
+
+def curves(rows: Sequence[ComparisonRow]) -> list[Curve]:
+    """The rows with a figure, those of one mechanism that differ in one option taken together.
+
+    Where a mechanism was swept over several options, the one with the most values sets the budget, and every
+    setting of the others has a curve of its own.
+    """
+    groups: dict[tuple[str, tuple[str, ...]], list[ComparisonRow]] = {}
+    for row in rows:
+        if row.figure is not None:
+            groups.setdefault((row.mechanism, tuple(row.settings)), []).append(row)
+    found = []
+    for (mechanism, options), members in groups.items():
+        values = {option: {row.settings[option] for row in members} for option in options}
+        swept = max(options, key=lambda option: len(values[option]), default="")
+        if not swept or len(values[swept]) == 1:
+            found += [Curve(row.name, "", (row,)) for row in members]
+            continue
+        by_others: dict[str, list[ComparisonRow]] = {}
+        for row in members:
+            others = [f"{option}={value}" for option, value in row.settings.items() if option != swept]
+            by_others.setdefault(" ".join([mechanism, *others]), []).append(row)
+        found += [Curve(label, swept, tuple(members)) for label, members in by_others.items()]
+    return found
+
+
+def comparison_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> Figure:
+    """Test figure against measured step time, multiply-adds and memory, with the frontier drawn through.
+
+    Mechanisms without a finished run are left out, and costs that are known of none.
+    """
+    panels: list[tuple[str, Cost]] = [
+        ("training step time, relative to the reference", lambda r: r.step_time),
+        ("attention multiply-adds, relative to the reference", lambda r: r.multiply_adds),
+        ("peak memory of a training step, MiB", lambda r: None if r.memory is None else r.memory / 2**20),
+    ]
+    panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)] or panels[1:2]
+    figure, axes = _panels(panels, metric, f"{title} (mean over seeds; bars: standard deviation; dashed: frontier)")
+    for axis, (_, cost) in zip(axes, panels, strict=True):
+        for index, curve in enumerate(curves(rows)):
+            _draw(axis, curve, cost, metric, index, line=False)
+        _draw_frontier(axis, rows, cost, metric)
+    _add_legend(figure, axes)
+    return figure
+
+
+def budget_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> Figure | None:
+    """Test figure against the budget, one curve per mechanism that was run at several; None if none was.
+
+    Args:
+        rows: the table. Mechanisms with one budget are single points; the reference is a line across, in a band of
+            one standard deviation.
+    """
+    if not any(curve.option for curve in curves(rows)):
+        return None
+    panels: list[tuple[str, Cost]] = [
+        ("pairs with an exact score, %", lambda r: None if r.exact_share is None else 100 * r.exact_share),
+        ("attention multiply-adds, relative to the reference", lambda r: r.multiply_adds),
+    ]
+    figure, axes = _panels(panels, metric, f"{title} by budget (mean over seeds; bars: standard deviation)")
+    for axis, (_, cost) in zip(axes, panels, strict=True):
+        for index, curve in enumerate(curves(rows)):
+            if curve.rows[0].is_reference and not curve.option:
+                _draw_level(axis, curve.rows[0], metric)
+            else:
+                _draw(axis, curve, cost, metric, index, line=True)
+        budgets = [cost(row) for curve in curves(rows) if curve.option for row in curve.rows]
+        _scale(axis, [cost(row) for row in rows if row.figure is not None], budgets)
+    _add_legend(figure, axes)
+    return figure
+
+
+def _panels(panels: Sequence[tuple[str, Cost]], metric: Metric, title: str) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel per cost beside one another, titled and labelled, still empty."""
+    figure = Figure(figsize=(4.5 * len(panels), 4.6) if len(panels) > 2 else (11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
+    for axis, (label, _) in zip(axes, panels, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(True, color="0.9", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(f"test {metric.header}")
+    figure.suptitle(plain_text(title), fontsize=11)
+    return figure, axes
+
+
+def plain_text(text: str) -> str:
+    """Text that matplotlib shows as it is, instead of reading mathematics between dollars."""
+    return text.replace("$", r"\$")
+
+
+def _add_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    entry = 0.6 + 0.09 * max(map(len, handles))  # inches: its marker, and letters of 10 points
+    columns = max(1, min(len(handles), 6, int(width / entry)))
+    rows = math.ceil(len(handles) / columns)
+    figure.set_size_inches(width, height + 0.22 * max(rows - 2, 0))  # a long legend takes no room from the panels
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _draw(axis: Axes, curve: Curve, cost: Cost, metric: Metric, index: int, line: bool) -> None:
+    """Points with error bars, in the order of their cost; `line` joins them."""
+    points = sorted((x, *_level(row, metric)) for row in curve.rows if (x := cost(row)) is not None)
+    if not points:
+        return
+    costs, figures, spreads = zip(*points, strict=True)
+    axis.errorbar(
+        costs,
+        figures,
+        yerr=spreads if any(spreads) else None,
+        fmt=MARKERS[index % len(MARKERS)],
+        linestyle=("-", "--", "-.", ":")[index % 4] if line else "none",
+        color=COLOURS[index % len(COLOURS)],
+        markersize=6 if line else 8,
+        capsize=3,
+        linewidth=1.2,
+        label=plain_text(curve.label),
+    )
+
+
+def _draw_level(axis: Axes, row: ComparisonRow, metric: Metric) -> None:
+    level, spread = _level(row, metric)
+    axis.axhline(level, color="0.35", linewidth=1.0, linestyle=(0, (6, 3)), label=plain_text(row.name), zorder=1)
+    axis.axhspan(level - spread, level + spread, color="0.92", linewidth=0, zorder=0)
+
+
+def _level(row: ComparisonRow, metric: Metric) -> tuple[float, float]:
+    """Mean and standard deviation over seeds as they are drawn; 0 where one seed has none."""
+    assert row.figure is not None
+    return metric.factor * row.figure.mean, 0.0 if math.isnan(row.figure.std) else metric.factor * row.figure.std
+
+
+def _draw_frontier(axis: Axes, rows: Sequence[ComparisonRow], cost: Cost, metric: Metric) -> None:
+    """A dashed line through the points that no other beats."""
+    points = [(x, _level(row, metric)[0]) for row in rows if row.figure is not None and (x := cost(row)) is not None]
+    gains = [figure if metric.higher_is_better else -figure for _, figure in points]
+    unbeaten = pareto_frontier([x for x, _ in points], gains)
+    frontier = sorted(point for point, best in zip(points, unbeaten, strict=True) if best)
+    if len(frontier) > 1:
+        axis.plot(*zip(*frontier, strict=True), color="0.6", linewidth=1.0, linestyle="--", zorder=0)
+
+
+def _scale(axis: Axes, costs: Sequence[float | None], budgets: Sequence[float | None]) -> None:
+    """A logarithmic axis marked at the budgets, where they span more than a factor of four and no cost is zero."""
+    known = sorted({budget for budget in budgets if budget})
+    if not known or known[-1] <= 4 * known[0] or 0.0 in costs:
+        return
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    if len(known) <= 8:
+        axis.set_xticks(known)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG at 160 dots per inch, whole or not at all."""
+    with open_atomically(path) as file:
+        figure.savefig(file, dpi=160, format="png")

@@ -1,0 +1,21 @@
+"""Calibration: streaming statistics of a live model, fitted to bases that mechanisms start from."""
+
+from approx_attn.conversion.calibration.basis_file import STATISTICS, Calibration, LayerShape, load_basis_into
+from approx_attn.conversion.calibration.fitting import calibrate, needed_statistics
+from approx_attn.conversion.calibration.moments import ContentMoments, PositionMoments
+from approx_attn.conversion.calibration.position_fit import PositionFit, fit_position_basis
+from approx_attn.conversion.calibration.refinement import refine_basis
+
+__all__ = [
+    "STATISTICS",
+    "Calibration",
+    "ContentMoments",
+    "LayerShape",
+    "PositionFit",
+    "PositionMoments",
+    "calibrate",
+    "fit_position_basis",
+    "load_basis_into",
+    "needed_statistics",
+    "refine_basis",
+]

@@ -1,0 +1,386 @@
+"""Put a mechanism into the attention layers of a model that exists, take it out again, and say what is where."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from approx_attn.attention import AttentionMechanism, Cost, build_attention
+from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
+from approx_attn.conversion import timm
+from approx_attn.conversion.calibration import calibrate
+from approx_attn.conversion.calibration.basis_file import has_basis
+from approx_attn.conversion.calibration.fitting import refuse_texts
+from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape, AttentionSlot, select_layers
+
+UNSAID: Any = object()  # what stands where nothing was given, in which None means something
+LONGEST_DEFAULT = 2048
+"""Mechanisms with parts laid out over positions get at most this max_length unless one is given."""
+
+
+def convert(
+    model: nn.Module,
+    attention: str | Mapping[str, Any] | partial = "eigen_topk",
+    *,
+    layers: str | Iterable[str] | None = None,
+    calibration: Iterable[Any] | None = UNSAID,
+    example: Any = None,
+    max_length: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Let attention layers of a trained model use a mechanism; the model is changed in place.
+
+    Converted are the attention modules of Hugging Face models that go through the attention interface of
+    transformers, `torch.nn.MultiheadAttention`, and modules that call `scaled_dot_product_attention`, as
+    those of timm do. Everything is checked and built before the first layer is touched. Parameters of a
+    mechanism become parameters of the model, so they train, move, and stand in its state_dict.
+
+    Args:
+        model: a trained model.
+        attention: name of a mechanism, `{"name": ..., **options}`, or the partial of a mechanism's class.
+        layers: which layers: a kind (`self`, `cross`, `encoder`, `decoder`, `encoder-self`, `decoder-self`,
+            `decoder-cross`), a glob pattern of qualified names, or several of them; all if None.
+        calibration: batches of the model's inputs (mappings, tuples or tensors), to which bases are fitted in
+            one pass, during which the model computes exact attention. Mechanisms that are of no use before they
+            are calibrated or trained want it; None says that the model will be trained from their random start.
+        example: one batch of inputs, to measure the shapes of layers that do not declare them; the first one
+            of `calibration` if that is given.
+        max_length: longest input, for mechanisms with parts laid out over positions; by default what the
+            model declares, at most 2048.
+        options: of the mechanism, as `rank=8, keep=0.25`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a model without an attention layer that can be converted (named), an unknown mechanism or
+            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, or one that
+            needs `calibration` without a word about it.
+
+    Example:
+        >>> model = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+        >>> convert(model, "eigen_topk", rank=8, keep=0.25, calibration=batches)
+    """
+    spec = attention_spec(attention, options)
+    found = find_layers(model)
+    if not found:
+        raise ValueError(_refusal(model))
+    selected = select_layers(found, layers)
+    given = None if calibration is UNSAID else calibration
+    if given is not None:
+        given = iter(given)
+        if example is None:
+            example = next(given, None)
+            given = itertools.chain([] if example is None else [example], given)
+    shapes = {} if example is None else measure_shapes(model, example)
+    slots = {
+        layer.name: AttentionSlot(
+            layer.name,
+            spec,
+            shapes.get(layer.name, layer.shape),
+            is_cross=layer.is_cross,
+            max_length=_max_length(layer, max_length),
+            causal=layer.causal,
+            layer_index=found.index(layer),
+        )
+        for layer in selected
+    }
+    mechanisms = [slot.mechanism for slot in slots.values() if slot.mechanism is not None]
+    for mechanism in mechanisms[1:]:
+        mechanism.tie_to(mechanisms[0])
+    if calibration is UNSAID:
+        _require_calibration(spec, mechanisms)
+    if given is not None and not any(map(_can_be_calibrated, mechanisms)):
+        raise ValueError(f"attention={spec['name']} has no basis to fit: leave calibration= out.")
+    install(model, found, slots)
+    if given is not None:
+        try:
+            calibrate(model, given, progress=False)
+        except BaseException:
+            _revert(model, [layer.name for layer in selected])
+            raise
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give every converted layer of `model` its own attention back; the model is changed in place.
+
+    The parameters of mechanisms are dropped; those of the model stay as they are, trained or not.
+    """
+    _revert(model, [layer.name for layer in find_layers(model)])
+    return model
+
+
+# -- finding -------------------------------------------------------------------------------------------
+
+
+def find_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The attention layers of `model` that can be converted, or are, in the order of its modules."""
+    layers = timm.find_sdpa_layers(model) + find_multihead_layers(model)
+    if "transformers" in sys.modules:  # no model of that library can be here before it was imported
+        from approx_attn.conversion import huggingface
+
+        layers += huggingface.find_interface_layers(model)
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    return sorted(layers, key=lambda layer: order[layer.name])
+
+
+def find_multihead_layers(model: nn.Module) -> list[AttentionLayer]:
+    """The `torch.nn.MultiheadAttention` layers of `model`, or the layers of this package in their place."""
+    return [
+        AttentionLayer(
+            name,
+            module,
+            host="multihead",
+            shape=AttentionShape(module.num_heads, module.head_dim, module.head_dim, module.num_heads),
+        )
+        for name, module in model.named_modules()
+        if type(module) in (TorchMultiheadAttention, MultiheadAttention)
+    ]
+
+
+def measure_shapes(model: nn.Module, example: Any) -> dict[str, AttentionShape]:
+    """Heads and features that the attention layers of `model` run with on one batch of inputs."""
+    shapes: dict[str, AttentionShape] = {}
+    training = model.training
+
+    def note(name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
+        shapes[name] = AttentionShape.of(query, key, value)
+
+    try:
+        with torch.no_grad(), capture_attention_inputs(model.eval(), note):
+            run_model(model, example)
+    finally:
+        model.train(training)
+    return shapes
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Call `model` on a batch of inputs: a mapping of keyword arguments, a tuple of arguments, or one argument."""
+    refuse_texts(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def attention_spec(attention: str | Mapping[str, Any] | partial, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"name": ..., **options}` of what `convert` was given; plain data, so that it can be saved."""
+    if isinstance(attention, partial):
+        if not isinstance(attention.func, type) or not issubclass(attention.func, AttentionMechanism):
+            raise ValueError(f"attention must be a mechanism, got a partial of {attention.func!r}.")
+        attention = {"name": attention.func.name, **attention.keywords}
+    if isinstance(attention, str):
+        attention = {"name": attention}
+    if not isinstance(attention, Mapping) or "name" not in attention:
+        raise ValueError(f"attention must be a name or a mapping with the key 'name', got {attention!r}.")
+    spec = {str(key): value for key, value in {**attention, **options}.items()}
+    if spec["name"] == "exact" and len(spec) > 1:
+        build_attention(**spec, num_heads=1, head_dim=1)  # which says that exact has no options
+    return spec
+
+
+def _can_be_calibrated(mechanism: AttentionMechanism) -> bool:
+    return has_basis(mechanism) or hasattr(mechanism, "observe")
+
+
+def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[AttentionMechanism]) -> None:
+    """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
+    starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
+    keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
+    if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
+        return
+    if any(map(_can_be_calibrated, mechanisms)):
+        raise ValueError(
+            f"attention={spec['name']} is of no use in a trained model before its basis is fitted: give calibration=, "
+            "batches of the model's inputs, or calibration=None if the model is trained next."
+        )
+    raise ValueError(
+        f"attention={spec['name']} starts from parameters that only training makes useful and no calibration fits: "
+        "give calibration=None if the model is trained next."
+    )
+
+
+def _max_length(layer: AttentionLayer, given: int | None) -> int | None:
+    if given is not None or layer.max_length is None:
+        return given
+    return min(layer.max_length, LONGEST_DEFAULT)
+
+
+def _refusal(model: nn.Module) -> str:
+    kind = type(model).__name__
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is not None:
+        return (
+            f"{kind} (model_type={model_type}) computes its attention outside the attention interface of "
+            "transformers, so it cannot be converted; models such as bert, gpt2, llama, t5 and vit can."
+        )
+    return (
+        f"{kind} holds no attention layer that can be converted: none of the attention interface of transformers, "
+        "no torch.nn.MultiheadAttention, no module that calls scaled_dot_product_attention."
+    )
+
+
+# -- installing ----------------------------------------------------------------------------------------
+
+
+def install(model: nn.Module, found: list[AttentionLayer], slots: Mapping[str, AttentionSlot]) -> None:
+    """Put built mechanisms into the layers of a model.
+
+    Args:
+        found: `find_layers(model)`.
+        slots: layer name -> slot with its mechanism.
+    """
+    for layer in found:
+        if layer.name in slots:
+            _match(slots[layer.name], layer.module)
+    interface = [layer for layer in found if layer.host == "interface"]
+    if any(layer.name in slots for layer in interface):
+        from approx_attn.conversion import huggingface
+
+        huggingface.install(interface, dict(slots))
+    for layer in found:
+        if layer.name not in slots:
+            continue
+        if layer.host == "sdpa":
+            timm.install(layer.module, slots[layer.name])
+        elif layer.host == "multihead":
+            _replace_multihead(model, layer, slots[layer.name])
+    _mark_converted(model)
+
+
+def _mark_converted(model: nn.Module) -> None:
+    if "transformers" in sys.modules:
+        from approx_attn.conversion import huggingface
+
+        huggingface.mark_converted(model)
+
+
+def _match(slot: AttentionSlot, module: nn.Module) -> None:
+    """Move a slot to the device, type and mode of the module it is for."""
+    slot.train(module.training)
+    reference = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if reference is not None:
+        slot.to(device=reference.device, dtype=reference.dtype)
+
+
+def _replace_multihead(model: nn.Module, layer: AttentionLayer, slot: AttentionSlot) -> None:
+    if not layer.name:
+        raise ValueError("the model is an attention layer itself: use MultiheadAttention.from_torch(layer, attention).")
+    replaced = getattr(layer.module, "replaced", None) or (layer.module,)
+    attention = "exact" if slot.mechanism is None else slot.mechanism
+    converted = MultiheadAttention.from_torch(layer.module, attention)
+    converted.spec = slot.spec
+    converted.replaced = replaced
+    _set_module(model, layer.name, converted)
+
+
+def _revert(model: nn.Module, names: Collection[str]) -> None:
+    found = find_layers(model)
+    interface = [layer for layer in found if layer.host == "interface"]
+    if interface:
+        from approx_attn.conversion import huggingface
+
+        huggingface.uninstall(interface, names)
+    for layer in found:
+        if layer.name not in names:
+            continue
+        if layer.host == "multihead" and getattr(layer.module, "replaced", None) is not None:
+            (original,) = layer.module.replaced
+            _set_module(model, layer.name, original.train(layer.module.training))
+        elif layer.host == "sdpa" and getattr(layer.module, SLOT, None) is not None:
+            timm.uninstall(layer.module)
+    _mark_converted(model)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# -- describing ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """What stands in one attention layer.
+
+    Attributes:
+        layer: qualified name of the attention module.
+        kind: `encoder-self`, `decoder-self` or `decoder-cross`.
+        attention: name of the mechanism; `exact` where the layer is as it was.
+        options: of the mechanism, those that were given.
+        parameters: numbers that the mechanism learns.
+        cost: of one sequence; None where the mechanism is built at the first run.
+        exact_cost: of exact attention in its place.
+    """
+
+    layer: str
+    kind: str
+    attention: str
+    options: dict[str, Any]
+    parameters: int
+    cost: Cost | None
+    exact_cost: Cost | None
+
+
+def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
+    """Print which mechanism stands in which attention layer of `model`, with its parameters and cost.
+
+    Args:
+        model: converted or not.
+        length: tokens in the sequence that costs are stated for, queries and keys alike.
+
+    Returns:
+        One description per attention layer that can be converted.
+    """
+    from rich.table import Table
+
+    from approx_attn.output import print_table
+
+    rows = [_describe(layer, length) for layer in find_layers(model)]
+    table = Table(title=f"{type(model).__name__}: attention at {length} tokens")
+    for column in ("layer", "kind", "attention", "parameters", "exact pairs", "multiply-adds"):
+        table.add_column(column, justify="left" if column in ("layer", "kind", "attention") else "right")
+    for row in rows:
+        options = ", ".join(f"{key}={value}" for key, value in row.options.items())
+        share, relative = "?", "?"
+        if row.cost is not None and row.exact_cost is not None:
+            share = f"{row.cost.exact_share:.1%}"
+            relative = f"{row.cost.multiply_adds / row.exact_cost.multiply_adds:.2f} × exact"
+        name = f"{row.attention} ({options})" if options else row.attention
+        table.add_row(row.layer, row.kind, name, f"{row.parameters:,}", share, relative)
+    print_table(table)
+    return rows
+
+
+def _describe(layer: AttentionLayer, length: int) -> LayerDescription:
+    if layer.host == "multihead":
+        mechanism = getattr(layer.module, "attention", None)
+        name, spec = "exact" if mechanism is None else mechanism.name, getattr(layer.module, "spec", None)
+    else:
+        slot = layer.slot
+        mechanism = None if slot is None else slot.mechanism
+        name, spec = ("exact", None) if slot is None else (slot.name, slot.spec)
+    exact_cost = None
+    if layer.shape is not None:
+        shape = layer.shape
+        exact = build_attention("exact", num_heads=shape.num_heads, head_dim=shape.head_dim, value_dim=shape.value_dim)
+        exact_cost = exact.cost(length, causal=layer.causal)
+    cost = mechanism.cost(length, causal=layer.causal) if mechanism is not None else None
+    return LayerDescription(
+        layer=layer.name,
+        kind=f"{'decoder' if layer.is_decoder else 'encoder'}-{'cross' if layer.is_cross else 'self'}",
+        attention=name,
+        options={key: value for key, value in (spec or {}).items() if key != "name"},
+        parameters=0 if mechanism is None else sum(p.numel() for p in mechanism.parameters()),
+        cost=exact_cost if name == "exact" else cost,
+        exact_cost=exact_cost,
+    )

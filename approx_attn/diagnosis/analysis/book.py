@@ -1,0 +1,109 @@
+"""Where the analysis puts what it finds: one report, its figures as PNG, its numbers as CSV, JSON and Arrow."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from matplotlib.figure import Figure
+from pyarrow import feather
+
+from approx_attn.comparison.plots import save_figure
+from approx_attn.comparison.report import Report, Section
+from approx_attn.run.record import write_json_atomically, write_text_atomically
+
+Row = Mapping[str, Any]
+SHOWN_ROWS = 200  # longer tables are in the files only
+
+
+@dataclass
+class Book:
+    """A report with its figures and tables, each also a file of its own.
+
+    Attributes:
+        report: the page.
+        facts: what was analysed and how, for `numbers.json`.
+        figures: by file name, without ending.
+        tables: rows by file name, without ending.
+    """
+
+    report: Report
+    facts: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Figure] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+
+    def add_figure(self, section: Section, name: str, figure: Figure, caption: str) -> None:
+        """Show a figure in a section and keep it as a file."""
+        self.figures[name] = figure
+        section.figure(figure, f"{caption} (figures/{name}.png)")
+
+    def add_table(
+        self, section: Section, name: str, rows: Sequence[Row], caption: str, shown: Sequence[str] | None = None
+    ) -> None:
+        """Show rows in a section, a column per key, and keep them as files.
+
+        Args:
+            section: where to show them.
+            name: of the files.
+            rows: with the same keys each.
+            caption: below the table.
+            shown: keys of the columns shown; all if None. The files hold all.
+        """
+        self.tables[name] = list(rows)
+        if not rows:
+            return
+        keys = list(rows[0]) if shown is None else list(shown)
+        if len(rows) > SHOWN_ROWS:
+            section.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
+            return
+        cells = [[show(row[key]) for key in keys] for row in rows]
+        section.table([key.replace("_", " ") for key in keys], cells, f"{caption} (tables/{name}.csv)")
+
+    def keep(self, name: str, rows: Sequence[Row]) -> None:
+        """Keep rows as files without showing them."""
+        self.tables[name] = list(rows)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.html, figures/, tables/ and numbers.json; returns the path of the report."""
+        folder = Path(folder)
+        for name, figure in self.figures.items():
+            save_figure(figure, folder / "figures" / f"{name}.png")
+        for name, rows in self.tables.items():
+            if rows:
+                write_text_atomically(folder / "tables" / f"{name}.csv", _as_csv(rows))
+                table = pyarrow.Table.from_pylist([dict(row) for row in rows])
+                feather.write_feather(table, str(folder / "tables" / f"{name}.arrow"), compression="uncompressed")
+        write_json_atomically(folder / "numbers.json", {**self.facts, "tables": _without_nan(self.tables)})
+        return self.report.save(folder / "report.html")
+
+
+def show(value: Any) -> str:
+    """A cell: numbers to three digits or so, "–" for what is not there."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _as_csv(rows: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

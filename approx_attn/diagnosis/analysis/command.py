@@ -1,0 +1,297 @@
+"""The verb `approx-attn analyze`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from approx_attn.attention import attention_class, available_attention
+from approx_attn.attention.base import require_positive
+from approx_attn.command import run_plain, settings
+from approx_attn.comparison.report import Report
+from approx_attn.conversion.calibration.fitting import calibrate
+from approx_attn.diagnosis.analysis import norm_sections, sections
+from approx_attn.diagnosis.analysis.book import Book, show
+from approx_attn.diagnosis.analysis.collect import PARTS as COLLECTED
+from approx_attn.diagnosis.analysis.collect import Statistics, collect
+from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
+from approx_attn.diagnosis.analysis.explanation import run_experiments
+from approx_attn.diagnosis.analysis.reconstruction import compared_mechanisms, reconstruction_errors
+from approx_attn.diagnosis.analysis.sources import load
+from approx_attn.diagnosis.analysis.summary import add_summary
+from approx_attn.diagnosis.analysis.tokens import (
+    OTHER,
+    PUNCTUATION,
+    SPECIAL,
+    TokenCategories,
+    random_tokens,
+    with_decoder_inputs,
+    without_decoder,
+)
+from approx_attn.diagnosis.inputs import Source
+from approx_attn.errors import ConfigError
+from approx_attn.output import print_table, require_folder
+from approx_attn.run.record import environment
+
+PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "explanation")
+
+LISTS = ("parts", "ranks", "keep", "divergence_weights")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`approx-attn analyze`: spectra, overlaps, vector norms and reconstruction errors of a model, as a report."""
+    return run_plain("analyze", lambda: run(settings("analyze", arguments)), arguments)
+
+
+def run(options: dict[str, Any]) -> Path:
+    """Analyse a model as `configs/analyze.yaml` says, and write the folder `output`.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ConfigError: an impossible option, or a model or file that is not there; nothing is written then.
+    """
+    options = options | {key: as_list(options[key]) for key in LISTS}
+    mechanisms = check_options(options)
+    require_folder("output", options["output"])
+    model, parts = str(options["model"]), set(options["parts"])
+    source = load(options, model, options["test_sequences"] if "reconstruction" in parts else 0)
+    categories, ordinary = token_kinds(model, source)
+    started = time.perf_counter(), time.process_time()
+    statistics = _collect(options, source.model, source.first, categories, "analysing")
+    rows = row_spectra(statistics) if parts & {"spectrum", "overlap"} else None
+    spent = time.perf_counter() - started[0], time.process_time() - started[1]
+    random = None
+    if options["random_tokens"] and rows is not None and ordinary is not None:
+        generator = torch.Generator().manual_seed(options["seed"])
+        drawn = [
+            with_decoder_inputs(source.model, random_tokens(without_decoder(batch), ordinary, generator))
+            for batch in source.first
+        ]
+        random = row_spectra(_collect(options, source.model, drawn, categories, "random tokens", rows_only=True))
+
+    book = Book(
+        Report(f"Attention of {sections.short_name(model)}", subtitle(options, statistics, spent)), facts(options)
+    )
+    sections.add_layers(book, statistics)
+    ranks = options["ranks"]
+    if rows is not None and "spectrum" in parts:
+        sections.add_row_spectra(book, rows, random, ranks, relative=options["alignment"] == "relative")
+    if "matrices" in parts:
+        sections.add_matrix_spectra(book, matrix_spectra(statistics), ranks)
+    if rows is not None and "overlap" in parts:
+        sections.add_overlap(book, rows, random, ranks, options["seed"])
+    if random is not None and rows is not None:
+        sections.add_random_tokens(book, rows, random, ranks, options["seed"])
+    if options["other_model"] is not None and rows is not None:
+        other = _other_model(options)
+        sections.add_two_models(book, rows, other, (model, str(options["other_model"])), ranks, options["seed"])
+    if "norms" in parts:
+        norm_sections.add_norms(book, statistics)
+    if mechanisms:
+        _add_reconstruction(book, options, source, statistics, mechanisms)
+    if "explanation" in parts:
+        outcomes = run_experiments(
+            model,
+            Path(str(options["output"])) / "runs",
+            seeds=options["explanation_seeds"],
+            divergence_weights=options["divergence_weights"],
+            progress=options["progress_bar"],
+        )
+        norm_sections.add_explanation(book, outcomes)
+    add_summary(book)
+    path = book.save(options["output"])
+    _print_summary(statistics, rows, path)
+    return path
+
+
+def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Refuse impossible options; returns the mechanisms whose reconstruction is measured, by label.
+
+    Raises:
+        ConfigError: one sentence that names the key.
+    """
+    for part in options["parts"]:
+        if part not in PARTS:
+            raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {part!r}.")
+    if options["alignment"] not in ("absolute", "relative"):
+        raise ConfigError(f"alignment must be absolute or relative, got {options['alignment']!r}.")
+    keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds")
+    counts = {key: options[key] for key in keys}
+    counts |= {f"ranks[{i}]": rank for i, rank in enumerate(options["ranks"])}
+    if options["rows"] is not None:
+        counts["rows"] = options["rows"]
+    for key, value in counts.items():
+        try:
+            require_positive(key, value)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    for key in LISTS[:3]:
+        if not options[key]:
+            raise ConfigError(f"{key} must list at least one, got [].")
+    for keep in options["keep"]:
+        if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
+            raise ConfigError(f"keep must list shares in (0, 1], got {keep!r}.")
+    for weight in options["divergence_weights"]:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+            raise ConfigError(f"divergence_weights must list numbers of at least 0, got {weight!r}.")
+    if "explanation" in options["parts"] and Path(str(options["model"])).suffix != ".ckpt":
+        raise ConfigError(
+            f"parts=[explanation] trains further models as a checkpoint was trained, so model must be a checkpoint "
+            f"(.ckpt), got {options['model']!r}."
+        )
+    if Path(str(options["output"])).is_file():
+        raise ConfigError(f"output={options['output']} must be a folder, and there is a file of that name.")
+    if "reconstruction" not in options["parts"]:
+        return {}
+    standard = compared_mechanisms(options["keep"], options["rank"])
+    known = sorted({spec["name"] for spec in standard.values()} & set(available_attention()))
+    names = known if options["attention"] is None else as_list(options["attention"])
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"attention={name} cannot be measured here; accepted: {', '.join(known)}.")
+    return {label: spec for label, spec in standard.items() if spec["name"] in names}
+
+
+def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | None]:
+    """Categories of tokens, and the ids that random text is drawn from (None if nothing is known of them)."""
+    if Path(model).suffix == ".ckpt":
+        return TokenCategories(), _ids_that_occur(source)
+    if "input_ids" not in source.first[0]:
+        return TokenCategories(), None
+    from transformers import AutoTokenizer
+
+    categories = TokenCategories(AutoTokenizer.from_pretrained(model))
+    assert categories.vocabulary is not None
+    vocabulary = categories.vocabulary
+    embeddings = source.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    ordinary = torch.nonzero((vocabulary == OTHER) | (vocabulary == PUNCTUATION)).flatten()
+    return categories, ordinary[ordinary < embeddings]
+
+
+def _ids_that_occur(source: Source) -> Tensor | None:
+    """Ids in the data of a checkpoint, padding (0) left out."""
+    tokens = [batch["tokens"] for batch in source.first if batch.get("tokens") is not None]
+    if not tokens or any(part.is_floating_point() for part in tokens):
+        return None
+    found = torch.unique(torch.cat([part.flatten() for part in tokens]))
+    return found[found != 0]
+
+
+def _collect(
+    options: Mapping[str, Any],
+    model: nn.Module,
+    batches: Sequence[Any],
+    categories: TokenCategories,
+    description: str,
+    rows_only: bool = False,
+) -> Statistics:
+    wanted = set(options["parts"])
+    parts = [
+        part
+        for part, needed in zip(COLLECTED, ({"spectrum", "overlap"}, {"matrices"}, {"norms"}), strict=True)
+        if wanted & needed and not (rows_only and part != "rows")
+    ]
+    return collect(
+        model,
+        batches,
+        parts=["rows"] if rows_only else parts,
+        alignment=options["alignment"],
+        rows=options["rows"],
+        matrices=options["matrices"],
+        categories=categories,
+        progress=options["progress_bar"],
+        description=description,
+        seed=options["seed"],
+    )
+
+
+def _other_model(options: Mapping[str, Any]) -> Spectra:
+    other = load(options, str(options["other_model"]))
+    return row_spectra(_collect(options, other.model, other.first, TokenCategories(), "other model", rows_only=True))
+
+
+def _add_reconstruction(
+    book: Book,
+    options: Mapping[str, Any],
+    source: Source,
+    statistics: Statistics,
+    mechanisms: Mapping[str, Mapping[str, Any]],
+) -> None:
+    number = options["calibration_sequences"]
+    batches = source.first[: -(-number // options["batch_size"])]
+    needed = set().union(*(layer.needs for layer in statistics.layers))
+    unfit = []
+    if options["attention"] is None:  # mechanisms that were asked for by name refuse in their own words
+        unfit = sorted({str(spec["name"]) for spec in mechanisms.values() if lacks(str(spec["name"]), needed)})
+        mechanisms = {label: spec for label, spec in mechanisms.items() if spec["name"] not in unfit}
+    if "causal" in needed:
+        mechanisms = {label: causal_form(spec) for label, spec in mechanisms.items()}
+    calibration = calibrate(source.model, batches, statistics=["content", "absolute"], progress=options["progress_bar"])
+    errors = reconstruction_errors(
+        source.model, source.second, mechanisms, calibration, progress=options["progress_bar"]
+    )
+    labels = {layer.name: layer.label for layer in statistics.layers}
+    data = (
+        f"Bases are fitted to {calibration.sequences} sequences and measured on {options['test_sequences']} others, "
+        "from another part of the data."
+    )
+    if unfit:
+        data += f" Left out, as they cannot do {', '.join(sorted(needed))} attention: {', '.join(unfit)}."
+    norm_sections.add_reconstruction(book, errors, labels, data)
+
+
+def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mechanism with options that do not look ahead."""
+    return {**spec, "basis": "running"} if spec["name"] == "low_rank_topk" else dict(spec)
+
+
+def as_list(value: Any) -> list[Any]:
+    """What was given as a list; a single value is a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def lacks(mechanism: str, needed: set[str]) -> bool:
+    """Does a mechanism lack one of these capabilities?"""
+    return not all(getattr(attention_class(mechanism).capabilities, capability) for capability in needed)
+
+
+def subtitle(options: Mapping[str, Any], statistics: Statistics, spent: tuple[float, float]) -> str:
+    """What was run, on what, and how long the pass took."""
+    where = environment()
+    lengths = sorted({layer.length for layer in statistics.layers})
+    return (
+        f"{options['model']} on {options['data'] or 'its own data'}: {statistics.sequences} sequences of up to "
+        f"{lengths[-1]} tokens, one pass in {spent[0]:.0f} s ({spent[1]:.0f} s of processor time) on "
+        f"{where['processor']}, {where['torch_threads']} thread(s), torch {where['packages'].get('torch')}."
+    )
+
+
+def facts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `numbers.json` says beside the tables."""
+    return {"options": dict(options), "environment": environment()}
+
+
+def _print_summary(statistics: Statistics, rows: Spectra | None, path: Path) -> None:
+    table = Table(title="Attention layers", title_justify="left")
+    for header in ("layer", "heads", "effective rank", "r = 8", "weight on special", "their ‖αf‖"):
+        table.add_column(header, justify="left" if header == "layer" else "right")
+    for layer in statistics.layers:
+        spectrum = rows.layers["centred"][layer.label] if rows is not None else None
+        norms = layer.norms if layer.norms is not None and layer.norms.tokens[SPECIAL] > 0 else None
+        cells = [
+            None if spectrum is None else spectrum.effective_rank,
+            None if spectrum is None else spectrum.explained_by(8),
+            None if norms is None else float(norms.weight_share()[:, SPECIAL].mean()),
+            None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
+        ]
+        table.add_row(layer.label, str(layer.heads), *map(show, cells))
+    print_table(table)
+    print(path)

@@ -1,0 +1,224 @@
+"""Sections of the report on vector norms, reconstruction and explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from approx_attn.comparison.report import Section
+from approx_attn.diagnosis.analysis.book import Book
+from approx_attn.diagnosis.analysis.collect import Statistics
+from approx_attn.diagnosis.analysis.explanation import Outcome
+from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded, scatter
+from approx_attn.diagnosis.analysis.reconstruction import ReconstructionError
+
+
+def add_norms(book: Book, statistics: Statistics) -> None:
+    """What do the weights hide that the norms show?"""
+    section = book.report.section("Weights and vector norms")
+    layers = [(layer, layer.norms) for layer in statistics.layers if layer.norms is not None]
+    without = [layer.label for layer in statistics.layers if layer.norms is None]
+    section.text(
+        "A head adds Σ_j α_ij f(x_j) to the output of query i, with f(x) = (x W_V + b_V) W_O. A large weight α on a "
+        "short vector f(x) adds little, so the contribution of a token is ‖αf(x)‖, and of all heads together "
+        "‖Σ_h αf(x)‖ (Kobayashi et al., EMNLP 2020). Shares are of the sum over all pairs; “tokens” is the share of "
+        "the pairs, which is what uniform attention would give."
+    )
+    if without:
+        section.text(f"No linear layer takes the attention output as it is in layers {', '.join(without)}: left out.")
+    if not layers:
+        return
+    labels = [layer.label for layer, _ in layers]
+    rows, by_head = _norm_rows(layers)
+    present = [c for c in layers[0][1].categories if any(row["category"] == c and row["tokens"] > 0 for row in rows)]
+    if len(present) > 1:
+        _add_category_figures(book, section, labels, rows, present)
+    else:
+        section.text(f"All tokens count as “{present[0]}”: nothing is known of their kinds.")
+    book.add_table(
+        section,
+        "norms",
+        rows,
+        "Means over heads. tokens, weight, contribution: shares of all pairs, of Σα and of Σ‖αf‖; contribution of "
+        "heads: of Σ‖Σ_h αf‖; norm: mean ‖f(x)‖ of a token.",
+    )
+    correlations = [norms.correlation().tolist() for _, norms in layers]
+    book.add_figure(
+        section,
+        "norm_correlation",
+        heat_map(
+            padded(correlations),
+            labels,
+            [str(head) for head in range(max(map(len, correlations)))],
+            row_title="layer",
+            column_title="head",
+            scale_title="correlation of α and ‖f(x)‖",
+        ),
+        "Pearson correlation over all pairs of the weight α_ij and the length ‖f(x_j)‖ of what it weighs. Negative: "
+        "the head attends most to what adds least.",
+    )
+    section.text(f"By head and category: tables/norms_by_head.csv, {len(by_head)} rows.")
+    book.keep("norms_by_head", by_head)
+
+
+def _add_category_figures(
+    book: Book, section: Section, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], present: Sequence[str]
+) -> None:
+    """What the first category gets and gives, and the lengths of all."""
+    first = present[0]
+
+    def of(category: str, key: str) -> list[float]:
+        return [row[key] for row in rows if row["category"] == category]
+
+    book.add_figure(
+        section,
+        "norm_shares",
+        grouped_bars(
+            labels,
+            {
+                f"tokens that are {first}": of(first, "tokens"),
+                f"weight α on {first} tokens": of(first, "weight"),
+                f"contribution ‖αf‖ of {first} tokens": of(first, "contribution"),
+                "contribution ‖Σ_h αf‖ of them": of(first, "contribution_of_heads"),
+            },
+            x_title="layer",
+            y_title="share",
+        ),
+        f"What {first} tokens get and give: share of the attention weight they receive, and of the vectors added.",
+    )
+    book.add_figure(
+        section,
+        "norm_lengths",
+        grouped_bars(labels, {c: of(c, "norm") for c in present}, x_title="layer", y_title="mean ‖f(x)‖ of a token"),
+        "Mean length of the transformed vector by category of token, over heads.",
+    )
+
+
+def _norm_rows(layers: Sequence[Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows, by_head = [], []
+    for layer, norms in layers:
+        weight, contribution, norm = norms.weight_share(), norms.contribution_share(), norms.mean_norm()
+        together, tokens = norms.layer_contribution_share(), norms.token_share()
+        for c, category in enumerate(norms.categories):
+            common = {"layer": layer.label, "category": category, "tokens": float(tokens[c])}
+            rows.append(
+                {
+                    **common,
+                    "weight": float(weight[:, c].mean()),
+                    "contribution": float(contribution[:, c].mean()),
+                    "contribution_of_heads": float(together[c]),
+                    "norm": float(norm[:, c].mean()),
+                }
+            )
+        for head, correlation in enumerate(norms.correlation().tolist()):
+            row = {"layer": layer.label, "head": head, "correlation": correlation}
+            for c, category in enumerate(norms.categories):
+                row |= {
+                    f"weight_{category}": float(weight[head, c]),
+                    f"contribution_{category}": float(contribution[head, c]),
+                    f"norm_{category}": float(norm[head, c]),
+                }
+            by_head.append(row)
+    return rows, by_head
+
+
+def add_reconstruction(book: Book, errors: Sequence[ReconstructionError], labels: Mapping[str, str], data: str) -> None:
+    """How much would a partial computation lose?"""
+    section = book.report.section("Reconstruction from part of the pairs")
+    section.text(
+        f"Mechanisms see the queries, keys and values of the unchanged model; nothing is trained. {data} Output: "
+        "‖Ô − O‖/‖O‖. Weights: total variation, half the sum of |Â − A| over a row. Scores: ‖Ŝ − S‖/‖S‖ of centred "
+        "rows, only of mechanisms that give every pair a score. A dash: the mechanism drops pairs, or returns no "
+        "weights that are positive."
+    )
+    by_label: dict[str, list[ReconstructionError]] = {}
+    for error in errors:
+        by_label.setdefault(error.label, []).append(error)
+    rows = []
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for label, parts in by_label.items():
+        name = " ".join(word for word in label.split() if not word.startswith("keep="))
+        share = float(np.mean([part.exact_share for part in parts]))
+        row: dict[str, Any] = {
+            "mechanism": label,
+            "exact_pairs": share,
+            "score_cost": float(np.mean([part.score_ratio for part in parts])),
+        }
+        for key, title in (
+            ("output", "error of the output ‖Ô − O‖/‖O‖"),
+            ("total_variation", "total variation of the weights"),
+            ("scores", "error of centred scores ‖Ŝ − S‖/‖S‖"),
+        ):
+            values = [getattr(part, key) for part in parts]
+            known = [value for value in values if value is not None]
+            row[key] = float(np.mean(known)) if len(known) == len(values) else None
+            if row[key] is not None:
+                curves.setdefault(title, {}).setdefault(name, []).append((share, row[key]))
+        rows.append(row)
+    book.add_figure(
+        section,
+        "reconstruction",
+        error_curves(curves),
+        "Errors against the share of pairs whose exact score is used, means over layers, heads and sequences.",
+    )
+    book.add_table(
+        section,
+        "reconstruction",
+        rows,
+        "Means over layers. score cost: multiply-adds performed up to the weights, relative to exact attention.",
+    )
+    book.keep(
+        "reconstruction_layers", [{**vars(error), "layer": labels.get(error.layer, error.layer)} for error in errors]
+    )
+
+
+def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:
+    """Is attention explanation?"""
+    section = book.report.section("Is attention explanation?")
+    section.text(
+        "Experiments after Wiegreffe and Pinter (EMNLP 2019) around one trained classifier, the base. Further seeds "
+        "show how far weights and predictions move by chance. A model with uniform weights shows whether the task "
+        "needs attention; one whose weights are the base model's, frozen, while the rest is learned anew, whether "
+        "these weights help a model that had no part in making them. Adversaries learn to predict as the base does "
+        "with weights as different as possible (loss: distance of predictions − λ · divergence of weights). Weights "
+        "that an adversary can move further than seeds do, at an equal distance of predictions, did not decide them."
+    )
+    rows = [
+        {
+            "experiment": outcome.experiment,
+            "seed": outcome.seed,
+            "λ": outcome.divergence_weight,
+            "test_accuracy": outcome.accuracy,
+            "distance_of_predictions": outcome.prediction_distance,
+            "divergence_of_weights": outcome.weight_divergence,
+        }
+        for outcome in outcomes
+    ]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for outcome in outcomes:
+        if outcome.weight_divergence is not None and outcome.experiment != "base":
+            name = outcome.experiment
+            if outcome.divergence_weight is not None:
+                name += f", λ = {outcome.divergence_weight:g}"
+            points.setdefault(name, []).append((outcome.weight_divergence, outcome.prediction_distance))
+    if points:
+        book.add_figure(
+            section,
+            "explanation",
+            scatter(
+                points,
+                x_title="divergence of weights from the base model (JSD, nats)",
+                y_title="distance of predictions (TVD)",
+            ),
+            "Every model beside the base model on the test split. Far right and low: other weights, same predictions.",
+        )
+    book.add_table(
+        section,
+        "explanation",
+        rows,
+        "Distance: mean total variation between class probabilities and the base model's. Divergence: mean "
+        "Jensen-Shannon divergence between rows of weights, at most log 2 = 0.693 nats; a dash where weights are not "
+        "the model's own. Heads are compared by their index, so the order of heads is part of what seeds differ in.",
+    )

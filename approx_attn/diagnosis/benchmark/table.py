@@ -1,0 +1,181 @@
+"""The table of a benchmark: its rows, on the console, in a file, and from the files of other runs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from approx_attn.errors import ConfigError
+
+SDPA = "sdpa"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        label: mechanism and the options that were given.
+        length: tokens.
+        pass_name: `forward` or `train`.
+        causal: whether under a causal mask.
+        seconds: median time of a call; None where it did not run.
+        spread: interquartile range of the times, seconds.
+        speedup: time of SDPA over this time, median over the rounds.
+        speedup_spread: interquartile range of that ratio over the rounds.
+        peak_bytes: most memory held beyond inputs and parameters; None where not measured.
+        exact_share: share of the pairs whose exact score enters the result, 0 to 1.
+        computed_share: full scores that are computed, relative to those of exact attention.
+        multiply_adds: of a forward pass over one sequence, from the cost record.
+        relative_multiply_adds: the same relative to exact attention.
+        error: ‖Ô − O‖ / ‖O‖, mean over layers and heads; None where not measured.
+        compiled: whether it ran in a compiled operator of this package.
+        note: what a reader must know: why something is missing, or what could not be calibrated.
+        commit: of the code that was measured; empty where unknown.
+        reference: where a row was measured, if not in this run.
+    """
+
+    label: str
+    length: int
+    pass_name: str
+    causal: bool = False
+    seconds: float | None = None
+    spread: float | None = None
+    speedup: float | None = None
+    speedup_spread: float | None = None
+    peak_bytes: int | None = None
+    exact_share: float | None = None
+    computed_share: float | None = None
+    multiply_adds: int | None = None
+    relative_multiply_adds: float | None = None
+    error: float | None = None
+    compiled: bool = False
+    note: str = ""
+    commit: str = ""
+    reference: str = ""
+
+    @property
+    def place(self) -> tuple[int, bool, str]:
+        """Length, causality and pass: what rows must share to be compared."""
+        return self.length, self.causal, self.pass_name
+
+    @property
+    def shown_label(self) -> str:
+        return f"{self.label} (measured at {self.reference})" if self.reference else self.label
+
+
+def heading(length: int, causal: bool, pass_name: str) -> str:
+    """The title of the rows of one place."""
+    return f"{length:,} tokens, {'causal, ' if causal else ''}{pass_name}"
+
+
+def as_tables(rows: Sequence[Row]) -> list[Table]:
+    """The rows for a console, one table per length, causality and pass."""
+    tables: dict[tuple[int, bool, str], Table] = {}
+    for row in rows:
+        if row.place not in tables:
+            table = Table(title=heading(*row.place), title_justify="left")
+            table.add_column("mechanism")
+            for header in (
+                "ms",
+                "±",
+                "× SDPA",
+                "MiB",
+                "exact pairs used",
+                "scores computed",
+                "multiply-adds",
+                "error",
+            ):
+                table.add_column(header, justify="right")
+            tables[row.place] = table
+        cells = (
+            _shown(row.seconds, lambda x: f"{x * 1e3:.1f}"),
+            _shown(row.spread, lambda x: f"{x * 1e3:.1f}"),
+            _shown(row.speedup, lambda x: f"{x:.2f}") + _shown(row.speedup_spread, lambda x: f" ± {x:.2f}", ""),
+            _shown(row.peak_bytes, lambda x: f"{x / 2**20:.0f}"),
+            _shown(row.exact_share, lambda x: f"{x:.1%}"),
+            _shown(row.computed_share, lambda x: f"{x:.1%}"),
+            _shown(row.relative_multiply_adds, lambda x: f"{x:.1%}"),
+            _shown(row.error, lambda x: f"{x:.4f}"),
+        )
+        tables[row.place].add_row(row.shown_label, *cells)
+    return list(tables.values())
+
+
+def _shown(value: Any, how: Callable[[Any], str], missing: str = "–") -> str:
+    return missing if value is None else how(value)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What stands under the tables: sentences about single rows, each once, and which of them ran compiled."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.note:
+            found.setdefault(f"{row.shown_label}: {row.note}", []).append(row)
+    lines = []
+    for text, noted in found.items():
+        places = [row.place for row in rows if row.shown_label == noted[0].shown_label]
+        where = "" if len(noted) == len(places) else f" ({'; '.join(heading(*row.place) for row in noted)})"
+        lines.append(text + where)
+    measured = [row for row in rows if not row.reference and row.label != SDPA and row.seconds is not None]
+    compiled, others = (
+        ", ".join(dict.fromkeys(row.label for row in measured if row.compiled is wanted)) or "none"
+        for wanted in (True, False)
+    )
+    if measured:
+        lines.append(
+            f"In a compiled operator of this package: {compiled}; in PyTorch's operators: {others}; {SDPA} is a fused "
+            "operator of PyTorch."
+        )
+    return lines
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """One line per row, a column per field."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_references(paths: Sequence[str]) -> list[Row]:
+    """The rows of other runs' `table.csv`, without those of SDPA, which their ratios are over already.
+
+    Absolute times stay behind: those of another run or machine do not compare. Columns that a file lacks, as those of
+    earlier versions do, stay empty.
+
+    Raises:
+        ConfigError: a file that is no such table.
+    """
+    rows = []
+    for path in paths:
+        try:
+            with Path(path).open(newline="", encoding="utf-8") as file:
+                read = [_row(line) for line in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError, OSError, csv.Error) as error:
+            raise ConfigError(f"reference={path} must be the table.csv of a benchmark, it is not one.") from error
+        for row in read:
+            if row.label != SDPA:
+                rows.append(replace(row, seconds=None, spread=None, reference=row.reference or row.commit or str(path)))
+    return rows
+
+
+def _row(line: dict[str, str]) -> Row:
+    """A row from the words of a line."""
+    values: dict[str, Any] = {"label": line["label"], "length": int(line["length"]), "pass_name": line["pass_name"]}
+    for field in fields(Row):
+        word = line.get(field.name) or ""
+        if field.name in values or not word:
+            continue
+        if field.type == "bool":
+            values[field.name] = word == "True"
+        elif field.type == "str":
+            values[field.name] = word
+        else:
+            values[field.name] = int(word) if field.type == "int | None" else float(word)
+    return Row(**values)

@@ -1,0 +1,45 @@
+"""What a command is refused, warned, ended or stopped with; the command line shows each as one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message is one sentence that names the key."""
+
+
+class Unsuccessful(Exception):
+    """A command came to its end without the result that it is for; the message is one sentence."""
+
+
+class Stopped(SystemExit):
+    """A signal stopped the run, which is not a failure; uncaught it ends the process with code 128 + signal.
+
+    Args:
+        signum: the signal.
+        message: one sentence: where the run stands, and what continues it.
+        main_process: whether this process speaks for the run. Others end with code 0, because the launcher would
+            take the first process that ends with another code for a crash.
+    """
+
+    def __init__(self, signum: int, message: str, main_process: bool = True) -> None:
+        super().__init__(128 + signum if main_process else 0)
+        self.signum = signum
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigWarning(UserWarning):
+    """A configuration that can be run and was hardly meant; the message is one sentence that names the key."""
+
+
+@functools.cache  # layers are many, and a comparison reads its data many times
+def warn(text: str) -> None:
+    """Warn once of what was hardly meant; the first of several processes speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(text, ConfigWarning, stacklevel=2)

@@ -1,0 +1,156 @@
+"""Test a checkpoint; the checkpoint alone says which model on which data.
+
+metrics = evaluate("runs/digits/exact/…-seed1/checkpoints/best.ckpt")
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from approx_attn.command import require_finite, run_command
+from approx_attn.config.compose import plain
+from approx_attn.config.instantiate import build, sentence, suggestion
+from approx_attn.data.base import SequenceDataModule
+from approx_attn.errors import ConfigError
+from approx_attn.metrics import metric_names
+from approx_attn.run import checkpoints
+from approx_attn.run.callbacks import ProgressBar, SeedSteps
+from approx_attn.run.tasks.base import SequenceTask
+from approx_attn.run.train import make_splits
+from approx_attn.run.trainer import quiet
+
+SPLITS = ("val", "test")
+EVALUATE_KEYS = ("checkpoint", "split", "metrics", "data", "trainer", "progress_bar", "verbose")
+
+
+def load_task(checkpoint: str | Path) -> SequenceTask:
+    """The task in a checkpoint, in evaluation mode on the CPU.
+
+    Only tensors and plain containers are read from the file, and only classes of this package are built
+    from them.
+
+    Raises:
+        ConfigError: no such file, or not a checkpoint of this project.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ConfigError(f"checkpoint={str(path)!r} is not a file.")
+    damage = checkpoints.damage(path)
+    if damage is not None:
+        raise ConfigError(f"checkpoint={str(path)!r} cannot be read: it {damage}.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        parameters = saved["hyper_parameters"]
+        config, spec, weights = parameters["config"], parameters["spec"], saved["state_dict"]
+    except Exception as error:  # damaged files fail in many ways
+        raise ConfigError(f"checkpoint={str(path)!r} cannot be read: {sentence(error, 'checkpoint')}") from error
+    # Bases that were fitted beforehand are among the weights, so their file is not needed any more.
+    task = build(config["task"], "task", SequenceTask, config=config, spec=spec)
+    try:
+        task.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(f"checkpoint={str(path)!r} does not fit its own model: {error}") from error
+    return task.eval()
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    split: str = "test",
+    metrics: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    progress_bar: bool = False,
+    verbose: bool = False,
+) -> dict[str, float]:
+    """Loss, accuracy and other metrics of a checkpoint on the split it was tested on, or on another.
+
+    Args:
+        checkpoint: a file that training wrote.
+        split: `test` or `val`.
+        metrics: names of `approx_attn.metrics.METRICS`; None for those of its run.
+        data: options of the data module that replace the stored ones, such as a path or a batch size.
+        trainer: options of Lightning's trainer that replace the stored accelerator and precision. One device tests.
+
+    Returns:
+        Figures by name, such as `test/accuracy`.
+
+    Raises:
+        ConfigError: an unreadable checkpoint, or an impossible option.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    with quiet(verbose), tempfile.TemporaryDirectory() as nowhere:
+        task = load_task(checkpoint)
+        if metrics is not None:
+            task.use_metrics(metric_names(metrics))
+        config = dict(task.config)
+        # Where a stranger's checkpoint would have data written is not for it to say.
+        stored = {key: value for key, value in config["data"].items() if key != "cache_dir"}
+        module = build({**stored, **(data or {})}, "data", SequenceDataModule)
+        make_splits(module)
+        kept = {key: config["trainer"][key] for key in ("_target_", "accelerator", "precision")}
+        kept["devices"] = 1  # however many trained it: no item is padded, and no process is to be started
+        runner = build(
+            {**kept, "limit_test_batches": config["trainer"].get("limit_test_batches", 1.0), **(trainer or {})},
+            "trainer",
+            pl.Trainer,
+            callbacks=[SeedSteps(config["seed"]), *([ProgressBar()] if progress_bar else [])],
+            logger=False,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=nowhere,
+        )
+        if runner.world_size > 1:
+            raise ConfigError(f"trainer.devices must be 1 to evaluate, got {runner.world_size} processes.")
+        loaders = {"test": module.test_dataloader, "val": module.val_dataloader}
+        figures = runner.test(task, dataloaders=loaders[split](), verbose=False)[0]
+    return {key.replace("test/", f"{split}/"): float(value) for key, value in figures.items()}
+
+
+# -- the verb ------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`approx-attn evaluate`: print the figures of a checkpoint."""
+    # The file of the verb cannot know what options the data and the trainer of a checkpoint have.
+    added = [f"+{word}" if word.startswith(("data.", "trainer.")) else word for word in arguments]
+    return run_command("evaluate", _evaluate_and_report, added, check=check_config)
+
+
+def check_config(config: DictConfig) -> dict[str, Any]:
+    """The configuration of the verb as plain containers.
+
+    Raises:
+        ConfigError: an unknown key, or a checkpoint that is not there.
+    """
+    options = plain(config)
+    for key in options:
+        if key not in EVALUATE_KEYS:
+            raise ConfigError(f"{key} is not a key{suggestion(key, EVALUATE_KEYS)}")
+    if not Path(str(options["checkpoint"])).is_file():
+        raise ConfigError(f"checkpoint={str(options['checkpoint'])!r} is not a file.")
+    return options
+
+
+def _evaluate_and_report(config: DictConfig) -> None:
+    options = check_config(config)
+    metrics = evaluate(**options)
+    print(options["checkpoint"])
+    table = Table()
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for key, value in metrics.items():
+        table.add_row(key, f"{value:.6f}")
+    Console().print(table)
+    require_finite(metrics)

@@ -1,0 +1,167 @@
+"""Comparisons through their public door: what runs, what is skipped, what the table says, what is refused."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from approx_attn.comparison.command import compare, main, plan
+from approx_attn.run import train as training
+
+TINY = ["data=digits", "model.dim=16", "model.depth=1", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [*TINY, f"paths.runs={folder / 'runs'}", f"results={folder / 'results'}", "measure.repeats=1", *more]
+
+
+def quiet_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    words = arguments(folder, "attention=[exact,topk]", "seeds=[1,2]", "name=tiny")
+    return folder, words, compare(words, quiet_console())
+
+
+def test_every_file_tells_the_same(finished):
+    folder, _, rows = finished
+    results = folder / "results" / "tiny"
+    with (results / "table.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [line["attention"] for line in table] == ["exact", "topk"]
+    assert [float(line["accuracy_mean"]) for line in table] == pytest.approx([row.figure.mean for row in rows])
+    assert float(table[0]["step_time"]) == 1.0
+    assert float(table[1]["exact_pairs"]) == pytest.approx(0.25)
+    html = (results / "report.html").read_text()
+    for row in rows:
+        assert row.name in html
+    assert "McNemar" in html
+    assert "scripts/train.py" in html
+    assert (results / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "| topk |" in (results / "table.md").read_text()
+
+
+def test_done_runs_are_not_trained_again(finished, monkeypatch):
+    _, words, rows = finished
+    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained again"))
+    assert compare(words, quiet_console()) == rows
+
+
+def test_another_comparison_shares_the_runs(finished, monkeypatch):
+    folder, *_ = finished
+    trained = []
+    real = training.train
+    monkeypatch.setattr(training, "train", lambda config: trained.append(config) or real(config))
+    words = arguments(folder, "attention=[exact,uniform]", "seeds=[1]", "measure.repeats=0")
+    again = compare(words, quiet_console())
+    assert len(trained) == 1
+    assert again[0].figure.count == 1
+    assert again[1].step_time is None
+
+
+def test_a_failing_run_is_shown_as_missing_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    real = training.train
+
+    def fail_for_topk(config):
+        if config.attention["_target_"].endswith("TopKAttention"):
+            raise RuntimeError("lost its way")
+        return real(config)
+
+    monkeypatch.setattr(training, "train", fail_for_topk)
+    words = arguments(tmp_path, "attention=[topk,exact]", "seeds=[1]", "name=failing", "measure.repeats=0")
+    topk, exact = compare(words, quiet_console())
+    assert main(words) == 1
+    assert "error: 1 of 2 runs failed.\n" in capsys.readouterr().err
+    assert topk.figure is None
+    assert list(topk.missing) == [1]
+    assert exact.figure is not None
+    with (tmp_path / "results" / "failing" / "table.csv").open() as file:
+        line = next(csv.DictReader(file))
+    assert line["accuracy_mean"] == ""
+    assert line["missing_seeds"] == "1"
+
+
+def test_an_option_sweep_multiplies_the_mechanisms_that_have_it():
+    comparison = plan(["attention=[exact,topk]", "attention.keep=0.1,0.5", "seeds=[1]"])
+    assert list(comparison.runs) == ["exact", "topk keep=0.1", "topk keep=0.5"]
+    keeps = [by_seed[1].config.attention.get("keep") for by_seed in comparison.runs.values()]
+    assert keeps == [None, 0.1, 0.5]
+
+
+def test_entries_may_carry_their_own_options():
+    comparison = plan(["attention=[exact,{name: topk, keep: 3}]", "attention.keep=0.5", "seeds=[4]"])
+    assert list(comparison.runs) == ["exact", "topk keep=3"]
+    assert comparison.runs["topk keep=3"][4].config.attention.keep == 3
+
+
+@pytest.mark.parametrize("words", [[], ["verbose=true"]])
+def test_verbose_shows_where_an_error_comes_from(monkeypatch, capsys, words):
+    def lost(arguments):
+        raise RuntimeError("lost its way")
+
+    monkeypatch.setattr("approx_attn.comparison.command.compare", lost)
+    assert main(words) != 0
+    message = capsys.readouterr().err
+    assert "lost its way" in message
+    assert ("Traceback" in message) == bool(words)
+
+
+def test_an_entry_may_set_an_option_back_to_null():
+    comparison = plan(["attention=[exact,{name: eigen_row, rank: null}]", "seeds=[4]"])
+    assert comparison.runs["eigen_row rank=null"][4].config.attention.rank is None
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["attention=[exact,topkk]"], "did you mean 'topk'"),
+        (["attention.keeep=0.5"], "did you mean 'keep'"),
+        (["attention=[exact,{name: topk, kep: 3}]"], "attention.kep"),
+        (["attention=[topk]"], "reference='exact'"),
+        (["attention=[exact,exact]"], "twice"),
+        (["seeds=[]"], "seeds"),
+        (["seeds=[1,1]"], "seeds"),
+        (["seeds=[a]"], "seeds"),
+        (["seed=1"], "seeds=[...]"),
+        (["paths.run_dir=here"], "write paths.runs="),
+        (["metric=acuracy"], "did you mean 'accuracy'"),
+        (["attention=[]"], "reference='exact'"),
+        (["measure.repeat=1"], "measure.repeat"),
+        (["measure.repeats=-1"], "measure.repeats must be a whole number of at least 0"),
+        (["measure.warm_up=two"], "measure.warm_up must be a whole number of at least 0"),
+        (["name=../elsewhere"], "name must be a plain name"),
+        (["name=.."], "name must be a plain name"),
+        (["data=digitz"], "did you mean 'digits'"),
+        (["model.dim=1,2"], "model.dim cannot be swept"),
+        (["data=mqar", "attention=[exact,linformer]"], "does not support causal"),
+        (["attention=[exact,topk]", "attention.keep=1.5"], "attention.keep"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys, words, named):
+    given = [f"paths.runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", *words]
+    assert main(given) != 0
+    message = capsys.readouterr().err
+    assert named in message
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["results", "paths.runs"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_work(key, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert main(arguments(tmp_path, "attention=[exact]", f"{key}={tmp_path / 'file' / 'x'}")) == 2
+    assert f"error: {key}={tmp_path / 'file' / 'x'}" in capsys.readouterr().err
+
+
+def test_measurements_are_kept_with_where_they_were_made(finished):
+    folder, *_ = finished
+    kept = json.loads((folder / "results" / "tiny" / "measurements.json").read_text())
+    assert set(kept["steps"]) == {"exact", "topk"}
+    assert kept["environment"]["torch_threads"] >= 1

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.errors import warn
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, warn
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,7 @@ class AttentionMechanism(nn.Module):
     """Base class of all mechanisms.
 
     Args:
-        num_heads: query heads h.
-        head_dim: dimension d of a query and key in one head.
-        value_dim: dimension d_v of a value in one head; `head_dim` if None.
-        num_key_value_heads: key/value heads; `num_heads` if None, else a divisor of it.
-        max_length: longest input a length-dependent part is laid out for; some mechanisms require it.
-        causal: declares that the mechanism will be used under a causal mask. Refused here, before any
-            training, by mechanisms that cannot. The mask given to `forward` decides what happens.
-        layer_index: which layer of a model this is, for mechanisms that load a basis fitted per layer.
+        shape: of the layer that the mechanism serves; its parts are attributes of the mechanism, too.
     """
 
     registered: ClassVar[dict[str, type[AttentionMechanism]]] = {}  # all of them by name, filled by the registry
@@ -115,29 +109,14 @@ class AttentionMechanism(nn.Module):
     capabilities: ClassVar[Capabilities] = Capabilities()
     cost_formula: ClassVar[str] = ""  # for people: multiply-adds of scores per head, e.g. "n·m·d + n²·r"
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
-    ) -> None:
+    def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
-        self.num_heads = require_positive("num_heads", num_heads)
-        self.head_dim = require_positive("head_dim", head_dim)
-        self.value_dim = require_positive("value_dim", value_dim if value_dim is not None else head_dim)
-        self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_heads
-        if self.num_key_value_heads < 1 or num_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads must divide num_heads={num_heads}, got {num_key_value_heads}.")
-        self.max_length = None if max_length is None else require_positive("max_length", max_length)
-        if causal and not self.capabilities.causal:
+        if shape.causal and not self.capabilities.causal:
             raise ValueError(self._refusal("causal attention", "causal"))
-        self.causal = causal
-        self.layer_index = layer_index
+        self.shape = shape
+        self.num_heads, self.num_key_value_heads = shape.num_heads, shape.num_key_value_heads
+        self.head_dim, self.value_dim = shape.head_dim, shape.value_dim
+        self.max_length, self.causal, self.layer_index = shape.max_length, shape.causal, shape.layer_index
         self.auxiliary_loss: Tensor | None = None
         """Scalar set by a training forward pass of mechanisms with a loss of their own, else None."""
 
@@ -302,64 +281,15 @@ class AttentionMechanism(nn.Module):
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}{kv}"
 
 
-# -- checks on options: each names the key, what it got and what it accepts ----------------------------
-
-
-def require_positive(key: str, value: Any) -> int:
-    """`value` as an int of at least 1."""
-    return require_at_least(key, value, 1)
-
-
-def require_at_least(key: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}.")
-    return value
-
-
-def require_weight(key: str, value: Any) -> float:
-    """`value` as a finite float of at least 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value < math.inf:
-        raise ValueError(f"{key} must be a number of at least 0, got {value!r}.")
-    return float(value)
-
-
 def clamped_rank(rank: Any, head_dim: int) -> int:
     """A number of dimensions of a head, all of them where more are asked for, which is warned of.
 
     Raises:
         ValueError: not a whole number above 0.
     """
-    if require_positive("attention.rank", rank) > head_dim:
+    if require_count("attention.rank", rank) > head_dim:
         warn(f"attention.rank={rank} is more than the {head_dim} dimensions of a head, all of which are taken.")
     return min(rank, head_dim)
-
-
-def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
-    return value
-
-
-def require_share_or_count(key: str, value: Any) -> float | int:
-    """A share of the keys (float in (0, 1]) or an absolute number of keys (int of at least 1)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and isinstance(value, int) and value >= 1:
-        return value
-    if is_number and isinstance(value, float) and 0.0 < value <= 1.0:
-        return value
-    raise ValueError(
-        f"{key} must be a share in (0, 1] such as 0.25, or 1.0 for all, or a whole number of keys of at least 1, "
-        f"got {value!r}."
-    )
-
-
-def resolve_count(share_or_count: float | int, length: int) -> int:
-    """Number of keys that a share or count means at a length: at least 1, at most `length`."""
-    count = share_or_count if isinstance(share_or_count, int) else round(share_or_count * length)
-    return max(1, min(count, length))
 
 
 def apply_dropout(weights: Tensor, dropout_p: float) -> Tensor:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, repeat_heads
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys
 from approx_attn.attention.registry import register_attention
 
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # queries at once in a window: small products are slow, large masks take memory
@@ -81,7 +80,7 @@ def windowed_attention(
         first, last = start + mask.query_offset, stop - 1 + mask.query_offset  # positions of its queries
         begin = max(0, min(first - window + 1, n_k - 1))
         end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
-        part = crop_keys(mask.queries(start, stop), end, begin)
+        part = mask.queries(start, stop).keys(begin, end)
         inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
         outputs.append(fused_attention(*inputs, part, scale, dropout_p))
     return torch.cat(outputs, dim=-2)

@@ -198,6 +198,30 @@ class AttentionMask:
             bias=rows(self.bias),
         )
 
+    def keys(self, start: int, stop: int) -> AttentionMask:
+        """The mask over keys start..stop-1 only."""
+
+        def columns(part: Tensor | None) -> Tensor | None:
+            return part if part is None or part.shape[-1] == 1 else part[..., start:stop]
+
+        return replace(
+            self,
+            key_keep=None if self.key_keep is None else self.key_keep[:, start:stop],
+            pair_keep=columns(self.pair_keep),
+            query_offset=self.query_offset - start,
+            bias=columns(self.bias),
+        )
+
+
+def query_chunks(n_q: int, n_k: int, chunk_size: int, causal: bool, query_offset: int | None = None) -> list[tuple]:
+    """(start, stop, keys): queries start..stop-1 see only the first `keys` keys. Lower-right aligned by default."""
+    offset = n_k - n_q if query_offset is None else query_offset
+    chunks = []
+    for start in range(0, n_q, chunk_size):
+        stop = min(start + chunk_size, n_q)
+        chunks.append((start, stop, max(1, min(n_k, stop + offset)) if causal else n_k))
+    return chunks
+
 
 def causal_keep(n_q: int, n_k: int, query_offset: int, device: torch.device) -> Tensor:
     """(n_q, n_k) bool: key j <= query i + query_offset."""

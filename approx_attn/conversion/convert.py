@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from approx_attn.attention import AttentionMechanism, Cost, build_attention
+from approx_attn.attention import AttentionMechanism, AttentionShape, Cost, build_attention
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
 from approx_attn.conversion import timm
 from approx_attn.conversion.calibration import calibrate
 from approx_attn.conversion.calibration.basis_file import has_basis
 from approx_attn.conversion.calibration.fitting import refuse_texts
 from approx_attn.conversion.capture import capture_attention_inputs
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape, AttentionSlot, select_layers
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot, select_layers
 
 UNSAID: Any = object()  # what stands where nothing was given, in which None means something
 LONGEST_DEFAULT = 2048
@@ -371,9 +371,7 @@ def _describe(layer: AttentionLayer, length: int) -> LayerDescription:
         name, spec = ("exact", None) if slot is None else (slot.name, slot.spec)
     exact_cost = None
     if layer.shape is not None:
-        shape = layer.shape
-        exact = build_attention("exact", num_heads=shape.num_heads, head_dim=shape.head_dim, value_dim=shape.value_dim)
-        exact_cost = exact.cost(length, causal=layer.causal)
+        exact_cost = build_attention("exact", layer.shape).cost(length, causal=layer.causal)
     cost = mechanism.cost(length, causal=layer.causal) if mechanism is not None else None
     return LayerDescription(
         layer=layer.name,

@@ -23,9 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers 5 or later: pip install 'approx-attn[hf]'.") from error
 
+from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.conversion.huggingface_masks import mask_from_interface, mask_function
-from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionShape, AttentionSlot
+from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionSlot
 
 IMPLEMENTATION, EAGER_IMPLEMENTATION = "approx_attn", "approx_attn_eager"
 """Names under which the attention and mask functions are registered.

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from approx_attn.data.packing import PAD, PackedSequences
 from approx_attn.data.sampling import EpochSampler, ResumableLoader
+from approx_attn.errors import require_count as require_count  # data modules take their checks from here
+from approx_attn.errors import require_one_of as require_one_of
 
 SPLITS = ("train", "val", "test")
 
@@ -181,13 +183,6 @@ def already_a_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 # -- checks on options: each names the key, what it got and what it accepts ----------------------------
 
 
-def require_count(key: str, value: Any, least: int = 1) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}.")
-    return value
-
-
 def require_count_or_none(key: str, value: Any, least: int = 1) -> int | None:
     """`value` as an int of at least `least`, or None for all there is."""
     return None if value is None else require_count(key, value, least)
@@ -212,10 +207,3 @@ def require_share(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
         raise ValueError(f"{key} must be a share between 0 and 1, got {value!r}.")
     return float(value)
-
-
-def require_one_of(key: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
-    return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_positive
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.errors import require_count
 from approx_attn.models.transformer import Transformer, attention_mechanisms
 
 
@@ -49,7 +49,7 @@ class EncoderClassifier(nn.Module):
         positions: str = "learned",
     ) -> None:
         super().__init__()
-        self.num_classes = require_positive("model.num_classes", num_classes)
+        self.num_classes = require_count("model.num_classes", num_classes)
         self.two_towers = two_towers
         self.encoder = Transformer(
             vocab_size,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_positive
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.errors import require_count
 from approx_attn.models.transformer import Transformer
 
 
@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.causal = causal
-        self.num_classes = require_positive("model.num_classes", vocab_size if num_classes is None else num_classes)
+        self.num_classes = require_count("model.num_classes", vocab_size if num_classes is None else num_classes)
         self.decoder = Transformer(
             vocab_size,
             max_length,

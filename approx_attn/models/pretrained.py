@@ -7,6 +7,7 @@ it is evaluated without the place that the weights once came from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
-from approx_attn.attention.base import require_choice
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.convert import convert, find_layers
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape
+from approx_attn.conversion.layers import SLOT, AttentionLayer
+from approx_attn.errors import require_one_of
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
 
@@ -71,7 +72,7 @@ class PretrainedModel(nn.Module):
         super().__init__()
         if isinstance(calibrate, bool) or not isinstance(calibrate, int) or calibrate < 0:
             raise ValueError(f"model.calibrate must be a number of training batches of at least 0, got {calibrate!r}.")
-        require_choice("model.train", train, TRAINED)
+        require_one_of("model.train", train, TRAINED)
         self.calibration_batches = calibrate
         self.new_parameters: list[str] = []
         """Parameters of the network that `path` did not have: they are random before training."""
@@ -359,7 +360,7 @@ def _mechanism_of(layer: AttentionLayer, shape: AttentionShape) -> AttentionMech
     mechanism = getattr(layer.module, "attention", None) if layer.host == "multihead" else mechanism
     if isinstance(mechanism, AttentionMechanism):
         return mechanism
-    return build_attention("exact", **vars(shape), causal=layer.causal)
+    return build_attention("exact", dataclasses.replace(shape, causal=layer.causal))
 
 
 # -- networks ------------------------------------------------------------------------------------------

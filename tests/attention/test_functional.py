@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from approx_attn import AttentionMechanism, Capabilities, Cost, register_attention, scaled_dot_product_attention
-from approx_attn.attention import registry
+from approx_attn.attention import AttentionShape, registry
 from approx_attn.attention.exact import ExactAttention
 
 BATCH, HEADS, N_QUERY, N_KEY, DIM, VALUE_DIM = 2, 4, 5, 7, 8, 6
@@ -140,7 +140,7 @@ def call(attention="mechanism_path", **arguments):
         ({"attention": "mechanism_pat"}, "did you mean 'mechanism_path'"),
         ({"attention": {"name": "mechanism_path", "keep": 2}}, "attention.keep is not an option"),
         ({"attention": {"keep": 2}}, "must have the key 'name'"),
-        ({"attention": MechanismPath(2, DIM)}, r"query must be \(batch, 2, length, 8\)"),
+        ({"attention": MechanismPath(AttentionShape(2, DIM))}, r"query must be \(batch, 2, length, 8\)"),
         ({"is_causal": True, "attn_mask": torch.ones(N_QUERY, N_KEY, dtype=torch.bool)}, "must be None"),
         ({"attn_mask": torch.ones(N_QUERY, N_KEY, dtype=torch.int64)}, "must be boolean"),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 from approx_attn.attention import (
     AttentionMechanism,
+    AttentionShape,
     attention_class,
     attention_options,
     available_attention,
@@ -74,13 +75,13 @@ def test_a_name_is_taken_once():
     ],
 )
 def test_ways_to_say_what_a_layer_uses(spec):
-    built = resolve_attention(spec, num_heads=2, head_dim=4, max_length=16)
+    built = resolve_attention(spec, AttentionShape(2, 4, max_length=16))
     assert built.name == "topk"
     assert built.keep == 0.25
     assert (built.num_heads, built.head_dim, built.max_length) == (2, 4, 16)
-    assert resolve_attention(built, num_heads=9) is built
+    assert resolve_attention(built, AttentionShape(9, 4)) is built
 
 
 def test_a_mapping_needs_a_name():
     with pytest.raises(ValueError, match="must have the key 'name'"):
-        resolve_attention({"keep": 0.5}, num_heads=2, head_dim=4)
+        resolve_attention({"keep": 0.5}, AttentionShape(2, 4))

@@ -13,6 +13,7 @@ from approx_attn.attention.baselines.linear import divide_or_zero
 from approx_attn.attention.baselines.positional import PositionTable, require_max_length
 from approx_attn.attention.mask import AttentionMask, at_least_float32, causal_keep
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("differentiable_mask")
@@ -40,28 +41,14 @@ class DifferentiableMaskAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "relative",
         penalty: float = 0.01,
         temperature: float = 1.0,
         initial_open: float = 0.9,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         if not 0.0 <= penalty < math.inf:
             raise ValueError(f"attention.penalty must be a number of at least 0, got {penalty!r}.")
         if not 0.0 < temperature < math.inf:
@@ -71,7 +58,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
         self.penalty = float(penalty)
         self.temperature = float(temperature)
         initial = math.log(initial_open / (1.0 - initial_open))
-        self.gates = PositionTable(num_heads, require_max_length(self), alignment, initial)
+        self.gates = PositionTable(shape.num_heads, require_max_length(self), alignment, initial)
         self.share_kept: Tensor | None = None
 
     def attend(

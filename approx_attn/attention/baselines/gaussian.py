@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, require_positive
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost
 from approx_attn.attention.baselines.positional import attention_from_scores
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 LEAST_SIGMA = 1e-4  # keeps squared distances over 2σ² finite
 
@@ -38,34 +40,20 @@ class GaussianAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         sigma: float | Sequence[float] | None = None,
         train_sigma: bool = True,
         grid_width: int | None = None,
         coordinates: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        log_sigma = torch.tensor([math.log(value) for value in _sigma_per_head(sigma, num_heads)])
+        super().__init__(shape)
+        log_sigma = torch.tensor([math.log(value) for value in _sigma_per_head(sigma, shape.num_heads)])
         if train_sigma:
             self.log_sigma = nn.Parameter(log_sigma)
         else:
             self.register_buffer("log_sigma", log_sigma)
-        self.grid_width = None if grid_width is None else require_positive("attention.grid_width", grid_width)
+        self.grid_width = None if grid_width is None else require_count("attention.grid_width", grid_width)
         if coordinates is not None and grid_width is not None:
             raise ValueError("attention.coordinates and attention.grid_width exclude each other, got both.")
         self.register_buffer("coordinates", None if coordinates is None else _points(coordinates))

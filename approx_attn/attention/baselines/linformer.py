@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    require_choice,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_one_of
 
 SHARING = ("none", "heads", "key_value", "layer")
 
@@ -51,31 +47,17 @@ class LinformerAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_keys: float | int = 0.25,
         share: str = "heads",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         if self.max_length is None:
             raise ValueError("attention=linformer needs max_length, the longest input it is to see, got None.")
-        require_share_or_count("attention.num_keys", num_keys)
+        require_budget("attention.num_keys", num_keys)
         self.num_keys = resolve_count(num_keys, self.max_length)
-        self.share = require_choice("attention.share", share, SHARING)
+        self.share = require_one_of("attention.share", share, SHARING)
         heads = self.num_key_value_heads if share == "none" else 1
         self.key_projection = nn.Parameter(torch.empty(heads, self.num_keys, self.max_length))
         self.value_projection: nn.Parameter | None = None  # None: the same as for keys

@@ -11,21 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    clamped_rank,
-    repeat_heads,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, clamped_rank, repeat_heads
 from approx_attn.attention.baselines.topk import topk_attention
-from approx_attn.attention.mask import AttentionMask, at_least_float32
-from approx_attn.attention.query_chunks import kept_pairs, query_chunks
+from approx_attn.attention.budget import kept_pairs, require_budget, resolve_count
+from approx_attn.attention.mask import AttentionMask, at_least_float32, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 MOMENTUM = 0.99  # of the running covariance: it remembers about the last 100 training passes
 EIGH_MULTIPLY_ADDS = 9  # times d³, all eigenvectors of a symmetric matrix (Golub and Van Loan, §8.3)
@@ -58,41 +50,27 @@ class LowRankTopKAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
         basis: str = "running",
         scoring: str = "dense",
         chunk_size: int = 256,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.rank = clamped_rank(rank, head_dim)
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.basis = require_choice("attention.basis", basis, ("running", "input"))
-        self.scoring = require_choice("attention.scoring", scoring, ("dense", "gather"))
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
-        if causal:
+        super().__init__(shape)
+        self.rank = clamped_rank(rank, shape.head_dim)
+        self.keep = require_budget("attention.keep", keep)
+        self.basis = require_one_of("attention.basis", basis, ("running", "input"))
+        self.scoring = require_one_of("attention.scoring", scoring, ("dense", "gather"))
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
+        if shape.causal:
             self._refuse_own_keys_under_a_causal_mask()
         if basis == "running":
             # Falling along the diagonal, so that before any training the first r dimensions lead; so small
             # that the first training pass outweighs it.
-            start = torch.diag(torch.linspace(1.0, 0.5, head_dim)) * 1e-6
-            self.register_buffer("covariance", start.repeat(num_heads, 1, 1))  # (h, d, d)
+            start = torch.diag(torch.linspace(1.0, 0.5, shape.head_dim)) * 1e-6
+            self.register_buffer("covariance", start.repeat(shape.num_heads, 1, 1))  # (h, d, d)
         self._found: tuple[Tensor, Tensor] | None = None  # the latest covariance, and its directions (1, h, d, r)
         self._of_training_pass: Tensor | None = None  # directions that the latest training pass used
         self._observed: tuple[Tensor, Tensor] | None = None  # scatter (h, d, d) and number (1, 1, 1) of observed keys

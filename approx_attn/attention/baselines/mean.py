@@ -9,6 +9,7 @@ from approx_attn.attention.base import Capabilities, repeat_heads
 from approx_attn.attention.baselines.positional import PositionalAttention
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("mean")
@@ -31,25 +32,13 @@ class MeanAttention(PositionalAttention):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "absolute",
         trainable: bool = True,
     ) -> None:
         super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
+            shape,
             alignment=alignment,
         )
         self.table.values.requires_grad_(trainable)

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 
 @register_attention("mra")
@@ -48,30 +42,16 @@ class MRAAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         block_size: int = 16,
         rest: str = "coarse",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.block_size = require_positive("attention.block_size", block_size)
-        self.rest = require_choice("attention.rest", rest, ("coarse", "drop"))
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.block_size = require_count("attention.block_size", block_size)
+        self.rest = require_one_of("attention.rest", rest, ("coarse", "drop"))
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, float]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, require_choice
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
 from approx_attn.attention.mask import AttentionMask, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_one_of
 
 ALIGNMENTS = ("absolute", "relative")
 
@@ -35,26 +37,12 @@ class PositionalAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "absolute",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.table = PositionTable(num_heads, require_max_length(self), alignment)
+        super().__init__(shape)
+        self.table = PositionTable(shape.num_heads, require_max_length(self), alignment)
 
     def attend(
         self,
@@ -94,7 +82,7 @@ class PositionTable(nn.Module):
     def __init__(self, num_heads: int, max_length: int, alignment: str, initial: float = 0.0) -> None:
         super().__init__()
         self.max_length = max_length
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
+        self.alignment = require_one_of("attention.alignment", alignment, ALIGNMENTS)
         shape = (max_length, max_length) if alignment == "absolute" else (2 * max_length - 1,)
         self.values = nn.Parameter(torch.full((num_heads, *shape), initial))
 

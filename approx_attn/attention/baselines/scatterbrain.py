@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_positive,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
 from approx_attn.attention.baselines.linear import divide_or_zero, log_products
 from approx_attn.attention.baselines.performer import log_positive_features, random_directions
 from approx_attn.attention.layouts.band import MIN_BLOCK, Band, kept_at
 from approx_attn.attention.layouts.window import Window
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("scatterbrain")
@@ -50,36 +45,20 @@ class ScatterbrainAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         window: int | None = None,
         num_features: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         self.window = Window(keep, window)
-        default = max(1, math.ceil(head_dim * math.log(head_dim)))
-        self.num_features = require_positive(
-            "attention.num_features", default if num_features is None else num_features
-        )
-        generator = torch.Generator().manual_seed(require_at_least("attention.seed", seed, 0))
-        for _ in range(layer_index + 1):
-            directions = random_directions(self.num_features, head_dim, True, generator)
+        default = max(1, math.ceil(shape.head_dim * math.log(shape.head_dim)))
+        self.num_features = require_count("attention.num_features", default if num_features is None else num_features)
+        generator = torch.Generator().manual_seed(require_count("attention.seed", seed, 0))
+        for _ in range(shape.layer_index + 1):
+            directions = random_directions(self.num_features, shape.head_dim, True, generator)
         self.register_buffer("projection", directions)  # (m, d)
 
     @classmethod

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, require_at_least
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.layouts.band import Band
 from approx_attn.attention.layouts.random_blocks import RandomBlocks, allowed_at, gather_pairs
 from approx_attn.attention.layouts.window import Window
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys, query_chunks
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 SEGMENTS, LEAST_SEGMENT = 4, 256
 """Parts into which queries are cut where the window grows with the position, each as wide as its last query's, and
@@ -50,14 +51,8 @@ class SlidingWindowAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         window: int | None = None,
         global_tokens: int = 0,
@@ -65,18 +60,10 @@ class SlidingWindowAttention(AttentionMechanism):
         block_size: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         self.window = Window(keep, window)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        own_seed = require_at_least("attention.seed", seed, 0) + 65_537 * layer_index
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        own_seed = require_count("attention.seed", seed, 0) + 65_537 * shape.layer_index
         self.random = RandomBlocks(random_blocks, block_size, own_seed)
 
     @classmethod
@@ -123,7 +110,7 @@ class SlidingWindowAttention(AttentionMechanism):
     ) -> Tensor:
         outputs = []
         for start, stop, seen in self._segments(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset):
-            part = crop_keys(mask.queries(start, stop), seen)
+            part = mask.queries(start, stop).keys(0, seen)
             band = self.window.band(stop - start, seen, mask.causal, part.query_offset, limit=mask.window)
             inputs = (query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen])
             outputs.append(self._fused(*inputs, part, scale, dropout_p, band))

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys, kept_pairs, keys_per_query, query_chunks
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import kept_pairs, keys_per_query, require_budget, resolve_count
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("topk")
@@ -44,28 +38,14 @@ class TopKAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         chunk_size: int = 256,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -133,7 +113,7 @@ def topk_attention(
     n_k = key.shape[-2]
     outputs, weights = [], []
     for start, stop, keys in query_chunks(query.shape[-2], n_k, chunk_size, mask.causal, mask.query_offset):
-        part = crop_keys(mask.queries(start, stop), keys)
+        part = mask.queries(start, stop).keys(0, keys)
         q, k, v = query[:, :, start:stop], key[:, :, :keys], value[:, :, :keys]
         if estimate is None:
             scores, index, is_open = choose(q, k, part, scale, keep, n_k)

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
+from approx_attn.attention.base import Capabilities, Cost
+from approx_attn.attention.budget import require_budget
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 ORDERS = (0, 1, 2)
 
@@ -63,14 +66,8 @@ class EigenClusterAttention(HasContentBasis):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.125,
         cluster_size: int = 8,
         block_size: int = 64,
@@ -82,18 +79,10 @@ class EigenClusterAttention(HasContentBasis):
         train_basis: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.block_size = require_positive("attention.block_size", block_size)
-        self.cluster_size = require_positive("attention.cluster_size", cluster_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.block_size = require_count("attention.block_size", block_size)
+        self.cluster_size = require_count("attention.cluster_size", cluster_size)
         halves, rest = divmod(self.block_size, self.cluster_size)
         if rest or halves & (halves - 1):
             raise ValueError(
@@ -104,9 +93,9 @@ class EigenClusterAttention(HasContentBasis):
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
         self.order = order
         self.basis = ContentBasis(
-            num_heads,
+            shape.num_heads,
             self.num_key_value_heads,
-            head_dim,
+            shape.head_dim,
             rank,
             share=share,
             init=basis_init,

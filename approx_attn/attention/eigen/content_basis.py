@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, clamped_rank, require_choice, require_positive
+from approx_attn.attention.base import AttentionMechanism, clamped_rank
+from approx_attn.errors import require_count, require_one_of
 
 SHARES = ("head", "layer", "model")
 INITS = ("random", "calibrated")
@@ -80,7 +81,7 @@ def fit_content_basis(
         )
     if not (query_second_moment.isfinite().all() and key_covariance.isfinite().all() and key_mean.isfinite().all()):
         raise ValueError("the statistics of a content basis must be finite, got NaN or infinity.")
-    rank = dim if rank is None else min(require_positive("rank", rank), dim)
+    rank = dim if rank is None else min(require_count("rank", rank), dim)
     query_factor = _cholesky(query_second_moment, regularisation)  # (..., h, d, d)
     key_factor = _cholesky(key_covariance, regularisation)  # (..., h_kv, d, d)
     key_factor = key_factor.repeat_interleave(heads // key_heads, dim=-3)  # (..., h, d, d)
@@ -141,8 +142,8 @@ class ContentBasis(nn.Module):
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.rank = clamped_rank(rank, head_dim)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.is_ready = require_choice("attention.basis_init", init, INITS) == "random"
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.is_ready = require_one_of("attention.basis_init", init, INITS) == "random"
         maps = num_heads if share == "head" else 1
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         start = torch.linalg.qr(torch.randn(maps, head_dim, head_dim, generator=generator))[0][..., : self.rank]

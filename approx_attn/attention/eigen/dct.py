@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from approx_attn.attention.eigen.row import EigenRowAttention
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("dct")
@@ -18,14 +19,8 @@ class DctAttention(EigenRowAttention):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         rank: int | None = None,
         selection: str = "strided",
@@ -35,13 +30,7 @@ class DctAttention(EigenRowAttention):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
+            shape,
             keep=keep,
             rank=rank,
             selection=selection,

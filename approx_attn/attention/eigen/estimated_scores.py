@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from approx_attn.attention.eigen.chunk_scores import grouped_matmul, grouped_to_query_heads, mean_residual, sampled_keep
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32
-from approx_attn.attention.query_chunks import crop_keys
 
 SAMPLED_TOKENS = 32  # queries and keys sampled per sequence for the auxiliary loss: 32² pairs per head
 
@@ -47,7 +46,7 @@ class ScoreInputs(NamedTuple):
             key_low=self.key_low[:, :, :seen],
             hidden=None if self.hidden is None else self.hidden[..., :seen],
             value=self.value[:, :, :seen],
-            mask=crop_keys(self.mask.queries(start, stop), seen),
+            mask=self.mask.queries(start, stop).keys(0, seen),
         )
 
 

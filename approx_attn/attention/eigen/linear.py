@@ -8,21 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import select_positions
 from approx_attn.attention.eigen.position_basis import LENGTHS, full_precision
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("strided", "random")
 SHARES = ("head", "layer", "model")
@@ -66,37 +60,23 @@ class EigenLinearAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_keys: float | int = 64,
         selection: str = "strided",
         share: str = "head",
         lengths: str = "truncate",
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         if self.max_length is None:
             raise ValueError("attention=eigen_linear needs max_length: its reconstruction is laid out over positions.")
-        self.num_keys = resolve_count(require_share_or_count("attention.num_keys", num_keys), self.max_length)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        self.seed = require_at_least("attention.seed", seed, 0)
-        groups = num_heads if share == "head" else 1
+        self.num_keys = resolve_count(require_budget("attention.num_keys", num_keys), self.max_length)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        self.seed = require_count("attention.seed", seed, 0)
+        groups = shape.num_heads if share == "head" else 1
         start = interpolation_weights(self.max_length, self._select(self.max_length))
         start = (1.0 - UNIFORM_SHARE) * start + UNIFORM_SHARE / self.num_keys
         self.log_reconstruction = nn.Parameter(start.log().expand(groups, -1, -1).clone())  # (g, L, m)

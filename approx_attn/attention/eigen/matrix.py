@@ -9,17 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.pair_selection import greedy_order
 from approx_attn.attention.eigen.position_basis import (
     INITIAL_NOISE,
@@ -31,6 +22,8 @@ from approx_attn.attention.eigen.position_basis import (
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("rows_and_columns", "random", "greedy")
 SHARES = ("head", "layer", "model")
@@ -78,14 +71,8 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         rank: int | None = None,
         factor_rank: int = 4,
@@ -95,28 +82,20 @@ class EigenMatrixAttention(AttentionMechanism):
         train_basis: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         if self.max_length is None:
             raise ValueError("attention=eigen_matrix needs max_length: its basis is laid out over positions.")
         length = self.max_length
-        self.keep = require_share_or_count("attention.keep", keep)
+        self.keep = require_budget("attention.keep", keep)
         self.pair_share = resolve_count(keep, length) / length if isinstance(keep, int) else keep
         self.rank = self._checked_rank(rank)
-        self.factor_rank = min(require_positive("attention.factor_rank", factor_rank), length)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        self.seed = require_at_least("attention.seed", seed, 0)
+        self.factor_rank = min(require_count("attention.factor_rank", factor_rank), length)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        self.seed = require_count("attention.seed", seed, 0)
         left, right = starting_factors(length, self.rank, self.factor_rank, self.seed)
-        groups = num_heads if share == "head" else 1
+        groups = shape.num_heads if share == "head" else 1
         self.left = nn.Parameter(left.expand(groups, -1, -1, -1).clone())  # (g, r + 1, L, p), the last one for M
         self.right = nn.Parameter(right.expand(groups, -1, -1, -1).clone())
         eigenvalues = 1.0 / torch.arange(1, self.rank + 1, dtype=torch.get_default_dtype())
@@ -133,7 +112,7 @@ class EigenMatrixAttention(AttentionMechanism):
         observed = resolve_count(float(self.pair_share), self.max_length**2)
         if rank is None:
             return min(DEFAULT_RANK, observed)
-        require_at_least("attention.rank", rank, 0)
+        require_count("attention.rank", rank, 0)
         if rank > observed:
             raise ValueError(
                 f"attention.rank={rank} is more than the {observed} pairs that attention.keep={self.keep} observes at "

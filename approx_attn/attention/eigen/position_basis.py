@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_choice
 from approx_attn.attention.mask import at_least_float32
+from approx_attn.errors import require_one_of
 
 BASIS_INITS = ("dct", "random", "calibrated")
 LENGTHS = ("truncate", "interpolate")
@@ -84,9 +84,9 @@ class PositionBasis(nn.Module):
     ) -> None:
         super().__init__()
         self.length = length
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        require_choice("attention.basis_init", init, BASIS_INITS)
+        self.alignment = require_one_of("attention.alignment", alignment, ALIGNMENTS)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        require_one_of("attention.basis_init", init, BASIS_INITS)
         positions = length if alignment == "absolute" else 2 * length - 1
         self.rank = min(rank, positions)
         columns = random_basis(positions, self.rank, seed) if init == "random" else dct_basis(positions, self.rank)

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_share_or_count,
-    require_weight,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import SELECTIONS, greedy_order, repeat_positions, select_positions
 from approx_attn.attention.eigen.position_basis import ALIGNMENTS, BASIS_INITS, LENGTHS, PositionBasis, full_precision
@@ -34,6 +25,8 @@ from approx_attn.attention.eigen.row_scores import (
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of, require_weight
 
 SHARES = ("head", "layer", "model")
 DEFAULT_RANK = 8
@@ -86,14 +79,8 @@ class EigenRowAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         rank: int | None = None,
         selection: str = "strided",
@@ -108,32 +95,24 @@ class EigenRowAttention(AttentionMechanism):
         seed: int = 0,
         auxiliary_loss_weight: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         if self.max_length is None:
             raise ValueError(f"attention={self.name} needs max_length: its basis is laid out over positions.")
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.window = require_at_least("attention.window", window, 0)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        if require_choice("attention.basis_init", basis_init, BASIS_INITS) == "calibrated" and basis is None:
+        self.keep = require_budget("attention.keep", keep)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.window = require_count("attention.window", window, 0)
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        self.alignment = require_one_of("attention.alignment", alignment, ALIGNMENTS)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        if require_one_of("attention.basis_init", basis_init, BASIS_INITS) == "calibrated" and basis is None:
             raise ValueError("attention.basis_init=calibrated needs attention.basis, the path of a calibration file.")
-        self.seed = require_at_least("attention.seed", seed, 0)
+        self.seed = require_count("attention.seed", seed, 0)
         self.train_basis = train_basis
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.rank = self._checked_rank(rank)
         self.position = PositionBasis(
-            num_heads if share == "head" else 1,
+            shape.num_heads if share == "head" else 1,
             self.max_length,
             self.rank,
             alignment=alignment,
@@ -156,7 +135,7 @@ class EigenRowAttention(AttentionMechanism):
         observed = min(columns + (2 * self.window + 1 if self.window else 0), self.max_length)
         if rank is None:
             return min(DEFAULT_RANK, observed)
-        require_at_least("attention.rank", rank, 0)
+        require_count("attention.rank", rank, 0)
         if rank > observed:
             raise ValueError(
                 f"attention.rank={rank} is more than the {observed} keys that attention.keep={self.keep} observes at "

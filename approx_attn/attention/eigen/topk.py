@@ -8,17 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_attn.attention.base import (
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    require_weight,
-    resolve_count,
-)
+from approx_attn.attention.base import Capabilities, Cost, apply_dropout
+from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
@@ -28,9 +19,10 @@ from approx_attn.attention.eigen.chunk_scores import (
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
 from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import keys_per_query, query_chunks
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of, require_weight
 
 RESTS = ("keep", "drop", "mean")
 SELECTS = ("error", "estimate")
@@ -85,14 +77,8 @@ class EigenTopKAttention(EstimatedScores):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
         window: int = 0,
@@ -109,38 +95,32 @@ class EigenTopKAttention(EstimatedScores):
         chunk_size: int = 64,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.window = require_at_least("attention.window", window, 0)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        self.rest = require_choice("attention.rest", rest, RESTS)
-        self.select = require_choice("attention.select", select, SELECTS)
-        self.scoring = require_choice("attention.scoring", scoring, SCORINGS)
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.window = require_count("attention.window", window, 0)
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        self.rest = require_one_of("attention.rest", rest, RESTS)
+        self.select = require_one_of("attention.select", select, SELECTS)
+        self.scoring = require_one_of("attention.scoring", scoring, SCORINGS)
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.basis = ContentBasis(
-            num_heads,
+            shape.num_heads,
             self.num_key_value_heads,
-            head_dim,
+            shape.head_dim,
             rank,
             share=share,
             init=basis_init,
             train_basis=train_basis,
             seed=seed,
         )
-        self.position_prior = require_choice("attention.position_prior", position_prior, POSITION_PRIORS)
-        if position_prior != "none" and max_length is None:
+        self.position_prior = require_one_of("attention.position_prior", position_prior, POSITION_PRIORS)
+        if position_prior != "none" and shape.max_length is None:
             raise ValueError(f"attention.position_prior={position_prior} needs max_length, got None; or use none.")
-        entries = {"none": 0, "absolute": max_length or 0, "relative": 2 * (max_length or 0) - 1}[position_prior]
-        table = torch.zeros(num_heads, entries)
+        entries = {"none": 0, "absolute": shape.max_length or 0, "relative": 2 * (shape.max_length or 0) - 1}[
+            position_prior
+        ]
+        table = torch.zeros(shape.num_heads, entries)
         self.prior = nn.Parameter(table, requires_grad=train_basis) if entries > 0 else None  # (h, L | 2L - 1)
         self.load_basis_file(basis)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_at_least, require_positive
 from approx_attn.attention.mask import AttentionMask
+from approx_attn.errors import require_count
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class RandomBlocks:
     seed: int
 
     def __post_init__(self) -> None:
-        require_at_least("attention.random_blocks", self.count, 0)
-        require_positive("attention.block_size", self.block_size)
-        require_at_least("attention.seed", self.seed, 0)
+        require_count("attention.random_blocks", self.count, 0)
+        require_count("attention.block_size", self.block_size)
+        require_count("attention.seed", self.seed, 0)
 
     @property
     def width(self) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_at_least, require_share_or_count, resolve_count
+from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
 from approx_attn.attention.layouts.band import Band
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.attention.query_chunks import keys_per_query
+from approx_attn.errors import require_count
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Window:
     half_width: int | None = None
 
     def __post_init__(self) -> None:
-        require_share_or_count("attention.keep", self.share_or_count)
+        require_budget("attention.keep", self.share_or_count)
         if self.half_width is not None:
-            require_at_least("attention.window", self.half_width, 0)
+            require_count("attention.window", self.half_width, 0)
 
     def reach(self, usable: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Positions before and after itself that a query sees when the mask leaves it `usable` keys (int64)."""

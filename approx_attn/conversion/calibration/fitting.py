@@ -12,13 +12,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, require_positive
+from approx_attn.attention.base import AttentionMechanism
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.basis_file import STATISTICS, Calibration, LayerShape, as_float32, has_basis
 from approx_attn.conversion.calibration.moments import ContentMoments, PositionMoments, position_statistics
 from approx_attn.conversion.calibration.position_fit import fit_position_basis
 from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.errors import require_count
 
 
 def calibrate(
@@ -66,7 +67,7 @@ def calibrate(
     for name in wanted:
         if name not in STATISTICS:
             raise ValueError(f"statistics must be among {', '.join(STATISTICS)}, got {name!r}.")
-    collector = StatisticsCollector(wanted, None if rows is None else require_positive("rows", rows), seed)
+    collector = StatisticsCollector(wanted, None if rows is None else require_count("rows", rows), seed)
     collector.observers = {name: m for name, m in model.named_modules() if hasattr(m, "observe") and hasattr(m, "fit")}
     was_training = model.training
     model.eval()
@@ -79,7 +80,7 @@ def calibrate(
         model.train(was_training)
     if sequences == 0:
         raise ValueError("calibration got no batches.")
-    calibration = collector.fit([name for name, _ in model.named_modules()], require_positive("max_rank", max_rank))
+    calibration = collector.fit([name for name, _ in model.named_modules()], require_count("max_rank", max_rank))
     calibration.sequences = sequences
     calibration.model = (source or {}).get("model", type(model).__name__)
     calibration.data = (source or {}).get("data", "")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, build_attention
-from approx_attn.attention.base import require_positive
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.conversion.calibration.basis_file import Calibration, as_float32
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.reconstruction import ReconstructionMeasurement, relative_errors
 from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.errors import require_count
 
 LEARNING_RATE = 0.01
 """Adam's first step as a share of the root mean square of each map; it falls to zero along half a cosine."""
@@ -56,7 +56,7 @@ def refine_basis(
     Raises:
         ValueError: a mechanism without such a basis, or no batches.
     """
-    require_positive("refine", steps)
+    require_count("refine", steps)
     if not batches:
         raise ValueError("refine got no batches.")
     require_refinable(attention)

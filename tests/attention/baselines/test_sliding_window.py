@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention, sliding_window
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention, sliding_window
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.layouts.band import Band
 
@@ -138,7 +138,7 @@ def test_gradients_by_finite_differences():
 
 def test_wide_window_is_exact():
     tensors = draw(9, 14)
-    torch.testing.assert_close(build(window=99)(*tensors)[0], ExactAttention(2, 4)(*tensors)[0])
+    torch.testing.assert_close(build(window=99)(*tensors)[0], ExactAttention(AttentionShape(2, 4))(*tensors)[0])
 
 
 @pytest.mark.parametrize(("option", "value"), [("keep", 2.0), ("window", -1), ("window", 0.5), ("global_tokens", -1)])
@@ -197,7 +197,7 @@ def test_cost_with_random_blocks(causal, global_tokens):
 def test_more_random_blocks_than_there_are_is_exact():
     tensors = draw(9, 14)
     output, _ = build(window=4, random_blocks=9, block_size=3)(*tensors)
-    torch.testing.assert_close(output, ExactAttention(2, 4)(*tensors)[0])
+    torch.testing.assert_close(output, ExactAttention(AttentionShape(2, 4))(*tensors)[0])
 
 
 @pytest.mark.parametrize("n", [40, 64])

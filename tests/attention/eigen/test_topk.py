@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 
 H, D = 2, 4
@@ -105,7 +105,7 @@ def test_row_means_of_the_scores_are_exact():
     key = torch.randn(1, H, 1, D, dtype=torch.float64).repeat(1, 1, 9, 1)
     value = torch.randn(1, H, 9, D, dtype=torch.float64)
     mechanism = build(keep=1, rank=1)
-    expected = ExactAttention(H, D)(query, key, value)[0]
+    expected = ExactAttention(AttentionShape(H, D))(query, key, value)[0]
     torch.testing.assert_close(mechanism(query, key, value)[0], expected)
 
 
@@ -193,7 +193,7 @@ def test_frozen_basis_gets_no_gradient():
 def test_full_budget_is_exact(rest, scoring, keep):
     tensors, mask = draw(), AttentionMask(causal=True)
     mechanism = build(rest=rest, scoring=scoring, keep=keep, chunk_size=5)
-    torch.testing.assert_close(mechanism(*tensors, mask)[0], ExactAttention(H, D)(*tensors, mask)[0])
+    torch.testing.assert_close(mechanism(*tensors, mask)[0], ExactAttention(AttentionShape(H, D))(*tensors, mask)[0])
 
 
 @pytest.mark.parametrize("options", [{}, {"scoring": "gather"}, {"select": "estimate", "chunk_size": 8}])

@@ -6,6 +6,7 @@ from torch import nn
 
 import approx_attn
 from approx_attn import AttentionMask
+from approx_attn.attention import AttentionShape
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.conversion.calibration import (
     Calibration,
@@ -136,7 +137,7 @@ def test_a_better_start_than_random():
     moments = ContentMoments()
     moments.update(query, key, AttentionMask())
     fit = moments.fit()
-    exact = ExactAttention(H, D)(query, key, value)[0]
+    exact = ExactAttention(AttentionShape(H, D))(query, key, value)[0]
     errors = []
     for calibrated in (False, True):
         mechanism = approx_attn.build_attention("eigen_topk", num_heads=H, head_dim=D, rank=2, keep=2, seed=0)

@@ -9,6 +9,7 @@ of padded keys; a mechanism implements `attend` and `cost`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -109,6 +110,9 @@ class AttentionMechanism(nn.Module):
     capabilities: ClassVar[Capabilities] = Capabilities()
     cost_formula: ClassVar[str] = ""  # for people: multiply-adds of scores per head, e.g. "n·m·d + n²·r"
 
+    substitute: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    """Computes in place of `attend` while it is set; see `approx_attn.attention.exact.computing_exactly`."""
+
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
         if shape.causal and not self.capabilities.causal:
@@ -178,6 +182,12 @@ class AttentionMechanism(nn.Module):
         Called by models on every layer after the first. The default shares nothing.
         """
 
+    def begin_step(self, step: int) -> None:
+        """Prepare for a training step; called before each of them with the number of steps done.
+
+        The default does nothing.
+        """
+
     # -- the same for all --------------------------------------------------------------------------
 
     def forward(
@@ -217,7 +227,8 @@ class AttentionMechanism(nn.Module):
         if not self.capabilities.grouped_query and self.num_key_value_heads != self.num_heads:
             key, value = repeat_heads(key, self.num_heads), repeat_heads(value, self.num_heads)
         scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
-        output, weights = self.attend(query, key, value, mask, scale, dropout_p if self.training else 0.0, need_weights)
+        attend = self.attend if self.substitute is None else self.substitute
+        output, weights = attend(query, key, value, mask, scale, dropout_p if self.training else 0.0, need_weights)
         return output.to(query.dtype), weights
 
     def _attend_nothing(
@@ -267,6 +278,19 @@ class AttentionMechanism(nn.Module):
         able = (name for name, known in cls.registered.items() if getattr(known.capabilities, capability))
         others = ", ".join(sorted(able)) or "none"
         return f"attention={cls.name} does not support {request}; mechanisms that do: {others}."
+
+    def _laid_out_length(self) -> int:
+        """`max_length`, for mechanisms with parameters per position.
+
+        Raises:
+            ValueError: it was not given.
+        """
+        if self.max_length is None:
+            raise ValueError(
+                f"attention={self.name} needs max_length, the longest input, to lay out its parameters over positions, "
+                "got None."
+            )
+        return self.max_length
 
     def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int]:
         """(n_q, n_k, pairs that exact attention computes in one head)."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,11 +36,7 @@ class ExactAttention(AttentionMechanism):
         dropout_p: float,
         need_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights:
-            return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
-        if mask.window is not None:
-            return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
-        return fused_attention(query, key, value, mask, scale, dropout_p), None
+        return exact_attention(query, key, value, mask, scale, dropout_p, need_weights)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         _, _, pairs = self._pairs(query_length, key_length, causal)
@@ -48,6 +47,30 @@ class ExactAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * pairs * self.value_dim,
             state=0,
         )
+
+
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float, need_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What `ExactAttention` computes; arguments and results are those of `AttentionMechanism.attend`."""
+    if need_weights:
+        return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
+    if mask.window is not None:
+        return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
+    return fused_attention(query, key, value, mask, scale, dropout_p), None
+
+
+@contextmanager
+def computing_exactly(mechanisms: Iterable[AttentionMechanism]) -> Iterator[None]:
+    """Let mechanisms compute exact attention meanwhile, so that later layers see what they would in an exact model."""
+    mechanisms = list(mechanisms)
+    for mechanism in mechanisms:
+        mechanism.substitute = exact_attention
+    try:
+        yield
+    finally:
+        for mechanism in mechanisms:
+            mechanism.substitute = None
 
 
 def fused_attention(

@@ -21,8 +21,15 @@ REPLACED = {"eigen_block": "eigen_cluster"}
 
 REPLACED_CLASSES = {"approx_attn.attention.eigen.block.EigenBlockAttention": "eigen_block"}
 
-REPLACED_OPTIONS = {"eigen_topk": {"block_size": "eigen_cluster"}}
-"""Likewise options, by mechanism, that were off at null."""
+REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
+    "eigen_topk": {
+        "block_size": (None, "eigen_cluster has replaced it"),
+        "scoring": ("dense", "exact scores are computed by whole chunks"),
+    },
+    "low_rank_topk": {"scoring": ("dense", "exact scores are computed by whole chunks")},
+    "eigen_row": {"alignment": ("absolute", "its basis is laid out over the positions of keys")},
+}
+"""Options of earlier versions, by mechanism: the value at which they play no part, and what is there instead."""
 
 AttentionSpec = str | Mapping[str, Any] | Callable[[AttentionShape], AttentionMechanism] | AttentionMechanism
 """How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes an `AttentionShape`
@@ -111,12 +118,12 @@ def without_replaced(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a mechanism without those of earlier versions, which specifications hold that were saved then.
 
     Raises:
-        ValueError: one of these is not null.
+        ValueError: one of these is set to something that is no longer there.
     """
     replaced = REPLACED_OPTIONS.get(name, {})
-    for option, mechanism in replaced.items():
-        if options.get(option) is not None:
-            raise ValueError(f"attention.{option} is no longer an option of {name}; {mechanism} has replaced it.")
+    for option, (neutral, instead) in replaced.items():
+        if options.get(option) not in (None, neutral):
+            raise ValueError(f"attention.{option} is no longer an option of {name}; {instead}.")
     return {option: value for option, value in options.items() if option not in replaced}
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from approx_attn.attention import AttentionMechanism, AttentionShape, Cost, build_attention
+from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
 from approx_attn.conversion import timm
 from approx_attn.conversion.calibration import calibrate
-from approx_attn.conversion.calibration.basis_file import has_basis
 from approx_attn.conversion.calibration.fitting import refuse_texts
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot, select_layers
@@ -98,7 +98,7 @@ def convert(
         mechanism.tie_to(mechanisms[0])
     if calibration is UNSAID:
         _require_calibration(spec, mechanisms)
-    if given is not None and not any(map(_can_be_calibrated, mechanisms)):
+    if given is not None and not any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
         raise ValueError(f"attention={spec['name']} has no basis to fit: leave calibration= out.")
     install(model, found, slots)
     if given is not None:
@@ -187,17 +187,13 @@ def attention_spec(attention: str | Mapping[str, Any] | partial, options: Mappin
     return spec
 
 
-def _can_be_calibrated(mechanism: AttentionMechanism) -> bool:
-    return has_basis(mechanism) or hasattr(mechanism, "observe")
-
-
 def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[AttentionMechanism]) -> None:
     """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
     starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
     keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
     if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
         return
-    if any(map(_can_be_calibrated, mechanisms)):
+    if any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
         raise ValueError(
             f"attention={spec['name']} is of no use in a trained model before its basis is fitted: give calibration=, "
             "batches of the model's inputs, or calibration=None if the model is trained next."

@@ -48,10 +48,14 @@ def test_a_name_of_earlier_versions_says_what_has_replaced_it():
 
 def test_an_option_of_earlier_versions_plays_no_part_where_it_was_off():
     build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=None)
-    with pytest.raises(
-        ValueError, match=r"^attention\.block_size is no longer an option of eigen_topk; eigen_cluster has"
+    build_attention("eigen_row", num_heads=1, head_dim=2, max_length=4, alignment="absolute")
+    for name, option, value in (
+        ("eigen_topk", "block_size", 8),
+        ("low_rank_topk", "scoring", "gather"),
+        ("eigen_row", "alignment", "relative"),
     ):
-        build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=8)
+        with pytest.raises(ValueError, match=rf"^attention\.{option} is no longer an option of {name}; .*\.$"):
+            build_attention(name, num_heads=1, head_dim=2, max_length=4, **{option: value})
 
 
 def test_options_leave_out_what_the_layer_decides():

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
 from approx_attn.attention.baselines.linear import divide_or_zero
-from approx_attn.attention.baselines.positional import PositionTable, require_max_length
+from approx_attn.attention.baselines.positional import PositionTable
 from approx_attn.attention.mask import AttentionMask, at_least_float32, causal_keep
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_weight
 
 
 @register_attention("differentiable_mask")
@@ -49,16 +50,14 @@ class DifferentiableMaskAttention(AttentionMechanism):
         initial_open: float = 0.9,
     ) -> None:
         super().__init__(shape)
-        if not 0.0 <= penalty < math.inf:
-            raise ValueError(f"attention.penalty must be a number of at least 0, got {penalty!r}.")
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"attention.temperature must be a number above 0, got {temperature!r}.")
         if not 0.0 < initial_open < 1.0:
             raise ValueError(f"attention.initial_open must be a probability between 0 and 1, got {initial_open!r}.")
-        self.penalty = float(penalty)
+        self.penalty = require_weight("attention.penalty", penalty)
         self.temperature = float(temperature)
         initial = math.log(initial_open / (1.0 - initial_open))
-        self.gates = PositionTable(shape.num_heads, require_max_length(self), alignment, initial)
+        self.gates = PositionTable(shape.num_heads, self._laid_out_length(), alignment, initial)
         self.share_kept: Tensor | None = None
 
     def attend(

@@ -53,13 +53,12 @@ class LinformerAttention(AttentionMechanism):
         share: str = "heads",
     ) -> None:
         super().__init__(shape)
-        if self.max_length is None:
-            raise ValueError("attention=linformer needs max_length, the longest input it is to see, got None.")
+        length = self._laid_out_length()
         require_budget("attention.num_keys", num_keys)
-        self.num_keys = resolve_count(num_keys, self.max_length)
+        self.num_keys = resolve_count(num_keys, length)
         self.share = require_one_of("attention.share", share, SHARING)
         heads = self.num_key_value_heads if share == "none" else 1
-        self.key_projection = nn.Parameter(torch.empty(heads, self.num_keys, self.max_length))
+        self.key_projection = nn.Parameter(torch.empty(heads, self.num_keys, length))
         self.value_projection: nn.Parameter | None = None  # None: the same as for keys
         if share in ("none", "heads"):
             self.value_projection = nn.Parameter(torch.empty_like(self.key_projection))

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, repeat_heads
 from approx_attn.attention.baselines.positional import PositionalAttention
+from approx_attn.attention.calibrated import ObservingMechanism
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("mean")
-class MeanAttention(PositionalAttention):
+class MeanAttention(PositionalAttention, ObservingMechanism):
     """Ā·V, renormalised over the keys a query may use, with Ā_ij (or Ā_{j−i}) an average of exact weights.
 
     Source: PAPA (Hassid et al., *How Much Does Attention Actually Attend?*, arXiv 2211.03495). Call `observe`
@@ -49,14 +50,7 @@ class MeanAttention(PositionalAttention):
     def observe(
         self, query: Tensor, key: Tensor, mask: AttentionMask | None = None, *, scale: float | None = None
     ) -> None:
-        """Add the exact attention weights of a batch to the averages that `fit` will take.
-
-        Args:
-            query: (b, h, n_q, d).
-            key: (b, h_kv, n_k, d).
-            mask: as in `forward`; padded queries and closed pairs are left out.
-            scale: factor on query-key products, 1/sqrt(d) if None.
-        """
+        """Add the exact attention weights of a batch to the averages that `fit` will take."""
         mask = AttentionMask() if mask is None else mask
         n_q, n_k = query.shape[-2], key.shape[-2]
         scores = at_least_float32(query) @ at_least_float32(repeat_heads(key, self.num_heads)).transpose(-2, -1)
@@ -87,11 +81,7 @@ class MeanAttention(PositionalAttention):
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Take the averages of what was observed; pairs never seen get the weight 1/max_length.
-
-        Raises:
-            ValueError: if nothing was observed.
-        """
+        """Take the averages of what was observed; pairs never seen get the weight 1/max_length."""
         if self._sums is None or self._counts is None:
             raise ValueError("attention=mean: call observe(query, key, mask) before fit(), got no observations.")
         unseen = self._counts == 0

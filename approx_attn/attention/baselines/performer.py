@@ -68,7 +68,7 @@ class PerformerAttention(AttentionMechanism):
         self.num_draws += 1
 
     def begin_step(self, step: int) -> None:
-        """Redraw if it is time; called before every training step with the number of steps done.
+        """Redraw if it is time.
 
         The draw is a function of (seed, step): a run that is resumed, or a step of several batches, draws once.
         """

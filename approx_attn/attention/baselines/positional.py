@@ -42,7 +42,7 @@ class PositionalAttention(AttentionMechanism):
         alignment: str = "absolute",
     ) -> None:
         super().__init__(shape)
-        self.table = PositionTable(shape.num_heads, require_max_length(self), alignment)
+        self.table = PositionTable(shape.num_heads, self._laid_out_length(), alignment)
 
     def attend(
         self,
@@ -139,17 +139,3 @@ def attention_from_scores(
     else:
         output = weights @ value
     return output, weights.expand(batch, -1, -1, -1)
-
-
-def require_max_length(mechanism: AttentionMechanism) -> int:
-    """`max_length` of a mechanism that has parameters per position.
-
-    Raises:
-        ValueError: if it was not given.
-    """
-    if mechanism.max_length is None:
-        raise ValueError(
-            f"attention={mechanism.name} needs max_length, a whole number of at least 1, to lay out its positions, "
-            "got None."
-        )
-    return mechanism.max_length

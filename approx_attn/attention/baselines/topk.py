@@ -92,7 +92,6 @@ def topk_attention(
     chunk_size: int,
     *,
     estimate: tuple[Tensor, Tensor] | None = None,
-    scoring: str = "dense",
     dropout_p: float = 0.0,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -101,11 +100,10 @@ def topk_attention(
     Args:
         query, key, value: (b, h, n_q, d), (b, h, n_k, d), (b, h, n_k, d_v).
         mask: only pairs that it keeps can be chosen.
-        keep: share of the usable keys or number of keys per query.
+        keep: fraction of the usable keys or number of keys per query.
         chunk_size: queries scored at once.
         estimate: (query, key) features (b, h, n_q, r) and (b, h, n_k, r) whose products choose the keys in
             place of the exact scores. They get no gradient.
-        scoring: with an estimate, compute exact scores of whole chunks (`dense`) or of chosen keys (`gather`).
         dropout_p: probability of dropping a weight.
         need_weights: also return the dense (b, h, n_q, n_k) weights.
     """
@@ -119,7 +117,7 @@ def topk_attention(
             scores, index, is_open = choose(q, k, part, scale, keep, n_k)
         else:
             _, index, is_open = choose(estimate[0][:, :, start:stop], estimate[1][:, :, :keys], part, scale, keep, n_k)
-            scores = scores_at(q, k, part, scale, index, scoring)
+            scores = scores_at(q, k, part, scale, index)
         drop = apply_dropout(torch.ones_like(scores), dropout_p) if dropout_p > 0.0 else None
         output, applied = _SparseAttention.apply(q, k, v, part.finite_bias(), scores, index, is_open, drop, scale)
         outputs.append(output)
@@ -170,22 +168,14 @@ def choose(
 
 
 @torch.no_grad()
-def scores_at(
-    query: Tensor, key: Tensor, mask: AttentionMask, scale: float, index: Tensor, scoring: str = "gather"
-) -> Tensor:
-    """Exact scores (b, h, n_q, k) of chosen keys (b, h, n_q, k).
+def scores_at(query: Tensor, key: Tensor, mask: AttentionMask, scale: float, index: Tensor) -> Tensor:
+    """Exact scores (b, h, n_q, k) of chosen keys (b, h, n_q, k), read from the scores of all keys.
 
-    `gather` computes n_q·k products; `dense` n_q·n_k, which is faster unless k is a very small share of n_k.
+    One dense product is faster than gathering k keys per query unless k is a very small fraction of them.
     """
     index = index.long()
     query = query * scale  # first: in 16 bits a product may overflow where its score does not
-    if scoring == "gather":
-        rows = index.flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1])  # (b, h, n_q·k, d)
-        chosen = key.gather(-2, rows).unflatten(2, index.shape[2:])  # (b, h, n_q, k, d)
-        products = (chosen @ query[..., None]).squeeze(-1)
-    else:
-        products = (query @ key.transpose(-2, -1)).gather(-1, index)
-    scores = at_least_float32(products)  # (b, h, n_q, k)
+    scores = at_least_float32((query @ key.transpose(-2, -1)).gather(-1, index))  # (b, h, n_q, k)
     bias = mask.finite_bias()
     if bias is not None:
         scores = scores + bias.expand(*index.shape[:3], key.shape[-2]).gather(-1, index)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost
 from approx_attn.attention.budget import require_budget
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
@@ -102,7 +103,8 @@ class EigenClusterAttention(HasContentBasis):
             train_basis=train_basis and order > 0,
             seed=seed,
         )
-        self.load_basis_file(basis)
+        if basis is not None:
+            load_basis_into(self, basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:

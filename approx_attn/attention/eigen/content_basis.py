@@ -11,6 +11,7 @@ covariance C_k = E[(k−k̄)(k−k̄)ᵀ] the maps with the least mean squared s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.base import AttentionMechanism, clamped_rank
+from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.errors import require_count, require_one_of
 
 SHARES = ("head", "layer", "model")
@@ -236,10 +238,16 @@ class ContentBasis(nn.Module):
         return f"rank={self.rank}, share={self.share}"
 
 
-class HasContentBasis(AttentionMechanism):
+class HasContentBasis(BasisMechanism):
     """A mechanism with a content basis as its attribute `basis`: calibration and sharing between layers."""
 
+    basis_kind = "content"
+    fit_type = ContentFit
     basis: ContentBasis
+
+    @property
+    def share(self) -> str:  # type: ignore[override]
+        return self.basis.share
 
     def tie_to(self, first: AttentionMechanism) -> None:
         """With `share=model`, use the maps of the first layer's basis from now on."""
@@ -250,11 +258,7 @@ class HasContentBasis(AttentionMechanism):
         """Start from a fitted basis; see `ContentBasis.load`. Nothing but the basis changes."""
         self.basis.load(query_map, key_map, key_mean)
 
-    def load_basis_file(self, path: str | None) -> None:
-        """Start from the basis in a file of `approx_attn.calibrate`; None: nothing to do."""
-        if path is not None:
-            from approx_attn.conversion.calibration import (
-                load_basis_into,  # calibration knows the mechanisms, not they it
-            )
-
-            load_basis_into(self, path)
+    def load_fit(self, fitted: Callable[[str], ContentFit]) -> None:
+        maps = fitted(self.share)
+        # The mean key belongs to the layer, however widely the maps are shared.
+        self.load_content_basis(maps.query_map, maps.key_map, fitted("head").key_mean)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from approx_attn.attention.eigen.row import EigenRowAttention
+from approx_attn.attention.eigen.row import RowAttention
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("dct")
-class DctAttention(EigenRowAttention):
+class DctAttention(RowAttention):
     """`eigen_row` with a fixed cosine basis and nothing learned.
 
-    Smooth rows are interpolated from a share of the keys. After the idea of DCT-Former (arXiv 2203.01178), that a
+    Smooth rows are interpolated from a fraction of the keys. After the idea of DCT-Former (arXiv 2203.01178), that a
     cosine basis compresses attention; here it is the basis of `eigen_row`. Options as there.
     """
-
-    load_position_basis = None  # type: ignore[assignment]  # a fitted basis would no longer be the fixed one
 
     def __init__(
         self,
@@ -36,9 +34,6 @@ class DctAttention(EigenRowAttention):
             selection=selection,
             window=window,
             global_tokens=global_tokens,
-            share="layer",
             lengths=lengths,
-            basis_init="dct",
-            train_basis=False,
             seed=seed,
         )

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.eigen.chunk_scores import grouped_matmul, grouped_to_query_heads, mean_residual, sampled_keep
+from approx_attn.attention.base import repeat_heads
+from approx_attn.attention.eigen.chunk_scores import grouped_matmul, mean_residual, sampled_keep
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 
@@ -88,7 +89,7 @@ class EstimatedScores(HasContentBasis):
     ) -> Tensor:
         """What makes the row mean of the estimates exact, for padding, causality and a window: (b, h, n_q, 1)."""
         n_q, n_k = query.shape[-2], key.shape[-2]
-        both = torch.cat([grouped_to_query_heads(key, self.num_heads), key_low], dim=-1)  # (b, h, n_k, d + r)
+        both = torch.cat([repeat_heads(key, self.num_heads), key_low], dim=-1)  # (b, h, n_k, d + r)
         both = at_least_float32(both)
         used = both.new_ones(1, 1, n_k, 1) if mask.key_keep is None else mask.key_keep[:, None, :, None].to(both.dtype)
         total, count = (
@@ -103,7 +104,7 @@ class EstimatedScores(HasContentBasis):
         """log ‖(k − k̄)(I − B Aᵀ)‖, with the calibrated k̄ so that no key tells of another: (b, h, 1, n_k)."""
         explained = key_low @ self.basis.query_map.to(key_low.dtype).mT  # (b, h, n_k, d)
         centred = key - self.basis.key_mean.to(key.dtype)[:, None]
-        norm = at_least_float32(grouped_to_query_heads(centred, self.num_heads) - explained).norm(dim=-1)
+        norm = at_least_float32(repeat_heads(centred, self.num_heads) - explained).norm(dim=-1)
         # A key that the basis explains entirely is known already; the floor keeps such rows comparable.
         return norm.clamp_min(torch.finfo(norm.dtype).eps).log()[:, :, None]
 

@@ -20,7 +20,7 @@ from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("strided", "random")
 SHARES = ("head", "layer", "model")
-UNIFORM_SHARE = 0.05  # of each starting row of R, spread over all keys, so that every entry can grow
+UNIFORM_PART = 0.05  # of each starting row of R, spread over all keys, so that every entry can grow
 
 
 @register_attention("eigen_linear")
@@ -69,16 +69,15 @@ class EigenLinearAttention(AttentionMechanism):
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
-        if self.max_length is None:
-            raise ValueError("attention=eigen_linear needs max_length: its reconstruction is laid out over positions.")
-        self.num_keys = resolve_count(require_budget("attention.num_keys", num_keys), self.max_length)
+        self.length = self._laid_out_length()
+        self.num_keys = resolve_count(require_budget("attention.num_keys", num_keys), self.length)
         self.selection = require_one_of("attention.selection", selection, SELECTIONS)
         self.share = require_one_of("attention.share", share, SHARES)
         self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
         self.seed = require_count("attention.seed", seed, 0)
         groups = shape.num_heads if share == "head" else 1
-        start = interpolation_weights(self.max_length, self._select(self.max_length))
-        start = (1.0 - UNIFORM_SHARE) * start + UNIFORM_SHARE / self.num_keys
+        start = interpolation_weights(self.length, self._select(self.length))
+        start = (1.0 - UNIFORM_PART) * start + UNIFORM_PART / self.num_keys
         self.log_reconstruction = nn.Parameter(start.log().expand(groups, -1, -1).clone())  # (g, L, m)
 
     def _select(self, length: int) -> tuple[int, ...]:
@@ -100,11 +99,10 @@ class EigenLinearAttention(AttentionMechanism):
             R (g, period, m) with unit rows at observed keys, and their m positions. The period is `max_length`
             (truncate) or the length itself (interpolate).
         """
-        assert self.max_length is not None
-        period = self.max_length if self.lengths == "truncate" else length
+        period = self.length if self.lengths == "truncate" else length
         observed = self._select(period)
         log_weights = self.log_reconstruction.to(dtype)
-        if period != self.max_length:
+        if period != self.length:
             log_weights = log_weights[..., : len(observed)].transpose(1, 2)  # fewer than m only if all are observed
             log_weights = F.interpolate(log_weights, size=period, mode="linear", align_corners=True).transpose(1, 2)
         index = torch.tensor(observed, device=log_weights.device)
@@ -191,8 +189,7 @@ class EigenLinearAttention(AttentionMechanism):
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Pooling counts among the values; the bias makes queries and keys one component wider."""
         n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        assert self.max_length is not None
-        period = self.max_length if self.lengths == "truncate" else n_k
+        period = self.length if self.lengths == "truncate" else n_k
         per_period = self._select(period)
         periods = -(-n_k // period)
         m = periods * len(per_period)
@@ -242,9 +239,9 @@ def interpolation_weights(length: int, observed: tuple[int, ...]) -> Tensor:
     right = torch.searchsorted(known, position).clamp_min(min(1, len(observed) - 1))  # first observed >= position
     left = (right - 1).clamp_min(0)
     gap = (known[right] - known[left]).clamp_min(1.0)
-    share = (position - known[left]) / gap
+    fraction = (position - known[left]) / gap
     weights = torch.zeros(length, len(observed))
     rows = torch.arange(length)
-    weights[rows, left] = 1.0 - share
-    weights[rows, right] += share
+    weights[rows, left] = 1.0 - fraction
+    weights[rows, right] += fraction
     return weights

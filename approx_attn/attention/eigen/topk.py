@@ -10,12 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention.base import Capabilities, Cost, apply_dropout
 from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
     log_mean_exp,
-    scatter_choice,
-    scores_at,
 )
 from approx_attn.attention.eigen.content_basis import ContentBasis
 from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
@@ -26,7 +25,6 @@ from approx_attn.errors import require_count, require_one_of, require_weight
 
 RESTS = ("keep", "drop", "mean")
 SELECTS = ("error", "estimate")
-SCORINGS = ("dense", "gather")
 POSITION_PRIORS = ("none", "absolute", "relative")
 
 
@@ -57,8 +55,6 @@ class EigenTopKAttention(EstimatedScores):
             all of them in the row, so that their total weight stays. `drop`: nothing.
         select: `error` chooses by ŝ_ij + log ‖(k_j − k̄)(I − B Aᵀ)‖, the expected error of leaving the pair at its
             estimate: the part of a key that the basis cannot see is one number per key. `estimate` chooses by ŝ_ij.
-        scoring: `dense` computes whole chunks of exact scores and uses those that were chosen, which is fastest
-            where matrix products are; `gather` computes only the chosen ones. `cost` counts what is performed.
         position_prior: a learned score by key position (`absolute`) or by key minus query position (`relative`)
             added to the estimate; needs `max_length`, and is zero beyond it and at the start.
         share: maps per `head`, per `layer`, or one pair for the `model`.
@@ -73,7 +69,7 @@ class EigenTopKAttention(EstimatedScores):
     """
 
     capabilities = Capabilities(needs_calibration=True, has_parameters=True, grouped_query=True, window=True)
-    cost_formula = "n²·(r + d), with scoring=gather n²·r + n·t·d"
+    cost_formula = "n²·(r + d)"
 
     def __init__(
         self,
@@ -85,7 +81,6 @@ class EigenTopKAttention(EstimatedScores):
         global_tokens: int = 0,
         rest: str = "keep",
         select: str = "error",
-        scoring: str = "dense",
         position_prior: str = "none",
         share: str = "head",
         basis_init: str = "random",
@@ -101,7 +96,6 @@ class EigenTopKAttention(EstimatedScores):
         self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
         self.rest = require_one_of("attention.rest", rest, RESTS)
         self.select = require_one_of("attention.select", select, SELECTS)
-        self.scoring = require_one_of("attention.scoring", scoring, SCORINGS)
         self.chunk_size = require_count("attention.chunk_size", chunk_size)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.basis = ContentBasis(
@@ -122,7 +116,8 @@ class EigenTopKAttention(EstimatedScores):
         ]
         table = torch.zeros(shape.num_heads, entries)
         self.prior = nn.Parameter(table, requires_grad=train_basis) if entries > 0 else None  # (h, L | 2L - 1)
-        self.load_basis_file(basis)
+        if basis is not None:
+            load_basis_into(self, basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -170,23 +165,17 @@ class EigenTopKAttention(EstimatedScores):
         bias = mask.finite_bias()
         estimate = self._estimate(inputs, keep, scale)
         rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
-        if self.scoring == "dense":
-            selected = self._chosen_pairs(rank_by, keep, n_k)
-            exact = at_least_float32(grouped_matmul(query * scale, key.mT))
-            exact = exact if bias is None else exact + bias
-            scores = exact if selected is None else torch.where(selected, exact, estimate)
-        else:
-            index, is_open = self._chosen_keys(rank_by, keep, n_k)
-            exact = scores_at(query, key, index, scale)  # (b, h, c, t)
-            exact = exact if bias is None else exact + bias.expand_as(estimate).gather(-1, index)
-            scores = estimate.scatter(-1, index, torch.where(is_open, exact, estimate.gather(-1, index)))
-            selected = scatter_choice(index, is_open, seen)
+        selected = self._chosen_pairs(rank_by, keep, n_k)
+        # All exact scores of the chunk: one dense product is faster than gathering the keys of each query.
+        exact = at_least_float32(grouped_matmul(query * scale, key.mT))
+        exact = exact if bias is None else exact + bias
+        scores = exact if selected is None else torch.where(selected, exact, estimate)
         return self._weigh(scores, selected, keep, inputs.value, dropout_p)
 
     def _weigh(
         self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        """Output and weights from scores that are exact where `selected` (None: what is not does not matter)."""
+        """Output and weights from scores that are exact where `selected` is True (None: everywhere)."""
         if selected is not None and self.rest == "drop":
             keep = selected if keep is None else keep & selected
         elif selected is not None and self.rest == "mean":
@@ -217,17 +206,8 @@ class EigenTopKAttention(EstimatedScores):
             return None
         seen = rank_by.shape[-1]
         budget, most = self._budget(keep, seen, rank_by.device), min(resolve_count(self.keep, n_k), seen)
-        # Where more pairs come first than the budget has, its last place is infinite and they all reach it.
+        # Window and global tokens rank as infinite: where they exceed the budget, so is the threshold, and all pass.
         return rank_by >= kth_largest(rank_by, budget, most)
-
-    @torch.no_grad()
-    def _chosen_keys(self, rank_by: Tensor, keep: Tensor | None, n_k: int) -> tuple[Tensor, Tensor]:
-        """The keys of a chunk that are exact, as an index (b, h, c, t) and which of its places count, alike."""
-        first = (rank_by == float("inf")).sum(dim=-1, keepdim=True)
-        count = torch.maximum(self._budget(keep, rank_by.shape[-1], rank_by.device), first)
-        index = rank_by.topk(min(self._most_exact(n_k), rank_by.shape[-1]), dim=-1).indices
-        is_open = torch.arange(index.shape[-1], device=index.device) < count
-        return index, is_open & (rank_by.gather(-1, index) > float("-inf"))
 
     def _budget(self, keep: Tensor | None, seen: int, device: torch.device) -> Tensor:
         """Exact pairs of each query before window and global tokens: (b | 1, h | 1, c | 1, 1)."""
@@ -235,32 +215,27 @@ class EigenTopKAttention(EstimatedScores):
             return keys_per_query(self.keep, torch.full((1, 1, 1, 1), seen, device=device))
         return keys_per_query(self.keep, keep.sum(dim=-1, keepdim=True))
 
-    def _most_exact(self, n_k: int) -> int:
-        """The most exact pairs that any query over `n_k` keys can have (may exceed the keys there are)."""
-        in_window = 2 * self.window + 1 if self.window > 0 else 0
-        return max(resolve_count(self.keep, n_k), in_window + self.global_tokens)
-
     # -- the cost --------------------------------------------------------------------------------------
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         causal = self.causal if causal is None else causal
         n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
         h, d, r, offset = self.num_heads, self.head_dim, self.basis.rank, n_k - n_q if causal else 0
-        exact, scored, seen = self._count_pairs(n_q, n_k, causal, offset)
+        exact, seen = self._count_pairs(n_q, n_k, causal, offset)
         hidden = n_k * r * d if self.select == "error" else 0
         parameters = sum(parameter.numel() for parameter in self.parameters())
         maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
         return Cost(
             exact_pairs=h * min(exact, pairs),
             total_pairs=h * pairs,
-            score_multiply_adds=h * (seen * r + scored * d + maps),
+            score_multiply_adds=h * (seen * (r + d) + maps),
             value_multiply_adds=h * seen * self.value_dim,
             state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
-            computed_pairs=h * scored,
+            computed_pairs=h * seen,
         )
 
-    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int]:
-        """Exact pairs, computed exact scores, and pairs that are estimated and weighed, of one head."""
+    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int]:
+        """Exact pairs, and pairs that are computed, estimated and weighed, of one head."""
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         seen = sum((stop - start) * keys for start, stop, keys in chunks)
         exact = 0
@@ -268,9 +243,7 @@ class EigenTopKAttention(EstimatedScores):
             usable = min(max(i + offset + 1, 0), n_k) if causal else n_k
             first = self._count_first(i + offset, n_k, usable)
             exact += min(usable, max(resolve_count(self.keep, max(usable, 1)), first))
-        most = self._most_exact(n_k)
-        scored = seen if self.scoring == "dense" else sum((stop - start) * min(most, k) for start, stop, k in chunks)
-        return exact, scored, seen
+        return exact, seen
 
     def _count_first(self, position: int, n_k: int, usable: int) -> int:
         """Keys of the window and global tokens that a query at this position may use."""

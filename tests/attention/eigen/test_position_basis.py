@@ -47,17 +47,6 @@ def test_truncation_keeps_entries_in_place(length: int) -> None:
     assert bool((prior.factor[:, 6:] == 0).all())
 
 
-@pytest.mark.parametrize("length", [1, 4, 6, 9])
-@pytest.mark.parametrize("lengths", ["truncate", "interpolate"])
-def test_offset_zero_stays_in_the_middle(length: int, lengths: str) -> None:
-    basis = PositionBasis(1, 6, 3, alignment="relative", lengths=lengths)
-    with torch.no_grad():
-        basis.mean[0, 5] = 7.0
-    prior = basis.prior(length)
-    assert prior.mean.shape == (1, 2 * length - 1)
-    torch.testing.assert_close(prior.mean[0, length - 1], torch.tensor(7.0))
-
-
 def test_rank_clamps_to_the_positions() -> None:
     assert PositionBasis(1, 3, 8).basis.shape == (1, 3, 3)
 

@@ -107,11 +107,10 @@ def test_mechanisms_compute_exact_attention_meanwhile_unless_told_not_to():
         assert torch.allclose(got[name], exact[name], rtol=1e-4) == same
 
 
-@pytest.mark.parametrize("alignment", ["absolute", "relative"])
 @pytest.mark.parametrize("share", ["head", "layer", "model"])
-def test_fills_position_bases(alignment, share):
-    model = Model({"name": "eigen_row", "rank": 3, "keep": 5, "alignment": alignment, "share": share})
-    assert needed_statistics(model) == [alignment]
+def test_fills_position_bases(share):
+    model = Model({"name": "eigen_row", "rank": 3, "keep": 5, "share": share})
+    assert needed_statistics(model) == ["absolute"]
     calibrate(model, batches(), progress=False)
     positions = [m.position for m in model.modules() if hasattr(m, "position")]
     assert all(p.mean.abs().max() > 0 for p in positions)

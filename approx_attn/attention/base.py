@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from approx_attn.attention.budget import kept_pairs
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, warn
@@ -98,6 +99,22 @@ class Cost:
         return replace(Cost(*summed), computed_pairs=None if exact_alone else self._computed + other._computed)
 
 
+class Request(NamedTuple):
+    """How one pass of a mechanism is to be.
+
+    Attributes:
+        mask: which pairs may be used; holds only parts that the capabilities allow.
+        scale: factor on query-key products.
+        dropout_p: probability of dropping an attention weight; 0 outside training.
+        need_weights: return the weights; only True if `capabilities.returns_weights`.
+    """
+
+    mask: AttentionMask
+    scale: float
+    dropout_p: float = 0.0
+    need_weights: bool = False
+
+
 class AttentionMechanism(nn.Module):
     """Base class of all mechanisms.
 
@@ -110,7 +127,7 @@ class AttentionMechanism(nn.Module):
     capabilities: ClassVar[Capabilities] = Capabilities()
     cost_formula: ClassVar[str] = ""  # for people: multiply-adds of scores per head, e.g. "n·m·d + n²·r"
 
-    substitute: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    substitute: Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | None]] | None = None
     """Computes in place of `attend` while it is set; see `approx_attn.attention.exact.computing_exactly`."""
 
     def __init__(self, shape: AttentionShape) -> None:
@@ -126,26 +143,14 @@ class AttentionMechanism(nn.Module):
 
     # -- for mechanisms to implement ---------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         """Compute the output; everything has been checked.
 
         Args:
             query: (b, h, n_q, d).
             key: (b, h, n_k, d); (b, h_kv, n_k, d) if `capabilities.grouped_query`. Zero where padded.
             value: likewise with d_v. Zero where padded.
-            mask: never None; holds only parts that the capabilities allow.
-            scale: factor on query-key products.
-            dropout_p: probability of dropping an attention weight (0 outside training).
-            need_weights: return the weights; only True if `capabilities.returns_weights`.
+            request: mask, scale, dropout and whether weights are wanted.
 
         Returns:
             output (b, h, n_q, d_v) and weights (b, h, n_q, n_k) or None. A query without any usable key
@@ -228,7 +233,8 @@ class AttentionMechanism(nn.Module):
             key, value = repeat_heads(key, self.num_heads), repeat_heads(value, self.num_heads)
         scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
         attend = self.attend if self.substitute is None else self.substitute
-        output, weights = attend(query, key, value, mask, scale, dropout_p if self.training else 0.0, need_weights)
+        request = Request(mask, scale, dropout_p if self.training else 0.0, need_weights)
+        output, weights = attend(query, key, value, request)
         return output.to(query.dtype), weights
 
     def _attend_nothing(
@@ -292,13 +298,11 @@ class AttentionMechanism(nn.Module):
             )
         return self.max_length
 
-    def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int]:
-        """(n_q, n_k, pairs that exact attention computes in one head)."""
+    def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int, bool]:
+        """(n_q, n_k, pairs that exact attention computes in one head, causal), from the arguments of `cost`."""
         n_q, n_k = query_length, query_length if key_length is None else key_length
-        if not (self.causal if causal is None else causal):
-            return n_q, n_k, n_q * n_k
-        offset = n_k - n_q  # lower-right aligned
-        return n_q, n_k, sum(min(max(i + offset + 1, 0), n_k) for i in range(n_q))
+        causal = self.causal if causal is None else causal
+        return n_q, n_k, kept_pairs(1.0, n_q, n_k, causal), causal
 
     def extra_repr(self) -> str:
         kv = "" if self.num_key_value_heads == self.num_heads else f", num_key_value_heads={self.num_key_value_heads}"

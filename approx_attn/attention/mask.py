@@ -168,6 +168,11 @@ class AttentionMask:
             return None
         return self.bias.masked_fill(self._closed_by_bias(self.bias), 0.0)
 
+    def add_bias(self, scores: Tensor) -> Tensor:
+        """`scores`, broadcastable to (batch, heads, n_q, n_k), with `finite_bias` added."""
+        bias = self.finite_bias()
+        return scores if bias is None else scores + bias
+
     @staticmethod
     def _closed_by_bias(bias: Tensor) -> Tensor:
         # Many libraries write the lowest finite number where they mean minus infinity.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, Capabilities
+from approx_attn.attention.base import Request
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
 from approx_attn.conversion import timm
 from approx_attn.conversion.layers import SLOT
@@ -83,17 +84,8 @@ class _Recorder(AttentionMechanism):
         super().__init__(shape)
         self.record = record
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.record(query, key, value, mask, scale)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        self.record(query, key, value, request.mask, request.scale)
         return torch.zeros_like(query), None
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMechanism, AttentionShape
-from approx_attn.conversion.convert import find_layers, install
+from approx_attn.conversion.installing import find_layers, install
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 
 SIZES = ("num_heads", "head_dim", "value_dim", "num_key_value_heads")  # what `shape` holds in the header
@@ -107,6 +107,14 @@ def load_converted(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     return model.eval()
 
 
+def mark_converted(model: nn.Module) -> None:
+    """Let `save_pretrained` of the models of transformers in `model` save them as what they are, converted or not."""
+    if "transformers" in sys.modules:  # no model of that library can be here before it was imported
+        from approx_attn.conversion import huggingface
+
+        huggingface.mark_converted(model, save_converted)
+
+
 # -- layers and their headers ----------------------------------------------------------------------------
 
 
@@ -154,6 +162,7 @@ def _install_saved(model: nn.Module, layers: dict[str, Any], folder: Path) -> No
     if tensors:
         raise ValueError(f"{folder / TENSORS} holds {next(iter(tensors))}, which no layer of {HEADER} has.")
     install(model, list(found.values()), slots)
+    mark_converted(model)
 
 
 def _without_files(spec: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.conversion.capture import capture_attention_inputs
-from approx_attn.conversion.convert import convert, find_layers
+from approx_attn.conversion.convert import convert
+from approx_attn.conversion.installing import find_layers
 from approx_attn.conversion.layers import SLOT, AttentionLayer
 from approx_attn.errors import require_one_of
 

@@ -17,9 +17,9 @@ class MechanismPath(AttentionMechanism):
     name = "mechanism_path"
     capabilities = ExactAttention.capabilities
 
-    def attend(self, query, key, value, mask, scale, dropout_p, need_weights):
-        self.seen = mask
-        return ExactAttention.attend(self, query, key, value, mask, scale, dropout_p, need_weights)
+    def attend(self, query, key, value, request):
+        self.seen = request.mask
+        return ExactAttention.attend(self, query, key, value, request)
 
     def cost(self, query_length, key_length=None, *, causal=None):
         return Cost(0, 0, 0, 0, 0)
@@ -117,7 +117,7 @@ def test_exact_drops_the_same_weights_as_torch():
 
 
 def test_built_mechanism_is_used_and_sees_structure():
-    mechanism = MechanismPath(HEADS, DIM, value_dim=VALUE_DIM)
+    mechanism = MechanismPath(AttentionShape(HEADS, DIM, VALUE_DIM))
     query, key, value = make_inputs(BATCH)
     keep = torch.ones(BATCH, 1, N_QUERY, N_KEY, dtype=torch.bool)
     keep[0, :, :, -2:] = False

@@ -43,9 +43,9 @@ class MechanismPath(AttentionMechanism):
     name = "mechanism_path"
     capabilities = ExactAttention.capabilities
 
-    def attend(self, query, key, value, mask, scale, dropout_p, need_weights):
-        self.seen = mask
-        return ExactAttention.attend(self, query, key, value, mask, scale, dropout_p, need_weights)
+    def attend(self, query, key, value, request):
+        self.seen = request.mask
+        return ExactAttention.attend(self, query, key, value, request)
 
     def cost(self, query_length, key_length=None, *, causal=None):
         return Cost(0, 0, 0, 0, 0)

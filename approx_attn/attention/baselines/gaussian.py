@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
 from approx_attn.attention.baselines.positional import attention_from_scores
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count
@@ -58,24 +58,14 @@ class GaussianAttention(AttentionMechanism):
             raise ValueError("attention.coordinates and attention.grid_width exclude each other, got both.")
         self.register_buffer("coordinates", None if coordinates is None else _points(coordinates))
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        query_points = self._coordinates(mask.query_positions(query.shape[-2], query.device))  # (n_q, c)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        query_points = self._coordinates(request.mask.query_positions(query.shape[-2], query.device))  # (n_q, c)
         key_points = self._coordinates(torch.arange(key.shape[-2], device=key.device))  # (n_k, c)
         squared = (query_points[:, None] - key_points).square().sum(dim=-1)  # (n_q, n_k)
         log_sigma = at_least_float32(self.log_sigma).clamp(min=math.log(LEAST_SIGMA))
         precision = 0.5 * torch.exp(-2.0 * log_sigma)  # 1 / 2σ², (h,)
         scores = -precision[:, None, None] * squared  # (h, n_q, n_k)
-        output, weights = attention_from_scores(scores[None], value, mask, dropout_p)
-        return output, weights if need_weights else None
+        return attention_from_scores(scores[None], value, request)
 
     def _coordinates(self, positions: Tensor) -> Tensor:
         """(n,) positions -> (n, c) points."""
@@ -94,7 +84,7 @@ class GaussianAttention(AttentionMechanism):
         return points.to(torch.promote_types(self.log_sigma.dtype, torch.float32))
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         axes = 1 if self.coordinates is None and self.grid_width is None else 2
         if self.coordinates is not None:
             axes = self.coordinates.shape[-1]

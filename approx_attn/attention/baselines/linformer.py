@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget, resolve_count
-from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_one_of
@@ -29,7 +28,7 @@ class LinformerAttention(AttentionMechanism):
     neither a causal nor an arbitrary mask can be kept, and there are no weights over single keys to return.
 
     Args:
-        num_keys: m, the number of projected keys: a share of `max_length`, or a number.
+        num_keys: m, the number of projected keys: a fraction of `max_length`, or a number.
         share: what uses one projection. `none`: E and F for each head; `heads`: E and F for all heads;
             `key_value`: one E = F for all heads; `layer`: one for all heads and layers.
     """
@@ -73,16 +72,7 @@ class LinformerAttention(AttentionMechanism):
         if self.share == "layer" and isinstance(first, LinformerAttention):
             self.key_projection = first.key_projection
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         n_k = key.shape[-2]
         key_projection = self.key_projection[..., :n_k]  # (h_kv | 1, m, n_k)
         value_projection = key_projection if self.value_projection is None else self.value_projection[..., :n_k]
@@ -93,14 +83,14 @@ class LinformerAttention(AttentionMechanism):
             query.to(pooled_key.dtype),
             pooled_key,
             pooled_value,
-            dropout_p=dropout_p,
-            scale=scale,
+            dropout_p=request.dropout_p,
+            scale=request.scale,
             enable_gqa=grouped,
         )
         return output, None  # a sample without any key has zero values, hence zero output
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         m, d, d_v = self.num_keys, self.head_dim, self.value_dim
         return Cost(
             exact_pairs=0,

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from approx_attn.attention.base import Capabilities, Cost, clamped_rank, repeat_heads
+from approx_attn.attention.base import Capabilities, Cost, Request, clamped_rank, repeat_heads
 from approx_attn.attention.baselines.topk import topk_attention
 from approx_attn.attention.budget import kept_pairs, require_budget, resolve_count
 from approx_attn.attention.calibrated import ObservingMechanism
@@ -34,7 +34,7 @@ class LowRankTopKAttention(ObservingMechanism):
 
     Args:
         rank: r, clamped to head_dim.
-        keep: k, as a share of the keys that a query may use or as a number of keys.
+        keep: k, as a fraction of the keys that a query may use or as a number of keys.
         basis: where the covariance comes from. `running`: a moving average over training passes, held in
             the checkpoint; until the first one, or calibration, the first r dimensions. The directions are found when
             it has changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's
@@ -76,32 +76,12 @@ class LowRankTopKAttention(ObservingMechanism):
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if mask.causal:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        if request.mask.causal:
             self._refuse_own_keys_under_a_causal_mask()
-        directions = self._directions(key, mask)  # (b | 1, h, d, r)
+        directions = self._directions(key, request.mask)  # (b | 1, h, d, r)
         estimate = (query.detach() @ directions.to(query.dtype), key.detach() @ directions.to(key.dtype))
-        return topk_attention(
-            query,
-            key,
-            value,
-            mask,
-            scale,
-            self.keep,
-            self.chunk_size,
-            estimate=estimate,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-        )
+        return topk_attention(query, key, value, request, self.keep, self.chunk_size, estimate)
 
     @torch.no_grad()
     def _directions(self, key: Tensor, mask: AttentionMask) -> Tensor:
@@ -166,8 +146,7 @@ class LowRankTopKAttention(ObservingMechanism):
             )
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         r, d, k = self.rank, self.head_dim, resolve_count(self.keep, n_k)
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         computed = sum((stop - start) * keys for start, stop, keys in chunks)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of
@@ -32,7 +32,7 @@ class MRAAttention(AttentionMechanism):
     padding on the left moves tokens between blocks.
 
     Args:
-        keep: exact blocks: share of all blocks (float), or keys per query on average (int), rounded up to blocks.
+        keep: exact blocks: fraction of all blocks (float), or keys per query on average (int), rounded up to blocks.
         block_size: b, queries and keys on a side of a block; the last one may be smaller.
         rest: what the other blocks contribute, `coarse` or `drop`.
     """
@@ -57,16 +57,8 @@ class MRAAttention(AttentionMechanism):
     def full_budget(cls, length: int, head_dim: int) -> dict[str, float]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, _ = request
         if mask.query_keep is not None:  # whatever stands there must not reach a gradient, not even as 0 · NaN
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
         queries = cut(query, mask.real_queries(query.shape[-2]), self.block_size)
@@ -145,7 +137,7 @@ class MRAAttention(AttentionMechanism):
         return -(-keep // self.block_size)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         b, d, d_v = self.block_size, self.head_dim, self.value_dim
         n_bq, n_bk = -(-n_q // b), -(-n_k // b)
         coarse, blocks = n_bq * n_bk, self._budget(n_bq, n_bk)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.mask import at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count
@@ -56,16 +56,8 @@ class NystromformerAttention(AttentionMechanism):
             heads, margin = shape.num_heads, conv_kernel // 2
             self.conv = nn.Conv2d(heads, heads, (conv_kernel, 1), padding=(margin, 0), groups=heads, bias=False)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, _ = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         if self.conv is not None and n_q != n_k:
             raise ValueError(
@@ -96,7 +88,7 @@ class NystromformerAttention(AttentionMechanism):
         )
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         rows, columns = min(self.num_landmarks, n_q), min(self.num_landmarks, n_k)
         kernels = (n_q * columns + rows * columns + rows * n_k) * self.head_dim
         step = 2 * rows * rows * columns + 2 * rows**3  # A·Z, two products of (m, m), Z·(...)

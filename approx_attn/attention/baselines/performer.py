@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
 from approx_attn.attention.baselines.linear import feature_attention, feature_cost
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count
@@ -76,24 +76,15 @@ class PerformerAttention(AttentionMechanism):
             self.num_draws.fill_(step // self.redraw_interval)
             self.redraw()
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        scale = request.scale
         root = math.sqrt(abs(scale))  # half of the scale on each side balances the two norms in the exponents
         log_query = log_positive_features(query, self.projection, math.copysign(root, scale))
         log_key = log_positive_features(key, self.projection, root)  # (b, h, n, m)
-        return feature_attention(log_query, log_key, value, mask, dropout_p, need_weights)
+        return feature_attention(log_query, log_key, value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         features, heads = self.num_features, self.num_heads
         maps = heads * (n_q + n_k) * features * self.head_dim
         sums = feature_cost(heads, n_q, n_k, pairs, features, self.value_dim, causal)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
-from approx_attn.attention.mask import AttentionMask, masked_softmax
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.mask import masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_one_of
@@ -44,22 +44,12 @@ class PositionalAttention(AttentionMechanism):
         super().__init__(shape)
         self.table = PositionTable(shape.num_heads, self._laid_out_length(), alignment)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        scores = self.table(query.shape[-2], key.shape[-2], mask.query_offset)  # (h, n_q, n_k)
-        output, weights = attention_from_scores(scores[None], value, mask, dropout_p)
-        return output, weights if need_weights else None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        scores = self.table(query.shape[-2], key.shape[-2], request.mask.query_offset)  # (h, n_q, n_k)
+        return attention_from_scores(scores[None], value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         return Cost(
             exact_pairs=0,
             total_pairs=self.num_heads * pairs,
@@ -114,9 +104,7 @@ class PositionTable(nn.Module):
         return f"max_length={self.max_length}, alignment={self.alignment}"
 
 
-def attention_from_scores(
-    scores: Tensor, value: Tensor, mask: AttentionMask, dropout_p: float
-) -> tuple[Tensor, Tensor]:
+def attention_from_scores(scores: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
     """softmax(scores + mask)·value for scores that are the same for all samples.
 
     Args:
@@ -124,12 +112,12 @@ def attention_from_scores(
         value: (b, h, n_k, d_v).
 
     Returns:
-        output (b, h, n_q, d_v), and weights (b, h, n_q, n_k) that are held once for all samples where the mask
-        allows it.
+        output (b, h, n_q, d_v), and weights (b, h, n_q, n_k), if wanted, that are held once for all samples where the
+        mask allows it.
     """
+    mask, _, dropout_p, need_weights = request
     batch, n_q, n_k = value.shape[0], *scores.shape[-2:]
-    bias = mask.finite_bias()
-    weights = masked_softmax(scores if bias is None else scores + bias, mask.dense_keep(n_q, n_k, value.device))
+    weights = masked_softmax(mask.add_bias(scores), mask.dense_keep(n_q, n_k, value.device))
     if dropout_p > 0.0:
         weights = apply_dropout(weights.expand(batch, -1, -1, -1), dropout_p)  # each sample drops its own
     weights = weights.to(value.dtype)
@@ -138,4 +126,4 @@ def attention_from_scores(
         output = torch.einsum("hij,bhjd->bhid", weights[0], value)
     else:
         output = weights @ value
-    return output, weights.expand(batch, -1, -1, -1)
+    return output, weights.expand(batch, -1, -1, -1) if need_weights else None

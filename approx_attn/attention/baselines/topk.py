@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import kept_pairs, keys_per_query, require_budget, resolve_count
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
@@ -27,7 +27,7 @@ class TopKAttention(AttentionMechanism):
     are held for the backward pass. Gradient flows through the kept scores, not through the choice.
 
     Args:
-        keep: k, either as a share of the keys that a query may use (under a causal mask: of those up to it,
+        keep: k, either as a fraction of the keys that a query may use (under a causal mask: of those up to it,
             so that a token's result does not depend on what follows), or as a number of keys, clamped to
             what there is.
         chunk_size: queries scored at once; bounds the memory of a pass at chunk_size·n scores per head.
@@ -51,23 +51,11 @@ class TopKAttention(AttentionMechanism):
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return topk_attention(
-            query, key, value, mask, scale, self.keep, self.chunk_size, dropout_p=dropout_p, need_weights=need_weights
-        )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        return topk_attention(query, key, value, request, self.keep, self.chunk_size)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         scored = sum((stop - start) * keys for start, stop, keys in query_chunks(n_q, n_k, self.chunk_size, causal))
         return Cost(
             exact_pairs=self.num_heads * kept_pairs(self.keep, n_q, n_k, causal),
@@ -86,27 +74,22 @@ def topk_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: AttentionMask,
-    scale: float,
+    request: Request,
     keep: float | int,
     chunk_size: int,
-    *,
     estimate: tuple[Tensor, Tensor] | None = None,
-    dropout_p: float = 0.0,
-    need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over the `keep` best keys of each query.
 
     Args:
         query, key, value: (b, h, n_q, d), (b, h, n_k, d), (b, h, n_k, d_v).
-        mask: only pairs that it keeps can be chosen.
+        request: as in `AttentionMechanism.attend`; only pairs that its mask keeps can be chosen.
         keep: fraction of the usable keys or number of keys per query.
         chunk_size: queries scored at once.
         estimate: (query, key) features (b, h, n_q, r) and (b, h, n_k, r) whose products choose the keys in
             place of the exact scores. They get no gradient.
-        dropout_p: probability of dropping a weight.
-        need_weights: also return the dense (b, h, n_q, n_k) weights.
     """
+    mask, scale, dropout_p, need_weights = request
     query, key, value = in_autocast_type(query, key, value)
     n_k = key.shape[-2]
     outputs, weights = [], []
@@ -141,7 +124,7 @@ def choose(
     """The keys with the largest scores.
 
     Args:
-        n_k: number of keys that a share in `keep` refers to; `key` may hold fewer, the rest being closed to
+        n_k: number of keys that a fraction in `keep` refers to; `key` may hold fewer, the rest being closed to
             all these queries.
 
     Returns:
@@ -150,10 +133,7 @@ def choose(
         is_open: (b, h, n_q, k) bool, False where a query may use fewer than k keys.
     """
     n_q, n_seen = query.shape[-2], key.shape[-2]
-    scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_seen)
-    bias = mask.finite_bias()
-    if bias is not None:
-        scores = scores + bias
+    scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_seen)
     allowed = mask.dense_keep(n_q, n_seen, query.device)
     if allowed is None:
         usable = torch.full((1, 1, 1, 1), n_seen, device=query.device)
@@ -192,7 +172,7 @@ class _SparseAttention(torch.autograd.Function):
 
     Takes the scores as computed, and gives the gradients of query, key and bias that they would have. The k
     weights of a query are scattered into a dense row of the chunk: one dense product with V is faster than
-    gathering k rows of V per query unless k is a very small share of n.
+    gathering k rows of V per query unless k is a very small fraction of n.
     """
 
     @staticmethod

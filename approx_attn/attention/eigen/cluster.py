@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import Capabilities, Cost
+from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
 from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count
@@ -46,7 +46,7 @@ class EigenClusterAttention(HasContentBasis):
     cluster and finds clusters of little deviation.
 
     Args:
-        keep: exact keys of each query: a share of those that it may use, or a number, rounded up to clusters. Keys at
+        keep: exact keys of each query: a fraction of those it may use, or a number, rounded up to clusters. Keys at
             the edges of a causal mask or window count in it; where they alone are more, they are all. 1.0 is exact
             attention. A number keeps the exact work of a query the same at any length.
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
@@ -110,16 +110,8 @@ class EigenClusterAttention(HasContentBasis):
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0, "cluster_size": 2, "block_size": 4}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         # Exponentials of sums over clusters: float32 throughout, also under autocast.
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = at_least_float32(query) * scale, at_least_float32(key), at_least_float32(value)
@@ -143,8 +135,7 @@ class EigenClusterAttention(HasContentBasis):
         return Layout(n_q, n_k, causal, offset, window or 0, self.block_size, self.cluster_size, self.order)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         layout = self._layout(n_q, n_k, causal, n_k - n_q, None)
         plan = unpadded_plan(layout, self.keep)
         done = work(layout, plan)

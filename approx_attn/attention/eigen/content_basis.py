@@ -65,7 +65,7 @@ def fit_content_basis(
         key_covariance: (..., h_kv, d, d), C_k; h_kv divides h, and each key head serves h/h_kv query heads.
         key_mean: (..., h_kv, d), k̄.
         rank: columns kept, 1 to d; all d if None.
-        regularisation: added to both diagonals as a share of their mean, so that directions which never
+        regularisation: added to both diagonals as a fraction of their mean, so that directions which never
             occur in the data stay invertible.
 
     Returns:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import select_positions
 from approx_attn.attention.eigen.position_basis import LENGTHS, full_precision
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of
@@ -48,7 +48,7 @@ class EigenLinearAttention(AttentionMechanism):
     and 64 keys, where share="layer" is advised.
 
     Args:
-        num_keys: m, as a number or a share of `max_length`; clamps to the length.
+        num_keys: m, as a number or a fraction of `max_length`; clamps to the length.
         selection: "strided" or "random" (seeded).
         share: one R per "head", per "layer", or one for the "model" (through `tie_to`).
         lengths: "truncate" or "interpolate".
@@ -113,16 +113,8 @@ class EigenLinearAttention(AttentionMechanism):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_k = key.shape[-2]
         dtype = at_least_float32(query[:0]).dtype
         with full_precision(query.device):
@@ -188,7 +180,7 @@ class EigenLinearAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Pooling counts among the values; the bias makes queries and keys one component wider."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         period = self.length if self.lengths == "truncate" else n_k
         per_period = self._select(period)
         periods = -(-n_k // period)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.pair_selection import greedy_order
 from approx_attn.attention.eigen.position_basis import (
@@ -20,7 +20,7 @@ from approx_attn.attention.eigen.position_basis import (
     full_precision,
     posterior_covariance,
 )
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.mask import at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of
@@ -52,10 +52,10 @@ class EigenMatrixAttention(AttentionMechanism):
     here and in `position_basis.py`.
 
     Args:
-        keep: pairs observed, as a share in (0, 1] or as keys per query.
+        keep: pairs observed, as a fraction in (0, 1] or as keys per query.
         rank: components r; None takes 8, or the number of observed pairs if that is smaller. 0: the mean matrix.
         factor_rank: rank of M and of each component; clamps to `max_length`.
-        selection: "rows_and_columns": an equal share of whole rows and columns at even gaps, found without any
+        selection: "rows_and_columns": an equal fraction of whole rows and columns at even gaps, found without any
             other pair; "random" (seeded) and "greedy" (largest posterior variance, chosen at build and at
             `select_greedily`, fixed in training) scatter, and compute the whole product to read the pairs from it.
         share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
@@ -150,7 +150,7 @@ class EigenMatrixAttention(AttentionMechanism):
     def lines(self, n_q: int, n_k: int, query_offset: int = 0) -> tuple[list[int], list[int]]:
         """With selection="rows_and_columns": the queries and the keys all of whose pairs are observed."""
         length = max(n_k, n_q + query_offset)
-        # Rows and columns of share α each cover 1 − (1 − α)² of the pairs.
+        # Rows and columns of fraction α each cover 1 − (1 − α)² of the pairs.
         count = resolve_count(1.0 - math.sqrt(1.0 - float(self.pair_fraction)), self.length)
         # Columns start at the first key, which all rows can see; rows lie amid their stretch: the first see little.
         chosen_columns = {k * self.length // count for k in range(count)}
@@ -188,16 +188,8 @@ class EigenMatrixAttention(AttentionMechanism):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         if mask.query_keep is not None:  # whatever stands there must not reach the system, not even as 0 · NaN
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
@@ -260,8 +252,7 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Products without padding; a solve counts r³."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, g, r, p = self.num_heads, self.left.shape[0], self.rank, self.factor_rank
         offset = n_k - n_q if causal else 0
         observed = self.observed(n_q, n_k, offset)

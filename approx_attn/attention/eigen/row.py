@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.attention.eigen.basis_file import load_basis_into
@@ -139,36 +139,21 @@ class RowAttention(AttentionMechanism):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.auxiliary_loss = None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, self.auxiliary_loss = request.mask, None
         columns = self.columns(key.shape[-2])
-        if self._rows_share(mask) and not mask.causal and not need_weights:
-            return self._attend_to_interpolated_keys(query, key, value, mask, scale, dropout_p, columns), None
-        return self._attend_by_rows(query, key, value, mask, scale, dropout_p, need_weights, columns)
+        if self._rows_share(mask) and not mask.causal and not request.need_weights:
+            return self._attend_to_interpolated_keys(query, key, value, request, columns), None
+        return self._attend_by_rows(query, key, value, request, columns)
 
     def _rows_share(self, mask: AttentionMask) -> bool:
         """Whether rows that see equally many of the columns see the same ones, so that they have the same system."""
         return self.window == 0 and mask.is_structured and mask.window is None
 
     def _attend_to_interpolated_keys(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        columns: tuple[int, ...],
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request, columns: tuple[int, ...]
     ) -> Tensor:
+        mask, scale, dropout_p, _ = request
         with full_precision(query.device):
             prior = self.position.prior(key.shape[-2], at_least_float32(query[:0]).dtype)
             keys, bias = interpolated_keys(key, mask.key_keep, prior, columns)
@@ -182,17 +167,10 @@ class RowAttention(AttentionMechanism):
         return attend_with_key_bias(query, keys, bias, value, scale, dropout_p)
 
     def _attend_by_rows(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-        columns: tuple[int, ...],
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request, columns: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """A block of queries at a time, each row with its own system."""
+        mask, scale, dropout_p, need_weights = request
         n_k = key.shape[-2]
         outputs: list[Tensor] = []
         all_weights: list[Tensor] = []
@@ -209,8 +187,7 @@ class RowAttention(AttentionMechanism):
                 scores = block_scores(q, k, keep, table[:, : block.n_k], prior.noise, block, scale, rows_share)
                 if self.training and self.auxiliary_loss_weight > 0.0:
                     errors.append(sampled_errors(lambda i, j, x=scores: x[..., i, j], q, k, keep, part, scale))
-                bias = part.finite_bias()
-                weights = masked_softmax(scores if bias is None else scores + bias, keep)  # (b, h, c, n)
+                weights = masked_softmax(part.add_bias(scores), keep)  # (b, h, c, n)
             weights = apply_dropout(weights, dropout_p).to(value.dtype)
             outputs.append(weights @ value[..., : block.n_k, :])
             if need_weights:
@@ -247,8 +224,7 @@ class RowAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Products of the path that is taken without padding; the solves count r³ each."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, g, r, d, d_v = self.num_heads, self.position.mean.shape[0], self.rank, self.head_dim, self.value_dim
         columns = self.columns(n_k)
         parameters = sum(p.numel() for p in self.position.parameters())

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_attn.attention.base import Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import Capabilities, Cost, Request, apply_dropout, repeat_heads
 from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
 from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
     log_mean_exp,
+    mean_residual,
+    sampled_keep,
 )
-from approx_attn.attention.eigen.content_basis import ContentBasis
-from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
+from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
@@ -26,10 +27,11 @@ from approx_attn.errors import require_count, require_one_of, require_weight
 RESTS = ("keep", "drop", "mean")
 SELECTS = ("error", "estimate")
 POSITION_PRIORS = ("none", "absolute", "relative")
+SAMPLED_TOKENS = 32  # queries and keys sampled per sequence for the auxiliary loss: 32² pairs per head
 
 
 @register_attention("eigen_topk")
-class EigenTopKAttention(EstimatedScores):
+class EigenTopKAttention(HasContentBasis):
     """Every pair gets a rank-r estimate of its score; the chosen pairs get the exact one; one softmax over both.
 
     With query map A, key map B (`ContentBasis`) and k̄_i the mean of the keys that query i may use,
@@ -46,7 +48,7 @@ class EigenTopKAttention(EstimatedScores):
 
     Args:
         rank: r, clamped to head_dim.
-        keep: exact pairs of each query: a share of the keys that it may use (under a causal mask: of those up to
+        keep: exact pairs of each query: a fraction of the keys that it may use (under a causal mask: of those up to
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
             alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
         window: keys at a distance of at most this from the query are exact; 0 for no window at all.
@@ -125,16 +127,8 @@ class EigenTopKAttention(EstimatedScores):
 
     # -- the computation -------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         inputs = self._score_inputs(query, key, value, mask, hides=self.select == "error")
         self.auxiliary_loss = self._auxiliary_loss(query, key, mask, scale)
@@ -162,13 +156,11 @@ class EigenTopKAttention(EstimatedScores):
         query, key, mask = inputs.query, inputs.key, inputs.mask
         c, seen = query.shape[-2], key.shape[-2]
         keep = mask.dense_keep(c, seen, query.device)
-        bias = mask.finite_bias()
         estimate = self._estimate(inputs, keep, scale)
         rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
         selected = self._chosen_pairs(rank_by, keep, n_k)
         # All exact scores of the chunk: one dense product is faster than gathering the keys of each query.
-        exact = at_least_float32(grouped_matmul(query * scale, key.mT))
-        exact = exact if bias is None else exact + bias
+        exact = mask.add_bias(at_least_float32(grouped_matmul(query * scale, key.mT)))
         scores = exact if selected is None else torch.where(selected, exact, estimate)
         return self._weigh(scores, selected, keep, inputs.value, dropout_p)
 
@@ -215,11 +207,92 @@ class EigenTopKAttention(EstimatedScores):
             return keys_per_query(self.keep, torch.full((1, 1, 1, 1), seen, device=device))
         return keys_per_query(self.keep, keep.sum(dim=-1, keepdim=True))
 
+    # -- estimates ----------------------------------------------------------------------------------------
+
+    def _score_inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, hides: bool) -> ScoreInputs:
+        """What all scores are estimated from; `hides`: and what a choice by expected error needs."""
+        query_low = self.basis.query_coordinates(query)  # (b, h, n_q, r)
+        key_low = self.basis.key_coordinates(key)  # (b, h, n_k, r)
+        offset = self._row_offset(query, key, query_low, key_low, mask) if mask.is_structured else None
+        hidden = self._hidden_part(key, key_low) if hides else None
+        return ScoreInputs(query, query_low, offset, key, key_low, hidden, value, mask)
+
+    def _estimate(self, inputs: ScoreInputs, keep: Tensor | None, scale: float) -> Tensor:
+        """Estimated scores with prior and bias: (b, h, n_q, n_k)."""
+        estimate = at_least_float32(inputs.query_low @ inputs.key_low.mT)
+        offset = inputs.offset
+        if offset is None:
+            offset = mean_residual(inputs.query, inputs.key, inputs.query_low, inputs.key_low, keep)
+        estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
+        if self.prior is not None:
+            estimate = estimate + self._prior_scores(inputs.mask, *estimate.shape[-2:])
+        return inputs.mask.add_bias(estimate)
+
+    def _row_offset(
+        self, query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """What makes the row mean of the estimates exact, for padding, causality and a window: (b, h, n_q, 1)."""
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        both = torch.cat([repeat_heads(key, self.num_heads), key_low], dim=-1)  # (b, h, n_k, d + r)
+        both = at_least_float32(both)
+        used = both.new_ones(1, 1, n_k, 1) if mask.key_keep is None else mask.key_keep[:, None, :, None].to(both.dtype)
+        total, count = (
+            mask.sums_over_keys(both * used, n_q),
+            mask.sums_over_keys(used, n_q),
+        )  # (b, h, n_q | 1, d + r | 1)
+        mean_key, mean_low = (total / count.clamp_min(1.0)).split([self.head_dim, key_low.shape[-1]], dim=-1)
+        return (query * mean_key).sum(-1, keepdim=True) - (query_low * mean_low).sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def _hidden_part(self, key: Tensor, key_low: Tensor) -> Tensor:
+        """log ‖(k − k̄)(I − B Aᵀ)‖, with the calibrated k̄ so that no key tells of another: (b, h, 1, n_k)."""
+        explained = key_low @ self.basis.query_map.to(key_low.dtype).mT  # (b, h, n_k, d)
+        centred = key - self.basis.key_mean.to(key.dtype)[:, None]
+        norm = at_least_float32(repeat_heads(centred, self.num_heads) - explained).norm(dim=-1)
+        # A key that the basis explains entirely is known already; the floor keeps such rows comparable.
+        return norm.clamp_min(torch.finfo(norm.dtype).eps).log()[:, :, None]
+
+    def _prior_scores(self, mask: AttentionMask, c: int, seen: int) -> Tensor:
+        """(h, c | 1, seen) position prior, zero outside the range it was laid out for."""
+        assert self.prior is not None
+        positions = torch.arange(seen, device=self.prior.device)
+        if self.position_prior == "relative":
+            centre = (self.prior.shape[-1] - 1) // 2
+            positions = positions - mask.query_positions(c, self.prior.device)[:, None] + centre  # (c, seen)
+        else:
+            positions = positions[None]
+        inside = (positions >= 0) & (positions < self.prior.shape[-1])
+        return self.prior[:, positions.clamp(0, self.prior.shape[-1] - 1)] * inside
+
+    def _auxiliary_loss(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float) -> Tensor | None:
+        """Weighted mean squared error of estimated scores on random pairs, gradient to the basis only."""
+        if not self.training or self.auxiliary_loss_weight == 0.0:
+            return None
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        i = torch.randint(n_q, (min(n_q, SAMPLED_TOKENS),), device=query.device)
+        j = torch.randint(n_k, (min(n_k, SAMPLED_TOKENS),), device=query.device)
+        # Queries against keys in float32 and outside autocast: squared errors are small differences.
+        with torch.autocast(query.device.type, enabled=False):
+            q, k = at_least_float32(query.detach()), at_least_float32(key.detach())
+            if mask.query_keep is not None:  # whatever stands there must not reach the sum, not even as 0 · NaN
+                q = q.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
+            q_low, k_low = self.basis.query_coordinates(q), self.basis.key_coordinates(k)
+            if mask.is_structured:
+                offset = self._row_offset(q, k, q_low, k_low, mask).expand(-1, -1, n_q, 1)[:, :, i]
+            else:
+                offset = self.basis.row_offset(q[:, :, i])
+            estimate = (q_low[:, :, i] @ k_low[:, :, j].mT + offset) * scale  # (b, h, i, j)
+            if self.prior is not None:
+                estimate = estimate + self._prior_scores(mask, n_q, n_k).expand(-1, n_q, -1)[:, i][..., j]
+            exact = grouped_matmul(q[:, :, i], k[:, :, j].mT) * scale
+            error = (exact - estimate).square()
+            usable = sampled_keep(mask, i, j, error)
+            return self.auxiliary_loss_weight * (error * usable).sum() / usable.sum().clamp_min(1.0)
+
     # -- the cost --------------------------------------------------------------------------------------
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, d, r, offset = self.num_heads, self.head_dim, self.basis.rank, n_k - n_q if causal else 0
         exact, seen = self._count_pairs(n_q, n_k, causal, offset)
         hidden = n_k * r * d if self.select == "error" else 0
@@ -252,3 +325,39 @@ class EigenTopKAttention(EstimatedScores):
         low, high = max(0, position - self.window), min(usable - 1, position + self.window)
         in_window = max(0, high - low + 1)
         return in_window + min(self.global_tokens, usable, low)
+
+
+class ScoreInputs(NamedTuple):
+    """What the scores of some queries with some keys are computed and estimated from, the values with it.
+
+    Attributes:
+        query: (b, h, n_q, d). query_low: (b, h, n_q, r), its coordinates.
+        offset: (b, h, n_q | 1, 1), what makes row means of estimates exact; None where the mask decides it by chunk.
+        key: (b, h_kv, n_k, d). key_low: (b, h, n_k, r), its coordinates.
+        hidden: (b, h, 1, n_k), log norm of what the basis cannot see of a key; None where nothing asks for it.
+        value: (b, h_kv, n_k, d_v).
+        mask: of these queries and keys.
+    """
+
+    query: Tensor
+    query_low: Tensor
+    offset: Tensor | None
+    key: Tensor
+    key_low: Tensor
+    hidden: Tensor | None
+    value: Tensor
+    mask: AttentionMask
+
+    def part(self, start: int, stop: int, seen: int) -> ScoreInputs:
+        """Those of queries start..stop-1 with the first `seen` keys."""
+        varies = self.offset is not None and self.offset.shape[-2] > 1
+        return ScoreInputs(
+            query=self.query[:, :, start:stop],
+            query_low=self.query_low[:, :, start:stop],
+            offset=self.offset[:, :, start:stop] if self.offset is not None and varies else self.offset,
+            key=self.key[:, :, :seen],
+            key_low=self.key_low[:, :, :seen],
+            hidden=None if self.hidden is None else self.hidden[..., :seen],
+            value=self.value[:, :, :seen],
+            mask=self.mask.queries(start, stop).keys(0, seen),
+        )

@@ -96,7 +96,7 @@ class RandomBlocks:
         rows = keys[..., None, :].expand(*keys.shape[:-1], self.block_size, -1)
         return self.merge_queries(rows, n_q, query_offset)
 
-    def keep(self, positions: Tensor, is_open: Tensor, n_k: int, mask: AttentionMask) -> Tensor:
+    def allowed(self, positions: Tensor, is_open: Tensor, n_k: int, mask: AttentionMask) -> Tensor:
         """(b | 1, h, n_q, e) bool: which random keys of each query exist and are kept by the mask."""
         n_q = positions.shape[-2]
         rows = is_open.repeat_interleave(self.block_size, dim=-1)[..., None, :]  # (b | 1, h, n_query_blocks, 1, e)

@@ -40,7 +40,7 @@ def test_band_of_scores_equals_the_dense_array(offset, block):
         )
         band = Band.around(n_q, n_k, width, 0 if causal else width, query_offset=offset, block=block)
         scores = band.query_blocks(query) @ band.key_blocks(key).transpose(-2, -1) + band.bias(mask)
-        dense = band.dense(scores.masked_fill(~band.keep(mask, DEVICE), 0.0))
+        dense = band.dense(scores.masked_fill(~band.allowed(mask, DEVICE), 0.0))
         distance = torch.arange(n_k) - torch.arange(n_q)[:, None] - offset
         expected = (distance.abs() <= width) & mask.dense_keep(n_q, n_k, DEVICE)
         torch.testing.assert_close(dense, (query @ key.transpose(-2, -1) + bias) * expected)
@@ -48,7 +48,7 @@ def test_band_of_scores_equals_the_dense_array(offset, block):
 
 def test_band_counts_its_pairs():
     band = Band.around(10, 12, 3, 2, query_offset=1)
-    keep = band.keep(AttentionMask(query_offset=1), DEVICE)
+    keep = band.allowed(AttentionMask(query_offset=1), DEVICE)
     assert band.pairs(False) == band.merge_queries(keep).sum()
 
 

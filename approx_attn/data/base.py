@@ -116,10 +116,8 @@ class SequenceDataModule(pl.LightningDataModule):
     input_kind: ClassVar[Literal["text", "image"] | None] = None
     """What new inputs of a trained model are; None where data is generated or comes in another form."""
 
-    @property
-    def input_column(self) -> str:
-        """The column that holds new inputs, in files that have columns."""
-        return "text"
+    text_column = "text"
+    """The column of texts in a file of new inputs; an option of modules that read texts from columns."""
 
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Any:
         """Lay out new inputs for batching, without labels; for modules with an `input_kind`.

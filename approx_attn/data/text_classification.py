@@ -64,10 +64,6 @@ class TextClassificationData(LabelledData):
             for name, split in splits.items()
         }
 
-    @property
-    def input_column(self) -> str:
-        return self.text_column
-
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
         texts = datasets.Dataset.from_dict({self.text_column: list(inputs)})
         with quiet_datasets():

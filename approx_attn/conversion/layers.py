@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, resolve_attention
+from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import attention_class
 
 SLOT = "approx_attn"
@@ -55,6 +56,14 @@ class AttentionLayer:
         if self.host == "interface" and not str(self.module.config._attn_implementation).startswith(SLOT):
             return None
         return getattr(self.module, SLOT, None)
+
+    @property
+    def mechanism(self) -> AttentionMechanism | None:
+        """What computes the attention of the layer; None where that is PyTorch's own or built at the first run."""
+        if self.host == "multihead":
+            return self.module.attention if isinstance(self.module, MultiheadAttention) else None
+        slot: AttentionSlot | None = getattr(self.module, SLOT, None)
+        return None if slot is None else slot.mechanism
 
     @property
     def is_decoder(self) -> bool:

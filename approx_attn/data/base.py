@@ -25,7 +25,7 @@ from torch import Tensor
 
 from approx_attn.data.packing import PAD, PackedSequences
 from approx_attn.data.sampling import EpochSampler, ResumableLoader
-from approx_attn.errors import require_count as require_count  # data modules take their checks from here
+from approx_attn.errors import require_count
 from approx_attn.errors import require_one_of as require_one_of
 
 SPLITS = ("train", "val", "test")
@@ -60,39 +60,42 @@ class DataSpec:
     describe: str = ""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SequenceDataModule(pl.LightningDataModule):
     """Base of all data modules.
+
+    A data module is a dataclass whose fields are its options, `data.<field>`; it checks them in `__post_init__`.
 
     Args:
         batch_size: sequences per training batch (and process).
         eval_batch_size: sequences per validation and test batch; `batch_size` if None.
         num_workers: processes that make batches. 0 is fastest here: a batch is one gather.
         seed: seed of the training order, which is a function of (seed, epoch) alone.
-        pad_to_longest: pad a batch to its longest member instead of to `max_length`. Cheaper where lengths
-            vary, but a mechanism whose budget is a share of the length then sees a length that depends on
-            the other members of the batch.
 
     Subclasses implement `make_spec` and `make_splits`.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        pad_to_longest: bool = False,
-    ) -> None:
+    batch_size: int = 32
+    eval_batch_size: int = None  # type: ignore[assignment]  # None until `__post_init__`
+    num_workers: int = 0
+    seed: int = 0
+
+    pad_to_longest = False
+    """Pad a batch to its longest member instead of to `max_length`; an option of modules whose lengths vary. It is
+    cheaper, but a mechanism whose budget is a share of the length then sees a length that depends on the batch."""
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.batch_size = require_count("data.batch_size", batch_size)
-        self.eval_batch_size = require_count(
-            "data.eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size
-        )
-        self.num_workers = require_count("data.num_workers", num_workers, least=0)
-        self.seed = require_count("data.seed", seed, least=0)
-        self.pad_to_longest = require_flag("data.pad_to_longest", pad_to_longest)
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.batch_size
+        self.require_counts(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)
+        require_flag("data.pad_to_longest", self.pad_to_longest)
         self._splits: dict[str, PackedSequences] = {}
+
+    def require_counts(self, **least: int) -> None:
+        """Raise unless each of these options is a whole number of at least so much."""
+        for option, minimum in least.items():
+            require_count(f"data.{option}", getattr(self, option), minimum)
 
     # -- for subclasses ----------------------------------------------------------------------------
 
@@ -104,12 +107,18 @@ class SequenceDataModule(pl.LightningDataModule):
         """The splits "train", "val" and "test", with the columns that `PackedSequences` reads."""
         raise NotImplementedError
 
-    def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> PackedSequences:
+    def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> Any:
         """Lay out one split for batching; a hook for modules that cut or mask in their own way."""
         return PackedSequences(dataset, spec.max_length, pad_to_longest=self.pad_to_longest, pad_id=spec.pad_id)
 
+    has_static_spec: ClassVar[bool] = True
+    """False in modules whose spec is known only once the data has been read."""
+
     input_kind: ClassVar[Literal["text", "image"] | None] = None
     """What new inputs of a trained model are; None where data is generated or comes in another form."""
+
+    text_column = "text"
+    """The column of texts in a file of new inputs; an option of modules that read texts from columns."""
 
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Any:
         """Lay out new inputs for batching, without labels; for modules with an `input_kind`.
@@ -142,9 +151,6 @@ class SequenceDataModule(pl.LightningDataModule):
             return spec
         train, val, test = (len(self._splits[name]) for name in SPLITS)
         return replace(spec, num_items=(train, val, test))
-
-    has_static_spec: bool = True
-    """False in modules whose spec is known only once the data has been read."""
 
     def train_dataloader(self) -> ResumableLoader:
         return self._loader("train", self.batch_size, shuffle=True)

@@ -8,11 +8,65 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 from filelock import FileLock
+
+from approx_attn.data.base import SPLITS, SequenceDataModule
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class GeneratedData(SequenceDataModule):
+    """Base of modules whose data is drawn at random.
+
+    Args:
+        train_size, val_size, test_size: items per split.
+        data_seed: seed of the generator.
+        cache_dir: where the generated data is kept; the `datasets` library's cache if None. An interrupted
+            generation goes on where it stopped.
+
+    Subclasses implement `make_spec`, `decides` and `generate`.
+    """
+
+    train_size: int = 20_000
+    val_size: int = 2_000
+    test_size: int = 2_000
+    data_seed: int = 0
+    cache_dir: str | None = None
+
+    cache_name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(train_size=1, val_size=1, test_size=1, data_seed=0)
+        self.sizes: dict[str, int] = {name: getattr(self, f"{name}_size") for name in SPLITS}
+
+    def decides(self) -> dict[str, Any]:
+        """What the data depends on besides the sizes and the seed, as plain JSON values."""
+        raise NotImplementedError
+
+    def generate(self, work: Path) -> dict[str, datasets.Dataset]:
+        """Make the splits; `work` is a folder that outlives an interruption, for parts worth keeping."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        self.make_splits()
+
+    def make_splits(self) -> dict[str, datasets.Dataset]:
+        recipe = {**self.decides(), **self.sizes, "data_seed": self.data_seed, "version": self.version}
+        return cached_splits(self.cache_name, recipe, self.generate, self.cache_dir)
+
+    def cut(self, everything: datasets.Dataset) -> dict[str, datasets.Dataset]:
+        """The splits, one behind the other from the beginning."""
+        splits, start = {}, 0
+        for name, size in self.sizes.items():
+            splits[name] = everything.select(range(start, start + size))
+            start += size
+        return splits
 
 
 def cached_splits(

@@ -4,149 +4,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from approx_attn.data.base import DataSpec, SequenceDataModule, require_count
+from approx_attn.data.base import DataSpec
 from approx_attn.data.cache import quiet_datasets
+from approx_attn.data.labelled import LabelledData
 from approx_attn.data.packing import BYTE_VOCAB_SIZE, PackedSequences
-from approx_attn.data.sources import carve, checked_splitting, class_labels, load_source, require_column, with_labels
+from approx_attn.data.sources import require_column
 
 KNOWN_COLUMNS = ("pixels", "image", "img")
 
 
-class Cifar10Data(SequenceDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class LabelledImages(LabelledData):
+    """Base of modules that classify images.
+
+    Args:
+        pixel_column: column with images, or with the bytes of square grey images row by row; if None, the first of
+            pixels, image and img that there is.
+        resolution: side in pixels.
+    """
+
+    pixel_column: str | None = None
+    resolution: int = 32
+
+    input_kind = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(resolution=1)
+
+    def find_inputs(self, splits: dict[str, datasets.Dataset]) -> str:
+        there = splits["train"].column_names
+        column = self.pixel_column or next((known for known in KNOWN_COLUMNS if known in there), None)
+        if column is None:
+            raise ValueError(
+                f"data.pixel_column must name the column with the images of data.path={self.path!r}, "
+                f"which has: {', '.join(there)}."
+            )
+        for split in splits.values():
+            require_column(split, column, "data.pixel_column", str(self.path))
+        return column
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Cifar10Data(LabelledImages):
     """Square images turned grey and read row by row, one token per pixel (its grey value + 1).
 
     The Image task of the Long Range Arena, if the images are those of CIFAR-10 (Krizhevsky, 2009).
 
     Args:
-        path: hub id, local folder or file; required.
-        name: configuration of a hub data set that has several.
-        pixel_column: column with images, or with raw grey bytes row by row; if None, the first of pixels, image and
-            img that there is.
-        label_column: column with the classes.
         resolution: side in pixels; smaller than that of the images, it must divide it, and blocks are averaged.
-        train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size, data_seed: see
-            `TextClassificationData`.
-        batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
 
-    YAML:
-        _target_: approx_attn.data.cifar10.Cifar10Data
-        batch_size: 64
-        eval_batch_size: 128
-        num_workers: 0
-        seed: 0
-        path: ???
-        name: null
-        pixel_column: null
-        label_column: label
-        resolution: 32
-        train_split: train
-        val_split: null
-        test_split: test
-        val_share: 0.1
-        test_share: null
-        train_size: null
-        val_size: null
-        test_size: null
-        data_seed: 0
+    Other options: see `LabelledImages`, `LabelledData` and `SequenceDataModule`.
     """
 
-    has_static_spec = False
-    input_kind = "image"
+    batch_size: int = 64
+    eval_batch_size: int = 128
 
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        name: str | None = None,
-        pixel_column: str | None = None,
-        label_column: str = "label",
-        resolution: int = 32,
-        train_split: str = "train",
-        val_split: str | None = None,
-        test_split: str | None = "test",
-        val_share: float = 0.1,
-        test_share: float | None = None,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_size: int | None = None,
-        data_seed: int = 0,
-        batch_size: int = 64,
-        eval_batch_size: int | None = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        if not path:
-            raise ValueError("data.path must be a local folder or file, or a hub id, got nothing.")
-        self.path, self.name = str(path), name
-        self.pixel_column, self.label_column = pixel_column, label_column
-        self.resolution = require_count("data.resolution", resolution)
-        self.splitting = checked_splitting(
-            train_split, val_split, test_split, val_share, test_share, (train_size, val_size, test_size), data_seed
-        )
-        self._class_names: tuple[str, ...] = ()
-
-    def prepare_data(self) -> None:
-        load_source(self.path, self.name)
-
-    def make_splits(self) -> dict[str, datasets.Dataset]:
-        source = load_source(self.path, self.name)
-        splits = carve(source, self.path, **self.splitting)
-        column = self._find_pixels(splits["train"])
-        for split in splits.values():
-            require_column(split, column, "data.pixel_column", self.path)
-            require_column(split, self.label_column, "data.label_column", self.path)
-        labels, self._class_names = class_labels(
-            source[self.splitting["train_split"]], splits, self.label_column, self.path
-        )
+    def read_inputs(self, splits: dict[str, datasets.Dataset], column: str) -> dict[str, datasets.Dataset]:
+        """The pixels of every image at the resolution wanted."""
         return {
-            name: with_labels(
-                datasets.Dataset.from_dict({"tokens": self._read(split.select_columns([column]), column)}),
-                labels[name],
-            )
+            name: datasets.Dataset.from_dict({"tokens": [self._shrunk(image) for image in self._grey(split, column)]})
             for name, split in splits.items()
         }
 
-    def _find_pixels(self, split: datasets.Dataset) -> str:
-        if self.pixel_column is not None:
-            return self.pixel_column
-        for column in KNOWN_COLUMNS:
-            if column in split.column_names:
-                return column
-        raise ValueError(
-            f"data.pixel_column must name the column with the images of data.path={self.path!r}, "
-            f"which has: {', '.join(split.column_names)}."
-        )
-
-    def _read(self, split: datasets.Dataset, column: str) -> list[bytes]:
-        """The pixels of every image at the resolution wanted."""
+    def _grey(self, split: datasets.Dataset, column: str) -> list[np.ndarray]:
         if isinstance(split.features[column], datasets.Image):
             with quiet_datasets():
-                grey = [np.asarray(row[column].convert("L")) for row in split]
-        else:
-            grey = [as_square(pixels, column, self.path) for pixels in raw_bytes(split, column, self.path)]
-        return [shrink(image, self.resolution).tobytes() for image in grey]
+                return [np.asarray(row[column].convert("L")) for row in split]
+        path = str(self.path)
+        return [as_square(pixels, column, path) for pixels in raw_bytes(split, column, path)]
+
+    def _shrunk(self, image: np.ndarray) -> bytes:
+        return shrink(image, self.resolution).tobytes()
 
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:
-        pixels = [shrink(read_grey(path), self.resolution).tobytes() for path in inputs]
+        pixels = [self._shrunk(read_grey(path)) for path in inputs]
         return self.pack("test", datasets.Dataset.from_dict({"tokens": pixels}), spec)
 
     def make_spec(self) -> DataSpec:
-        return DataSpec(
-            kind="classification",
-            vocab_size=BYTE_VOCAB_SIZE,
-            num_classes=len(self._class_names),
-            class_names=self._class_names,
-            max_length=self.resolution**2,
-            causal=False,
-            describe=f"grey images of {self.path}, {self.resolution} × {self.resolution} pixels",
-        )
+        side = self.resolution
+        return self.class_spec(BYTE_VOCAB_SIZE, side**2, f"grey images of {self.path}, {side} × {side} pixels")
 
 
 def read_grey(path: str, side: int | None = None) -> np.ndarray:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from approx_attn.data.base import DataSpec, SequenceDataModule, require_count
+from approx_attn.data.base import DataSpec, SequenceDataModule
 from approx_attn.data.cifar10 import read_grey
 from approx_attn.data.packing import PackedSequences
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DigitsData(SequenceDataModule):
     """1,797 handwritten digits, read row by row; a token is the grey value of a pixel, 0 to 16; 10 classes.
 
@@ -23,39 +25,25 @@ class DigitsData(SequenceDataModule):
     Args:
         val_size, test_size: images set aside, stratified by class; the rest (1,077 by default) is trained on.
         data_seed: seed of the split. Apart from `seed`, so that runs with several seeds share a test set.
-        batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
 
-    YAML:
-        _target_: approx_attn.data.digits.DigitsData
-        batch_size: 64
-        eval_batch_size: 360
-        num_workers: 0
-        seed: 0
-        val_size: 360
-        test_size: 360
-        data_seed: 0
+    Other options: see `SequenceDataModule`.
     """
+
+    batch_size: int = 64
+    eval_batch_size: int = 360
+    val_size: int = 360
+    test_size: int = 360
+    data_seed: int = 0
 
     input_kind = "image"
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        eval_batch_size: int | None = 360,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_size: int = 360,
-        test_size: int = 360,
-        data_seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        self.val_size = require_count("data.val_size", val_size, least=10)
-        self.test_size = require_count("data.test_size", test_size, least=10)
-        self.data_seed = require_count("data.data_seed", data_seed, least=0)
-        if val_size + test_size > 1787:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(val_size=10, test_size=10, data_seed=0)
+        if self.val_size + self.test_size > 1787:
             raise ValueError(
-                f"data.val_size + data.test_size must be at most 1787 of 1797 digits, got {val_size} + {test_size}."
+                "data.val_size + data.test_size must be at most 1787 of 1797 digits, "
+                f"got {self.val_size} + {self.test_size}."
             )
 
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> PackedSequences:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from approx_attn.data.base import DataSpec, SequenceDataModule, require_count, require_count_or_none
+from approx_attn.data.base import SPLITS, DataSpec, SequenceDataModule, require_count_or_none
 from approx_attn.data.cache import cached_splits, quiet_datasets
 from approx_attn.data.packing import BYTE_VOCAB_SIZE
 from approx_attn.data.sources import one_line, subsample
@@ -21,6 +22,7 @@ SAMPLE_TOPICS = 8
 SAMPLE_LETTERS = 5  # that the words of a topic are spelt with
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RetrievalData(SequenceDataModule):
     """Pairs of documents by bytes and whether they belong together; 2 classes.
 
@@ -36,56 +38,26 @@ class RetrievalData(SequenceDataModule):
             sample, pairs made (2000/500/500 if None).
         data_seed: seed of these draws and of the sample.
         cache_dir: where the generated sample is kept; the `datasets` library's cache if None.
-        batch_size, eval_batch_size, num_workers, seed, pad_to_longest: see `SequenceDataModule`.
 
-    YAML:
-        _target_: approx_attn.data.retrieval.RetrievalData
-        batch_size: 32
-        eval_batch_size: 64
-        num_workers: 0
-        seed: 0
-        pad_to_longest: false
-        path: null
-        max_length: 4000
-        train_size: null
-        val_size: null
-        test_size: null
-        data_seed: 0
-        cache_dir: null
+    Other options: see `SequenceDataModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        max_length: int = 4000,
-        train_size: int | None = None,
-        val_size: int | None = None,
-        test_size: int | None = None,
-        data_seed: int = 0,
-        cache_dir: str | None = None,
-        batch_size: int = 32,
-        eval_batch_size: int | None = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-        pad_to_longest: bool = False,
-    ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            pad_to_longest=pad_to_longest,
-        )
-        self.path = path
-        self.max_length = require_count("data.max_length", max_length, least=16)
+    eval_batch_size: int = 64
+    pad_to_longest: bool = False
+    path: str | None = None
+    max_length: int = 4000
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    data_seed: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(max_length=16, data_seed=0)
         self.sizes = {
-            "train": require_count_or_none("data.train_size", train_size),
-            "val": require_count_or_none("data.val_size", val_size),
-            "test": require_count_or_none("data.test_size", test_size),
+            name: require_count_or_none(f"data.{name}_size", getattr(self, f"{name}_size")) for name in SPLITS
         }
-        self.data_seed = require_count("data.data_seed", data_seed, least=0)
-        self.cache_dir = cache_dir
 
     def make_spec(self) -> DataSpec:
         source = "generated documents" if self.path is None else f"documents of {self.path}"

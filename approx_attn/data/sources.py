@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.table import InMemoryTable
 
-from approx_attn.data.base import SPLITS, require_count, require_count_or_none, require_share
+from approx_attn.data.base import SequenceDataModule, require_share
 from approx_attn.data.cache import quiet_datasets
 from approx_attn.errors import warn
 
@@ -27,6 +26,52 @@ READERS = {
 }
 """File ending -> reader of the `datasets` library."""
 TEXT_FILES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SourceData(SequenceDataModule):
+    """Base of modules that read a hub id, a local folder or a local file.
+
+    Args:
+        path: the hub id, folder or file (parquet, csv, tsv, json, arrow, txt).
+        name: configuration of a hub data set that has several.
+        train_split, val_split, test_split: names of the source's splits. With `val_split` None, `val_share` of the
+            training split is set aside for validation; with `test_split` None, `test_share` of it for the test.
+        val_share, test_share: see `val_split`; `test_share` None means as much as `val_share`.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    train_split: str = "train"
+    val_split: str | None = None
+    test_split: str | None = "test"
+    val_share: float = 0.1
+    test_share: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = None if self.path is None else str(self.path)
+        val_share = require_share("data.val_share", self.val_share)
+        test_share = val_share if self.test_share is None else require_share("data.test_share", self.test_share)
+        if val_share + test_share >= 1.0:
+            raise ValueError(f"data.val_share + data.test_share must be less than 1, got {val_share} + {test_share}.")
+        self.shares = {"val": val_share, "test": test_share}
+        self.source_splits = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
+        self._require_apart()
+
+    def _require_apart(self) -> None:
+        """Refuse to judge a model on what it was trained on; warn where the test is of what chose its checkpoint."""
+        for key, split in (("data.test_split", self.test_split), ("data.val_split", self.val_split)):
+            if split == self.train_split:
+                raise ValueError(
+                    f"{key} must be another split than data.train_split={split!r}, else a model is judged on what it "
+                    "was trained on; null sets a share of that split aside."
+                )
+        if self.test_split is not None and self.test_split == self.val_split:
+            warn(
+                f"data.test_split={self.test_split!r} is data.val_split too, so the test is of what chose the "
+                "checkpoint."
+            )
 
 
 def load_source(path: str, name: str | None = None) -> dict[str, datasets.Dataset]:
@@ -124,93 +169,6 @@ def require_column(dataset: datasets.Dataset, column: str, key: str, path: str) 
         )
 
 
-def checked_splitting(
-    train_split: str,
-    val_split: str | None,
-    test_split: str | None,
-    val_share: float,
-    test_share: float | None,
-    sizes: tuple[int | None, int | None, int | None],
-    data_seed: int,
-) -> dict[str, Any]:
-    """The keyword arguments of `carve` from the options of a data module, checked by the keys of the configuration.
-
-    Args:
-        sizes: `train_size`, `val_size`, `test_size`.
-    """
-    val_share = require_share("data.val_share", val_share)
-    test_share = val_share if test_share is None else require_share("data.test_share", test_share)
-    if val_share + test_share >= 1.0:
-        raise ValueError(f"data.val_share + data.test_share must be less than 1, got {val_share} + {test_share}.")
-    require_apart(train_split, val_split, test_split)
-    return {
-        "train_split": train_split,
-        "val_split": val_split,
-        "test_split": test_split,
-        "val_share": val_share,
-        "test_share": test_share,
-        "sizes": {
-            split: require_count_or_none(f"data.{split}_size", size) for split, size in zip(SPLITS, sizes, strict=True)
-        },
-        "data_seed": require_count("data.data_seed", data_seed, least=0),
-    }
-
-
-def require_apart(train_split: str, val_split: str | None, test_split: str | None) -> None:
-    """Refuse to judge a model on what it was trained on; warn where the test is of what chose its checkpoint."""
-    for key, split in (("data.test_split", test_split), ("data.val_split", val_split)):
-        if split == train_split:
-            raise ValueError(
-                f"{key} must be another split than data.train_split={train_split!r}, else a model is judged on what it "
-                "was trained on; null sets a share of that split aside."
-            )
-    if test_split is not None and test_split == val_split:
-        warn(f"data.test_split={test_split!r} is data.val_split too, so the test is of what chose the checkpoint.")
-
-
-def carve(
-    source: dict[str, datasets.Dataset],
-    path: str,
-    *,
-    train_split: str,
-    val_split: str | None,
-    test_split: str | None,
-    val_share: float,
-    test_share: float,
-    sizes: dict[str, int | None],
-    data_seed: int,
-) -> dict[str, datasets.Dataset]:
-    """Splits "train", "val" and "test" out of a source.
-
-    Args:
-        val_split: the source's validation split; if None, `val_share` of the training split is set aside.
-        test_split: the source's test split; if None, or where the source is a single file without one, `test_share`
-            of the training split is set aside.
-        sizes: items wanted of each split, drawn at random without replacement; None for all. The items
-            set aside do not depend on the size of the training split.
-        data_seed: seed of these draws.
-    """
-    rng = np.random.default_rng(data_seed)
-    train = require_split(source, train_split, "data.train_split", path)
-    if test_split not in source and is_file(path):
-        test_split = None
-    held_out = [
-        (name, max(1, round(share * len(train))))
-        for name, split, share in (("val", val_split, val_share), ("test", test_split, test_share))
-        if split is None
-    ]
-    splits = {
-        name: require_split(source, split, f"data.{name}_split", path)
-        for name, split in (("val", val_split), ("test", test_split))
-        if split is not None
-    }
-    order = rng.permutation(len(train)) if held_out else np.arange(len(train))
-    for name, size in held_out:
-        splits[name], order = train.select(np.sort(order[:size])), order[size:]
-    splits["train"] = train.select(np.sort(order)) if held_out else train
-    return {name: subsample(splits[name], sizes[name], f"data.{name}_size", rng) for name in SPLITS}
-
-
 def is_file(path: str) -> bool:
     """Whether a source is a single file, which has the split "train" alone."""
     return Path(os.path.expanduser(path)).is_file()
@@ -224,73 +182,6 @@ def subsample(dataset: datasets.Dataset, size: int | None, key: str, rng: np.ran
     if size > len(dataset):
         raise ValueError(f"{key} must be at most the {len(dataset)} items that there are, got {size}.")
     return dataset.select(np.sort(order[:size]))
-
-
-def class_labels(
-    train: datasets.Dataset, splits: dict[str, datasets.Dataset], column: str, path: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Labels of each split as classes 0 … C − 1, and the names of the C classes.
-
-    Whole numbers are taken as they are; other labels, such as text, are numbered in sorted order.
-
-    Args:
-        train: the whole training split of the source, which decides what classes there are.
-        splits: the splits wanted.
-
-    Raises:
-        ValueError: labels that are missing, below 0, unknown in training, all the same or all different.
-    """
-    where = f"data.label_column={column!r} of data.path={path!r}"
-    for name, split in {"train": train, **splits}.items():
-        require_labels(split, column, f"{where} must hold one class per row", name)
-    known = np.unique(column_values(train, column))
-    require_learnable(known, len(train), where)
-    numbered = np.issubdtype(known.dtype, np.integer)
-    feature = train.features[column]
-    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else tuple(map(str, known))
-    if numbered:
-        if known[0] < 0:
-            raise ValueError(f"{where} must hold classes as whole numbers from 0 or as text, it has {known[0]}.")
-        if not isinstance(feature, datasets.ClassLabel):
-            if known[-1] >= 10 * len(known):
-                warn(
-                    f"{where} goes up to {known[-1]} with {len(known)} classes, so most outputs have nothing to learn."
-                )
-            names = tuple(map(str, range(int(known[-1]) + 1)))
-        known = np.arange(len(names))
-    classes = {}
-    for name, split in splits.items():
-        values = column_values(split, column)
-        unknown = np.setdiff1d(values, known)
-        if len(unknown):
-            raise ValueError(
-                f"{where} has the label {unknown[0].item()!r} in the {name} split, but the training split has "
-                f"{', '.join(names[:8])}{', …' if len(names) > 8 else ''}."
-            )
-        classes[name] = values if numbered else np.searchsorted(known, values)
-    return classes, names
-
-
-def require_labels(dataset: datasets.Dataset, column: str, rule: str, split: str) -> None:
-    """Raise unless every row has one label."""
-    values = dataset.with_format("arrow")[:].column(column)
-    if pa.types.is_nested(values.type):
-        raise ValueError(f"{rule}, it holds {values.type}.")
-    missing = pc.sum(values.is_null(nan_is_null=True)).as_py()
-    if missing:
-        raise ValueError(f"{rule}, it has none in {missing} of {len(dataset)} rows of the {split} split.")
-
-
-def require_learnable(classes: np.ndarray, rows: int, where: str) -> None:
-    """Refuse labels that no classifier learns from, and warn of those that hardly one does."""
-    if len(classes) == 1:
-        raise ValueError(f"{where} must hold two or more classes, the training split has only {classes[0].item()!r}.")
-    if len(classes) == rows > 2:
-        raise ValueError(
-            f"{where} must hold classes that rows have in common, but all {rows} rows of the training split differ."
-        )
-    if 2 * len(classes) > rows > 2:
-        warn(f"{where} has {len(classes)} classes in {rows} rows of the training split: fewer than two rows each.")
 
 
 def require_texts(splits: dict[str, datasets.Dataset], column: str, path: str) -> None:
@@ -320,14 +211,3 @@ def require_texts(splits: dict[str, datasets.Dataset], column: str, path: str) -
 
 TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string)
 BINARY_TYPES = (pa.types.is_binary, pa.types.is_large_binary)
-
-
-def column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """A column as one array."""
-    return np.asarray(dataset.with_format("numpy")[column][:])
-
-
-def with_labels(dataset: datasets.Dataset, labels: np.ndarray) -> datasets.Dataset:
-    """The data set with the classes as its column `label`."""
-    table = dataset.with_format("arrow")[:]
-    return datasets.Dataset(InMemoryTable(table.append_column("label", pa.array(labels.astype(np.int64)))))

@@ -4,132 +4,81 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
-from approx_attn.data.base import (
-    DataSpec,
-    SequenceDataModule,
-    require_count,
-    require_count_or_none,
-    require_one_of,
-    require_share,
-)
+from approx_attn.data.base import SPLITS, DataSpec, require_count_or_none, require_share
 from approx_attn.data.packing import BYTE_OFFSET, BYTE_VOCAB_SIZE, IGNORE, PackedSequences
-from approx_attn.data.sources import load_source, require_apart, require_column, require_split, require_texts
+from approx_attn.data.sources import SourceData, load_source, require_column, require_split, require_texts
+from approx_attn.errors import require_one_of
 
 MASK_TOKEN = BYTE_VOCAB_SIZE
 
 
-class TextLMData(SequenceDataModule):
-    """Blocks of `max_length` bytes. Causal: predict the next byte. Masked: predict the hidden bytes.
-
-    Byte v is token v + 1; 0 is padding and, for the masked form, 257 is the mask. In the masked form
-    `mask_share` of the positions is chosen; of these 80% show the mask, 10% a random byte and 10% the byte itself
-    (Devlin et al., BERT, NAACL 2019). The choice is a function of (data_seed, epoch, item, position) in training
-    and of (data_seed, item, position) in validation and test.
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextBlocks(SourceData):
+    """Base of language modelling over blocks of a text, next to each other and without overlap.
 
     Args:
         path: a text file, a folder with text files or with a data set, or a hub id; if None, the source text of the
             Python standard library, which every machine has (it differs between Python versions).
-        name: configuration of a hub data set that has several.
         text_column: column that holds the text.
-        train_split, val_split, test_split: names of the source's splits. Where `val_split` or `test_split` is None,
-            a share of the training text is set aside.
-        val_share, test_share: shares of the training text, taken from its end.
+        val_share, test_share: shares of the training text, taken from its end, for the splits that have no name.
         max_bytes: bytes of training text used, from the beginning; None for all.
-        objective: "causal" or "masked".
-        mask_share: share of the positions predicted in the masked form.
-        max_length: bytes in a block.
-        data_seed: seed of the masks.
-        batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
+        max_length: tokens in a block.
 
-    YAML:
-        _target_: approx_attn.data.text_lm.TextLMData
-        batch_size: 32
-        eval_batch_size: 64
-        num_workers: 0
-        seed: 0
-        path: null
-        name: null
-        text_column: text
-        train_split: train
-        val_split: null
-        test_split: null
-        val_share: 0.05
-        test_share: 0.05
-        max_bytes: null
-        objective: causal
-        mask_share: 0.15
-        max_length: 256
-        data_seed: 0
+    Other options: see `SourceData` and `SequenceDataModule`. Subclasses implement `make_spec` and `tokens`.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        name: str | None = None,
-        text_column: str = "text",
-        train_split: str = "train",
-        val_split: str | None = None,
-        test_split: str | None = None,
-        val_share: float = 0.05,
-        test_share: float = 0.05,
-        max_bytes: int | None = None,
-        objective: str = "causal",
-        mask_share: float = 0.15,
-        max_length: int = 256,
-        data_seed: int = 0,
-        batch_size: int = 32,
-        eval_batch_size: int | None = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        self.path = None if path is None else str(path)
-        self.name, self.text_column = name, text_column
-        self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        require_apart(train_split, val_split, test_split)
-        self.val_share = require_share("data.val_share", val_share)
-        self.test_share = require_share("data.test_share", test_share)
-        if self.val_share + self.test_share >= 1.0:
-            raise ValueError(f"data.val_share + data.test_share must be less than 1, got {val_share} + {test_share}.")
-        self.max_bytes = require_count_or_none("data.max_bytes", max_bytes)
-        self.objective = require_one_of("data.objective", objective, ("causal", "masked"))
-        self.mask_share = require_share("data.mask_share", mask_share)
-        self.max_length = require_count("data.max_length", max_length, least=2)
-        self.data_seed = require_count("data.data_seed", data_seed, least=0)
+    test_split: str | None = None
+    val_share: float = 0.05
+    test_share: float | None = 0.05
+    text_column: str = "text"
+    max_bytes: int | None = None
+    max_length: int = 256
 
-    def make_spec(self) -> DataSpec:
-        causal = self.objective == "causal"
-        vocab_size = BYTE_VOCAB_SIZE if causal else MASK_TOKEN + 1
-        text = self.path or "the Python standard library"
+    unit: ClassVar[str] = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count_or_none("data.max_bytes", self.max_bytes)
+        self.require_counts(max_length=2)
+
+    def tokens(self, text: bytes) -> np.ndarray:
+        """The token ids of a text, in its order."""
+        raise NotImplementedError
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every position predicts the next token; else the data hides tokens when a batch asks for them."""
+        return True
+
+    def lm_spec(self, vocab_size: int, unit: str) -> DataSpec:
+        """The spec of blocks of tokens out of so many."""
+        text, form = self.path or "the Python standard library", "causal" if self.is_causal else "masked"
         return DataSpec(
             kind="token_prediction",
             vocab_size=vocab_size,
             num_classes=vocab_size,
             max_length=self.max_length,
-            causal=causal,
-            describe=f"{self.objective} language modelling of {text}, {self.max_length} bytes",
+            causal=self.is_causal,
+            describe=f"{form} language modelling of {text}, {self.max_length} {unit}",
         )
 
     def make_splits(self) -> dict[str, datasets.Dataset]:
         texts = self._read()
         text = texts["train"][: self.max_bytes]
-        held_out = {
-            name: round(share * len(text))
-            for name, share in (("test", self.test_share), ("val", self.val_share))
-            if name not in texts
-        }
+        held_out = {name: round(self.shares[name] * len(text)) for name in ("test", "val") if name not in texts}
         for name, size in held_out.items():
             text, texts[name] = text[: len(text) - size], text[len(text) - size :]
         texts["train"] = text
-        return {name: self._blocks(texts[name], name) for name in ("train", "val", "test")}
+        return {name: self._blocks(texts[name], name) for name in SPLITS}
 
     def _read(self) -> dict[str, bytes]:
         """The bytes of the training text and of those other splits that the source has."""
@@ -139,9 +88,8 @@ class TextLMData(SequenceDataModule):
         if local.is_file() and local.suffix not in (".parquet", ".csv", ".tsv", ".json", ".jsonl", ".arrow"):
             return {"train": local.read_bytes()}
         source = load_source(self.path, self.name)
-        wanted = {"train": self.train_split, "val": self.val_split, "test": self.test_split}
         texts = {}
-        for name, split in wanted.items():
+        for name, split in self.source_splits.items():
             if split is not None:
                 dataset = require_split(source, split, f"data.{name}_split", self.path)
                 require_column(dataset, self.text_column, "data.text_column", self.path)
@@ -149,14 +97,8 @@ class TextLMData(SequenceDataModule):
                 texts[name] = "\n".join(text or "" for text in dataset[self.text_column][:]).encode()
         return texts
 
-    unit = "bytes"
-
-    def tokens(self, text: bytes) -> np.ndarray:
-        """The token ids of a text, in its order."""
-        return np.frombuffer(text, np.uint8).astype(np.int16) + BYTE_OFFSET
-
     def _blocks(self, text: bytes, split: str) -> datasets.Dataset:
-        """Blocks without overlap; in the causal form each with the bytes that follow."""
+        """Blocks without overlap; in the causal form each with the tokens that follow."""
         n = self.max_length
         tokens = self.tokens(text)
         if len(tokens) < n + 1:
@@ -166,14 +108,55 @@ class TextLMData(SequenceDataModule):
             )
         blocks = (len(tokens) - 1) // n
         columns = {"tokens": tokens[: blocks * n].reshape(blocks, n)}
-        if self.objective == "causal":
+        if self.is_causal:
             columns["labels"] = tokens[1 : blocks * n + 1].reshape(blocks, n)
         return datasets.Dataset.from_dict(columns)
 
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextLMData(TextBlocks):
+    """Blocks of `max_length` bytes. Causal: predict the next byte. Masked: predict the hidden bytes.
+
+    Byte v is token v + 1; 0 is padding and, for the masked form, 257 is the mask. In the masked form
+    `mask_share` of the positions is chosen; of these 80% show the mask, 10% a random byte and 10% the byte itself
+    (Devlin et al., BERT, NAACL 2019). The choice is a function of (data_seed, epoch, item, position) in training
+    and of (data_seed, item, position) in validation and test.
+
+    Args:
+        objective: "causal" or "masked".
+        mask_share: share of the positions predicted in the masked form.
+        data_seed: seed of the masks.
+
+    Other options: see `TextBlocks`, `SourceData` and `SequenceDataModule`.
+    """
+
+    eval_batch_size: int = 64
+    objective: str = "causal"
+    mask_share: float = 0.15
+    data_seed: int = 0
+
+    unit = "bytes"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_one_of("data.objective", self.objective, ("causal", "masked"))
+        require_share("data.mask_share", self.mask_share)
+        self.require_counts(data_seed=0)
+
+    @property
+    def is_causal(self) -> bool:
+        return self.objective == "causal"
+
+    def make_spec(self) -> DataSpec:
+        return self.lm_spec(BYTE_VOCAB_SIZE if self.is_causal else MASK_TOKEN + 1, self.unit)
+
+    def tokens(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, np.uint8).astype(np.int16) + BYTE_OFFSET
+
     def pack(self, split: str, dataset: datasets.Dataset, spec: DataSpec) -> PackedSequences:
-        if self.objective == "causal":
+        if self.is_causal:
             return PackedSequences(dataset, spec.max_length)
-        stream = ("train", "val", "test").index(split)
+        stream = SPLITS.index(split)
         return MaskedSequences(dataset, spec.max_length, self.mask_share, (self.data_seed, stream), redraw=stream == 0)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.registry import AttentionSpec
 from approx_attn.errors import require_count
-from approx_attn.models.transformer import Transformer, attention_mechanisms
+from approx_attn.models.base import SequenceModel, attention_mechanisms, passes_options_to
+from approx_attn.models.transformer import Transformer
 
 
-class EncoderClassifier(nn.Module):
+class EncoderClassifier(SequenceModel):
     """Encoder, mean over the real tokens, linear head.
 
     With `two_towers` two sequences are encoded by the same encoder to x₀ and x₁, and the head is a small
@@ -20,58 +22,26 @@ class EncoderClassifier(nn.Module):
         vocab_size, max_length: of the data.
         num_classes: outputs.
         two_towers: classify pairs of sequences.
-        dim, depth, num_heads, feed_forward_dim, dropout, attention_dropout, attention, feed_forward,
-            feed_forward_keep, activation, positions: as in `Transformer`.
+        options: of the `Transformer`.
 
     Raises:
         ValueError: an impossible value; the message names its key.
     """
 
-    causal = False
-
+    @passes_options_to(Transformer)
     def __init__(
-        self,
-        vocab_size: int,
-        num_classes: int,
-        max_length: int,
-        *,
-        two_towers: bool = False,
-        dim: int = 64,
-        depth: int = 2,
-        num_heads: int = 4,
-        feed_forward_dim: int = 128,
-        dropout: float = 0.1,
-        attention_dropout: float = 0.0,
-        attention: AttentionSpec = "exact",
-        feed_forward: str = "dense",
-        feed_forward_keep: float | int = 0.25,
-        activation: str = "gelu",
-        positions: str = "learned",
+        self, vocab_size: int, num_classes: int, max_length: int, *, two_towers: bool = False, **options: Any
     ) -> None:
         super().__init__()
         self.num_classes = require_count("model.num_classes", num_classes)
         self.two_towers = two_towers
-        self.encoder = Transformer(
-            vocab_size,
-            max_length,
-            dim=dim,
-            depth=depth,
-            num_heads=num_heads,
-            feed_forward_dim=feed_forward_dim,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            attention=attention,
-            feed_forward=feed_forward,
-            feed_forward_keep=feed_forward_keep,
-            activation=activation,
-            positions=positions,
+        self.encoder = Transformer(vocab_size, max_length, False, **options)
+        dim, hidden = self.encoder.dim, self.encoder.feed_forward_dim
+        self.head: nn.Module = (
+            nn.Sequential(nn.Linear(4 * dim, hidden), nn.GELU(), nn.Linear(hidden, num_classes))
+            if two_towers
+            else nn.Linear(dim, num_classes)
         )
-        if two_towers:
-            self.head: nn.Module = nn.Sequential(
-                nn.Linear(4 * dim, feed_forward_dim), nn.GELU(), nn.Linear(feed_forward_dim, num_classes)
-            )
-        else:
-            self.head = nn.Linear(dim, num_classes)
 
     def forward(
         self,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from approx_attn.attention.registry import AttentionSpec
 from approx_attn.errors import require_count
+from approx_attn.models.base import SequenceModel, passes_options_to
 from approx_attn.models.transformer import Transformer
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(SequenceModel):
     """Transformer and a linear map to the vocabulary.
 
     Shifting or masking is the business of the data: the logits at position i are compared with the label
@@ -20,13 +22,13 @@ class LanguageModel(nn.Module):
         num_classes: outputs per position; `vocab_size` if None.
         causal: no position sees a later one.
         tie_embeddings: use the token embedding as the output map too.
-        dim, depth, num_heads, feed_forward_dim, dropout, attention_dropout, attention, feed_forward,
-            feed_forward_keep, activation, positions: as in `Transformer`.
+        options: of the `Transformer`.
 
     Raises:
         ValueError: an impossible value, or a mechanism that cannot be causal with `causal`.
     """
 
+    @passes_options_to(Transformer)
     def __init__(
         self,
         vocab_size: int,
@@ -35,38 +37,13 @@ class LanguageModel(nn.Module):
         *,
         causal: bool = True,
         tie_embeddings: bool = False,
-        dim: int = 64,
-        depth: int = 2,
-        num_heads: int = 4,
-        feed_forward_dim: int = 128,
-        dropout: float = 0.1,
-        attention_dropout: float = 0.0,
-        attention: AttentionSpec = "exact",
-        feed_forward: str = "dense",
-        feed_forward_keep: float | int = 0.25,
-        activation: str = "gelu",
-        positions: str = "learned",
+        **options: Any,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.num_classes = require_count("model.num_classes", vocab_size if num_classes is None else num_classes)
-        self.decoder = Transformer(
-            vocab_size,
-            max_length,
-            dim=dim,
-            depth=depth,
-            num_heads=num_heads,
-            feed_forward_dim=feed_forward_dim,
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            attention=attention,
-            feed_forward=feed_forward,
-            feed_forward_keep=feed_forward_keep,
-            activation=activation,
-            positions=positions,
-            causal=causal,
-        )
-        self.head = nn.Linear(dim, self.num_classes, bias=not tie_embeddings)
+        self.decoder = Transformer(vocab_size, max_length, causal, **options)
+        self.head = nn.Linear(self.decoder.dim, self.num_classes, bias=not tie_embeddings)
         if tie_embeddings:
             if self.num_classes != vocab_size:
                 raise ValueError(

@@ -7,7 +7,6 @@ it is evaluated without the place that the weights once came from.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -25,11 +24,12 @@ from approx_attn.conversion.convert import convert
 from approx_attn.conversion.installing import find_layers
 from approx_attn.conversion.layers import SLOT, AttentionLayer
 from approx_attn.errors import require_one_of
+from approx_attn.models.base import SequenceModel, passes_options_to
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(SequenceModel):
     """What the classes below share.
 
     Args:
@@ -55,28 +55,27 @@ class PretrainedModel(nn.Module):
 
     auto_class: ClassVar[str] = ""
     trains_head: ClassVar[bool] = True
-    causal = False
+    new_parameters: list[str]
 
     def __init__(
         self,
         num_classes: int | None,
         max_length: int | None,
-        *,
-        path: str | None,
-        architecture: Mapping[str, Any] | None,
-        attention: AttentionSpec,
-        layers: str | list[str] | None,
-        train: str,
-        calibrate: int,
         pad_id: int | None = None,
+        *,
+        path: str | None = None,
+        architecture: Mapping[str, Any] | None = None,
+        attention: AttentionSpec = "exact",
+        layers: str | list[str] | None = None,
+        train: str = "all",
+        calibrate: int = 8,
     ) -> None:
         super().__init__()
         if isinstance(calibrate, bool) or not isinstance(calibrate, int) or calibrate < 0:
             raise ValueError(f"model.calibrate must be a number of training batches of at least 0, got {calibrate!r}.")
         require_one_of("model.train", train, TRAINED)
         self.calibration_batches = calibrate
-        self.new_parameters: list[str] = []
-        """Parameters of the network that `path` did not have: they are random before training."""
+        self.new_parameters = []
         self.network = self._load(path, architecture, num_classes)
         if pad_id is not None and getattr(self.network.config, "pad_token_id", None) is None:
             self.network.config.pad_token_id = pad_id
@@ -105,16 +104,14 @@ class PretrainedModel(nn.Module):
     @property
     def mechanisms(self) -> list[AttentionMechanism]:
         """One mechanism per attention layer; a stand-in without parameters where attention is exact."""
-        return [_mechanism_of(layer, self._shapes[layer.name]) for layer in self._layers()]
-
-    @property
-    def attention_length(self) -> int | None:
-        """Queries of the longest attention, where they do not depend on the input; else None."""
-        return None
+        return [
+            layer.mechanism or build_attention("exact", **vars(self._shapes[layer.name]), causal=layer.causal)
+            for layer in self._layers()
+        ]
 
     @property
     def rebuild_options(self) -> dict[str, Any]:
-        """What a checkpoint has to say about the model beside its configuration."""
+        """`architecture`, so that a checkpoint needs nothing from `path`."""
 
         def kept(described: dict[str, Any]) -> dict[str, Any]:
             # Names with an underscore say how this process runs the network, and could name code to download.
@@ -182,7 +179,7 @@ class PretrainedClassifier(PretrainedModel):
 
     Args:
         vocab_size, num_classes, max_length, pad_id: of the data.
-        path, architecture, attention, layers, train, calibrate: as in `PretrainedModel`.
+        options: of `PretrainedModel`.
 
     Raises:
         ValueError: as `PretrainedModel`; data with more tokens or longer texts than the network knows.
@@ -190,31 +187,9 @@ class PretrainedClassifier(PretrainedModel):
 
     auto_class = "AutoModelForSequenceClassification"
 
-    def __init__(
-        self,
-        vocab_size: int,
-        num_classes: int,
-        max_length: int,
-        pad_id: int = 0,
-        *,
-        path: str | None = None,
-        architecture: Mapping[str, Any] | None = None,
-        attention: AttentionSpec = "exact",
-        layers: str | list[str] | None = None,
-        train: str = "all",
-        calibrate: int = 8,
-    ) -> None:
-        super().__init__(
-            num_classes,
-            max_length,
-            path=path,
-            architecture=architecture,
-            attention=attention,
-            layers=layers,
-            train=train,
-            calibrate=calibrate,
-            pad_id=pad_id,
-        )
+    @passes_options_to(PretrainedModel)
+    def __init__(self, vocab_size: int, num_classes: int, max_length: int, pad_id: int = 0, **options: Any) -> None:
+        super().__init__(num_classes, max_length, pad_id, **options)
         check_tokens(self.network, vocab_size, max_length)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -235,7 +210,7 @@ class PretrainedLanguageModel(PretrainedModel):
 
     Args:
         vocab_size, max_length, causal, pad_id: of the data.
-        path, architecture, attention, layers, train, calibrate: as in `PretrainedModel`.
+        options: of `PretrainedModel`.
 
     Raises:
         ValueError: as `PretrainedModel`; data that is not causal, or with more tokens or longer texts than the
@@ -246,33 +221,13 @@ class PretrainedLanguageModel(PretrainedModel):
     trains_head = False  # its output map was trained, and is often the embedding
     causal = True
 
+    @passes_options_to(PretrainedModel)
     def __init__(
-        self,
-        vocab_size: int,
-        max_length: int,
-        pad_id: int = 0,
-        *,
-        causal: bool = True,
-        path: str | None = None,
-        architecture: Mapping[str, Any] | None = None,
-        attention: AttentionSpec = "exact",
-        layers: str | list[str] | None = None,
-        train: str = "all",
-        calibrate: int = 8,
+        self, vocab_size: int, max_length: int, pad_id: int = 0, *, causal: bool = True, **options: Any
     ) -> None:
         if not causal:
             raise ValueError("model: PretrainedLanguageModel predicts what follows; use data.objective=causal.")
-        super().__init__(
-            None,
-            max_length,
-            path=path,
-            architecture=architecture,
-            attention=attention,
-            layers=layers,
-            train=train,
-            calibrate=calibrate,
-            pad_id=pad_id,
-        )
+        super().__init__(None, max_length, pad_id, **options)
         check_tokens(self.network, vocab_size, max_length)
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -287,7 +242,7 @@ class PretrainedImageClassifier(PretrainedModel):
     Args:
         num_classes: of the data.
         max_length: pixels of the square images.
-        path, architecture, attention, layers, train, calibrate: as in `PretrainedModel`.
+        options: of `PretrainedModel`.
 
     Raises:
         ValueError: as `PretrainedModel`; images of a size that the network does not take.
@@ -295,29 +250,10 @@ class PretrainedImageClassifier(PretrainedModel):
 
     auto_class = "AutoModelForImageClassification"
 
-    def __init__(
-        self,
-        num_classes: int,
-        max_length: int,
-        *,
-        path: str | None = None,
-        architecture: Mapping[str, Any] | None = None,
-        attention: AttentionSpec = "exact",
-        layers: str | list[str] | None = None,
-        train: str = "all",
-        calibrate: int = 8,
-    ) -> None:
+    @passes_options_to(PretrainedModel)
+    def __init__(self, num_classes: int, max_length: int, **options: Any) -> None:
         self._side = math.isqrt(max_length)
-        super().__init__(
-            num_classes,
-            None,
-            path=path,
-            architecture=architecture,
-            attention=attention,
-            layers=layers,
-            train=train,
-            calibrate=calibrate,
-        )
+        super().__init__(num_classes, None, **options)
 
     def example(self) -> dict[str, Tensor]:
         """One black image of the size of the data."""
@@ -354,14 +290,6 @@ def check_tokens(network: Any, vocab_size: int, max_length: int) -> None:
     positions = getattr(network.config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
         raise ValueError(f"data.max_length must be at most the {positions} positions of the model, got {max_length}.")
-
-
-def _mechanism_of(layer: AttentionLayer, shape: AttentionShape) -> AttentionMechanism:
-    mechanism = getattr(getattr(layer.module, SLOT, None), "mechanism", None)
-    mechanism = getattr(layer.module, "attention", None) if layer.host == "multihead" else mechanism
-    if isinstance(mechanism, AttentionMechanism):
-        return mechanism
-    return build_attention("exact", dataclasses.replace(shape, causal=layer.causal))
 
 
 # -- networks ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.errors import require_count, require_one_of
+from approx_attn.models.base import attention_mechanisms
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 
 POSITIONS = ("learned", "sinusoidal")
@@ -28,6 +29,7 @@ class Transformer(nn.Module):
     Args:
         vocab_size: token ids are 0 … vocab_size − 1.
         max_length: longest input.
+        causal: no token sees a later one.
         dim: features of a token.
         depth: number of blocks.
         num_heads: attention heads, a divisor of `dim`.
@@ -39,7 +41,6 @@ class Transformer(nn.Module):
         feed_forward_keep: share (float) or number (int) of hidden units that `topk` keeps.
         activation: of the feed-forward layers: gelu, relu or silu.
         positions: `learned`, or `sinusoidal` (no parameters).
-        causal: no token sees a later one.
 
     Raises:
         ValueError: an impossible value, or a mechanism that cannot be causal in a causal model.
@@ -49,6 +50,7 @@ class Transformer(nn.Module):
         self,
         vocab_size: int,
         max_length: int,
+        causal: bool = False,
         *,
         dim: int = 64,
         depth: int = 2,
@@ -61,12 +63,12 @@ class Transformer(nn.Module):
         feed_forward_keep: float | int = 0.25,
         activation: str = "gelu",
         positions: str = "learned",
-        causal: bool = False,
     ) -> None:
         super().__init__()
         self.vocab_size = require_count("model.vocab_size", vocab_size)
         self.max_length = require_count("model.max_length", max_length)
         self.dim = require_count("model.dim", dim)
+        self.feed_forward_dim = require_count("model.feed_forward_dim", feed_forward_dim)
         self.causal = causal
         depth = require_count("model.depth", depth)
         if dim % require_count("model.num_heads", num_heads):
@@ -199,15 +201,9 @@ def build_feed_forward(
 ) -> nn.Module:
     """The feed-forward layer that `model.feed_forward` names."""
     require_one_of("model.feed_forward", kind, FEED_FORWARDS)
-    require_count("model.feed_forward_dim", hidden_dim)
     if kind == "topk":
         return TopKFeedForward(dim, hidden_dim, dropout, activation, keep)
     return FeedForward(dim, hidden_dim, dropout, activation)
-
-
-def attention_mechanisms(model: nn.Module) -> list[AttentionMechanism]:
-    """The mechanisms in a model, in the order of its layers."""
-    return [module for module in model.modules() if isinstance(module, AttentionMechanism)]
 
 
 def auxiliary_loss(mechanisms: Iterable[AttentionMechanism]) -> Tensor | None:

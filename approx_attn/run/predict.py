@@ -91,7 +91,7 @@ def predict(
                 f"checkpoint={str(checkpoint)!r} is of a model trained on {task.config['name']} "
                 f"({type(module).__name__}); predict takes models that classify texts or images."
             )
-        column = text_column or str(getattr(module, "text_column", "text"))
+        column = text_column or module.text_column
         inputs = read_texts(data, column) if module.input_kind == "text" else find_images(data)
         packed = _pack(module, inputs, DataSpec(**task.spec))
         size = require_count_or_none("batch_size", batch_size) or module.eval_batch_size

@@ -78,7 +78,7 @@ def test_other_training_size_leaves_the_test_set_alone(tmp_path):
 
 def test_generated_once(tmp_path, monkeypatch):
     small(tmp_path).prepare_data()
-    monkeypatch.setattr(MQARData, "_generate", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(MQARData, "generate", lambda *_: pytest.fail("made again"))
     small(tmp_path).setup()
     with pytest.raises(pytest.fail.Exception):
         small(tmp_path, num_pairs=3).setup()

@@ -15,7 +15,7 @@ Arena (ICLR 2021).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ OPERATOR_PROBABILITY = 0.25
 ROOTS_PER_DRAW = 4096
 
 
-@dataclass(frozen=True)
-class Expressions:
+class Expressions(NamedTuple):
     """Expressions as token ids in a row, with their lengths and values.
 
     Attributes:
@@ -75,7 +74,7 @@ def random_expressions(
                 f"data.min_length={min_length} and data.max_length={max_length} are out of reach for "
                 f"data.max_depth={max_depth} and data.max_args={max_args}: none of {drawn} expressions fits."
             )
-    joined = Expressions(*(np.concatenate([getattr(p, f) for p in parts]) for f in ("tokens", "lengths", "values")))
+    joined = Expressions(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     lengths = joined.lengths[:count]
     return Expressions(joined.tokens[: lengths.sum()], lengths, joined.values[:count])
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from approx_attn.data.base import DataSpec, SequenceDataModule, require_count, require_flag, require_positive_number
-from approx_attn.data.cache import cached_splits
+from approx_attn.data.base import DataSpec, require_flag, require_positive_number
+from approx_attn.data.cache import GeneratedData
 from approx_attn.data.packing import IGNORE
 
 
-class MQARData(SequenceDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class MQARData(GeneratedData):
     """Sequences of key-value pairs followed by queries; at a query the model must name the key's value.
 
     Keys are 1 … V/2 − 1 and values V/2 … V − 1, distinct within a sequence. After the pairs, each key comes
@@ -23,6 +25,8 @@ class MQARData(SequenceDataModule):
         tokens   3 12 | 5 9 | 3  7 | 14 2 | 5  11 …
         labels   .  . | . . | 12 . | .  . | 9  .  …
 
+    Each split has its own stream of `data_seed`.
+
     Source: Arora et al., Zoology: Measuring and Improving Recall in Efficient Language Models (ICLR 2024).
 
     Args:
@@ -31,98 +35,55 @@ class MQARData(SequenceDataModule):
         num_pairs: key-value pairs, each queried once.
         power: a; the smaller it is, the closer queries stand to the pairs.
         random_filler: random tokens between the queries; if False, token 0.
-        train_size, val_size, test_size: sequences per split, each split from its own stream of `data_seed`.
-        data_seed: seed of the generator.
-        cache_dir: where the generated data is kept; the `datasets` library's cache if None.
-        batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
 
-    YAML:
-        _target_: approx_attn.data.generators.mqar.MQARData
-        batch_size: 64
-        eval_batch_size: 250
-        num_workers: 0
-        seed: 0
-        vocab_size: 64
-        length: 64
-        num_pairs: 8
-        power: 0.01
-        random_filler: true
-        train_size: 20000
-        val_size: 1000
-        test_size: 2000
-        data_seed: 0
-        cache_dir: null
+    Other options: see `GeneratedData` and `SequenceDataModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        eval_batch_size: int | None = 250,
-        num_workers: int = 0,
-        seed: int = 0,
-        vocab_size: int = 64,
-        length: int = 64,
-        num_pairs: int = 8,
-        power: float = 0.01,
-        random_filler: bool = True,
-        train_size: int = 20_000,
-        val_size: int = 1_000,
-        test_size: int = 2_000,
-        data_seed: int = 0,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        require_count("data.num_pairs", num_pairs)
-        require_count("data.length", length)
-        require_count("data.vocab_size", vocab_size)
-        if length % 2 or length < 4 * num_pairs:
+    batch_size: int = 64
+    eval_batch_size: int = 250
+    vocab_size: int = 64
+    length: int = 64
+    num_pairs: int = 8
+    power: float = 0.01
+    random_filler: bool = True
+    val_size: int = 1_000
+
+    cache_name = "mqar"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(num_pairs=1, length=1, vocab_size=1)
+        pairs = self.num_pairs
+        if self.length % 2 or self.length < 4 * pairs:
             raise ValueError(
-                f"data.length must be even and at least 4 · data.num_pairs = {4 * num_pairs}, got {length!r}."
+                f"data.length must be even and at least 4 · data.num_pairs = {4 * pairs}, got {self.length!r}."
             )
-        if vocab_size % 2 or vocab_size // 2 - 1 < num_pairs:
+        if self.vocab_size % 2 or self.vocab_size // 2 - 1 < pairs:
             raise ValueError(
-                f"data.vocab_size must be even and at least {2 * num_pairs + 2} for data.num_pairs={num_pairs} "
-                f"different keys, got {vocab_size!r}."
+                f"data.vocab_size must be even and at least {2 * pairs + 2} for data.num_pairs={pairs} "
+                f"different keys, got {self.vocab_size!r}."
             )
-        self.options: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "length": length,
-            "num_pairs": num_pairs,
-            "power": require_positive_number("data.power", power),
-            "random_filler": require_flag("data.random_filler", random_filler),
-        }
-        self.sizes = {
-            "train": require_count("data.train_size", train_size),
-            "val": require_count("data.val_size", val_size),
-            "test": require_count("data.test_size", test_size),
-        }
-        self.data_seed = require_count("data.data_seed", data_seed, least=0)
-        self.cache_dir = cache_dir
+        self.power = require_positive_number("data.power", self.power)
+        require_flag("data.random_filler", self.random_filler)
+
+    def decides(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("vocab_size", "length", "num_pairs", "power", "random_filler")}
 
     def make_spec(self) -> DataSpec:
-        vocab_size, length = self.options["vocab_size"], self.options["length"]
         return DataSpec(
             kind="token_prediction",
-            vocab_size=vocab_size,
-            num_classes=vocab_size,
-            max_length=length,
+            vocab_size=self.vocab_size,
+            num_classes=self.vocab_size,
+            max_length=self.length,
             causal=True,
-            describe=f"recall of {self.options['num_pairs']} key-value pairs in {length} tokens",
+            describe=f"recall of {self.num_pairs} key-value pairs in {self.length} tokens",
         )
 
-    def prepare_data(self) -> None:
-        self.make_splits()
-
-    def make_splits(self) -> dict[str, datasets.Dataset]:
-        recipe = {**self.options, **self.sizes, "data_seed": self.data_seed, "version": 1}
-        return cached_splits("mqar", recipe, self._generate, self.cache_dir)
-
-    def _generate(self, work: Path) -> dict[str, datasets.Dataset]:
+    def generate(self, work: Path) -> dict[str, datasets.Dataset]:
         streams = np.random.SeedSequence(self.data_seed).spawn(len(self.sizes))
         splits = {}
         for (name, size), stream in zip(self.sizes.items(), streams, strict=True):
-            tokens, labels = associative_recall(np.random.default_rng(stream), size, **self.options)
+            tokens, labels = associative_recall(np.random.default_rng(stream), size, **self.decides())
             splits[name] = datasets.Dataset.from_dict({"tokens": tokens, "labels": labels})
         return splits
 

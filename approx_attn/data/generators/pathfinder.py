@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
-from approx_attn.data.base import (
-    DataSpec,
-    SequenceDataModule,
-    require_count,
-    require_count_or_none,
-    require_positive_number,
-)
-from approx_attn.data.cache import cached_splits
+from approx_attn.data.base import DataSpec, require_count_or_none, require_positive_number
+from approx_attn.data.cache import GeneratedData
 from approx_attn.data.generators.pathfinder_images import Setting, random_scenes
 from approx_attn.data.packing import BYTE_VOCAB_SIZE
 from approx_attn.data.shards import generate_shards
@@ -27,7 +22,8 @@ from approx_attn.data.shards import generate_shards
 SHARD_SIZE = 500
 
 
-class PathfinderData(SequenceDataModule):
+@dataclass(kw_only=True, eq=False, repr=False)
+class PathfinderData(GeneratedData):
     """Square grey images read row by row, one token per pixel (its grey value + 1); 2 classes.
 
     The definition stands in `pathfinder_images`. The default images are those of the Long Range Arena's 32 × 32
@@ -44,96 +40,56 @@ class PathfinderData(SequenceDataModule):
         margin: pixels that a dash keeps from others.
         marker_radius: of the marks, in pixels.
         continuity: the larger, the straighter the contours.
-        train_size, val_size, test_size: images per split.
-        data_seed: seed of the generator.
         num_proc: processes that generate; all cores if None. Does not change the data.
-        cache_dir: where the generated data is kept; the `datasets` library's cache if None. An interrupted
-            generation goes on where it stopped.
-        batch_size, eval_batch_size, num_workers, seed: see `SequenceDataModule`.
 
-    YAML:
-        _target_: approx_attn.data.generators.pathfinder.PathfinderData
-        batch_size: 64
-        eval_batch_size: 128
-        num_workers: 0
-        seed: 0
-        resolution: 32
-        contour_length: null
-        distractor_length: null
-        num_distractors: null
-        seed_distance: null
-        paddle_length: 2
-        paddle_thickness: 0.5
-        margin: 1
-        marker_radius: 1.5
-        continuity: 1.0
-        train_size: 16000
-        val_size: 2000
-        test_size: 2000
-        data_seed: 0
-        num_proc: null
-        cache_dir: null
+    Other options: see `GeneratedData` and `SequenceDataModule`.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        eval_batch_size: int | None = 128,
-        num_workers: int = 0,
-        seed: int = 0,
-        resolution: int = 32,
-        contour_length: int | None = None,
-        distractor_length: int | None = None,
-        num_distractors: int | None = None,
-        seed_distance: int | None = None,
-        paddle_length: int = 2,
-        paddle_thickness: float = 0.5,
-        margin: int = 1,
-        marker_radius: float = 1.5,
-        continuity: float = 1.0,
-        train_size: int = 16_000,
-        val_size: int = 2_000,
-        test_size: int = 2_000,
-        data_seed: int = 0,
-        num_proc: int | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        scale = require_count("data.resolution", resolution, least=12) / 32
-        if contour_length is None:
-            contour_length = max(round(14 * scale**1.75), 2)
-        if distractor_length is None:
-            distractor_length = max(require_count("data.contour_length", contour_length) // 3, 2)
-        if num_distractors is None:
-            num_distractors = int(20 * scale**2) // require_count("data.distractor_length", distractor_length)
-        if seed_distance is None:
-            seed_distance = math.floor(7 * scale)
-        self.setting = Setting(
-            resolution=resolution,
-            contour_length=require_count("data.contour_length", contour_length, least=2),
-            distractor_length=require_count("data.distractor_length", distractor_length),
-            num_distractors=require_count("data.num_distractors", num_distractors, least=0),
-            seed_distance=require_count("data.seed_distance", seed_distance),
-            paddle_length=require_count("data.paddle_length", paddle_length),
-            paddle_thickness=require_positive_number("data.paddle_thickness", paddle_thickness),
-            margin=require_count("data.margin", margin),
-            marker_radius=require_positive_number("data.marker_radius", marker_radius),
-            continuity=require_positive_number("data.continuity", continuity),
-        )
-        if 2 * seed_distance > resolution - 4:
+    batch_size: int = 64
+    eval_batch_size: int = 128
+    resolution: int = 32
+    contour_length: int | None = None
+    distractor_length: int | None = None
+    num_distractors: int | None = None
+    seed_distance: int | None = None
+    paddle_length: int = 2
+    paddle_thickness: float = 0.5
+    margin: int = 1
+    marker_radius: float = 1.5
+    continuity: float = 1.0
+    train_size: int = 16_000
+    num_proc: int | None = None
+
+    cache_name = "pathfinder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_counts(resolution=12)
+        scale = self.resolution / 32
+        if self.contour_length is None:
+            self.contour_length = max(round(14 * scale**1.75), 2)
+        self.require_counts(contour_length=2)
+        if self.distractor_length is None:
+            self.distractor_length = max(self.contour_length // 3, 2)
+        self.require_counts(distractor_length=1)
+        if self.num_distractors is None:
+            self.num_distractors = int(20 * scale**2) // self.distractor_length
+        if self.seed_distance is None:
+            self.seed_distance = math.floor(7 * scale)
+        self.require_counts(num_distractors=0, seed_distance=1, paddle_length=1, margin=1)
+        for name in ("paddle_thickness", "marker_radius", "continuity"):
+            setattr(self, name, require_positive_number(f"data.{name}", getattr(self, name)))
+        if 2 * self.seed_distance > self.resolution - 4:
             raise ValueError(
-                f"data.seed_distance must be at most {resolution // 2 - 2} at data.resolution={resolution}, "
-                f"got {seed_distance}."
+                f"data.seed_distance must be at most {self.resolution // 2 - 2} at data.resolution={self.resolution}, "
+                f"got {self.seed_distance}."
             )
-        self.sizes = {
-            "train": require_count("data.train_size", train_size),
-            "val": require_count("data.val_size", val_size),
-            "test": require_count("data.test_size", test_size),
-        }
-        self.data_seed = require_count("data.data_seed", data_seed, least=0)
-        self.num_proc = require_count_or_none("data.num_proc", num_proc)
-        self.cache_dir = cache_dir
+        require_count_or_none("data.num_proc", self.num_proc)
+        of_images = {field.name for field in fields(Setting)} & {field.name for field in fields(self)}
+        self.setting = Setting(**{name: getattr(self, name) for name in of_images})
+
+    def decides(self) -> dict[str, Any]:
+        return asdict(self.setting)
 
     def make_spec(self) -> DataSpec:
         side = self.setting.resolution
@@ -146,14 +102,7 @@ class PathfinderData(SequenceDataModule):
             describe=f"are two ends on one contour of {self.setting.contour_length} dashes, {side} × {side} pixels",
         )
 
-    def prepare_data(self) -> None:
-        self.make_splits()
-
-    def make_splits(self) -> dict[str, datasets.Dataset]:
-        recipe = {**asdict(self.setting), **self.sizes, "data_seed": self.data_seed, "version": 1}
-        return cached_splits("pathfinder", recipe, self._generate, self.cache_dir)
-
-    def _generate(self, work: Path) -> dict[str, datasets.Dataset]:
+    def generate(self, work: Path) -> dict[str, datasets.Dataset]:
         everything = generate_shards(
             partial(make_shard, setting=self.setting),
             range(math.ceil(sum(self.sizes.values()) / SHARD_SIZE)),
@@ -162,11 +111,7 @@ class PathfinderData(SequenceDataModule):
             num_proc=self.num_proc,
             describe="generating pathfinder",
         )
-        splits, start = {}, 0
-        for name, size in self.sizes.items():
-            splits[name] = everything.select(range(start, start + size))
-            start += size
-        return splits
+        return self.cut(everything)
 
 
 def make_shard(rng: np.random.Generator, setting: Setting) -> datasets.Dataset:

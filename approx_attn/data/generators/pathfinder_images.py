@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,8 +66,7 @@ class Setting:
         return self.resolution + 2 * self.frame
 
 
-@dataclass(frozen=True)
-class Scenes:
+class Scenes(NamedTuple):
     """Images with what they show.
 
     Attributes:
@@ -103,7 +103,7 @@ def random_scenes(rng: np.random.Generator, count: int, setting: Setting, batch:
                 f"data.contour_length={setting.contour_length} does not fit into data.resolution={setting.resolution}: "
                 f"{found} of {drawn} images succeed; take a shorter contour or a larger image."
             )
-    return Scenes(*(np.concatenate([getattr(part, name) for part in parts])[:count] for name in Scenes.__annotations__))
+    return Scenes(*(np.concatenate(part)[:count] for part in zip(*parts, strict=True)))
 
 
 def draw_batch(rng: np.random.Generator, batch: int, setting: Setting, stamps: Stamps) -> Scenes:
@@ -142,14 +142,9 @@ def paint_dashes(image: np.ndarray, rows: np.ndarray, dashes: Dashes, stamps: St
 
 def paint(image: np.ndarray, rows: np.ndarray, places: np.ndarray, patches: np.ndarray) -> None:
     """Lighten by patches of (rows or 1, p, p) around the places; the brightest counts."""
-    np.maximum.at(image, window(rows, places, patches.shape[-1]), patches)
-
-
-def window(rows: np.ndarray, places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index of the size × size pixels around each place, in its row: (rows, size, size)."""
-    offsets = np.arange(size) - size // 2
+    offsets = np.arange(patches.shape[-1]) - patches.shape[-1] // 2
     y, x = places[:, 0, None, None] + offsets[:, None], places[:, 1, None, None] + offsets
-    return rows[:, None, None], y, x
+    np.maximum.at(image, (rows[:, None, None], y, x), patches)
 
 
 # -- dashes as stamps ------------------------------------------------------------------------------
@@ -252,18 +247,12 @@ class Canvas:
         pixels = self._front(dashes) + self.stamps.takes[dashes.kinds]
         return ~self.taken[rows[:, None], pixels].any(axis=1)
 
-    def occupy(self, rows: np.ndarray, dashes: Dashes) -> None:
-        """Take the pixels of dashes, one per row."""
-        front = self._front(dashes)
-        self.taken[rows[:, None], front + self.stamps.takes[dashes.kinds]] = True
-        self.near[rows[:, None], front + self.stamps.nears[dashes.kinds]] = True
-
-    def hold(self, rows: np.ndarray, dashes: Dashes) -> Callable[[], None]:
-        """Take the pixels of dashes for a while; the function returned gives them back."""
+    def occupy(self, rows: np.ndarray, dashes: Dashes) -> Callable[[], None]:
+        """Take the pixels of dashes, one per row; the function returned gives them back."""
         front = self._front(dashes)
         pixels, around = front + self.stamps.takes[dashes.kinds], front + self.stamps.nears[dashes.kinds]
         taken, near = self.taken[rows[:, None], pixels], self.near[rows[:, None], around]
-        self.occupy(rows, dashes)
+        self.taken[rows[:, None], pixels] = self.near[rows[:, None], around] = True
 
         def give_back() -> None:
             self.taken[rows[:, None], pixels] = taken
@@ -299,8 +288,7 @@ def as_offsets(patches: np.ndarray, side: int) -> np.ndarray:
 # -- contours --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Dashes:
+class Dashes(NamedTuple):
     """Dashes in images of a batch.
 
     Attributes:
@@ -314,12 +302,20 @@ class Dashes:
     pivots: np.ndarray
 
     def at(self, rows: np.ndarray) -> Dashes:
-        return Dashes(self.fronts[rows], self.kinds[rows], self.pivots[rows])
+        """Those of some of the images."""
+        return Dashes(*(part[rows] for part in self))
 
-    @staticmethod
-    def stack(dashes: list[Dashes]) -> Dashes:
-        """Along a new second dimension."""
-        return Dashes(*(np.stack([getattr(d, name) for d in dashes], axis=1) for name in ("fronts", "kinds", "pivots")))
+    def scattered(self, rows: np.ndarray, batch: int) -> Dashes:
+        """The same in a batch of so many images, whose `rows` they belong to; zeros elsewhere."""
+        everywhere = Dashes(*(np.zeros((batch, *part.shape[1:]), part.dtype) for part in self))
+        for whole, part in zip(everywhere, self, strict=True):
+            whole[rows] = part
+        return everywhere
+
+
+def stacked(dashes: list[Dashes]) -> Dashes:
+    """Dashes of the same images along a new second dimension."""
+    return Dashes(*(np.stack(part, axis=1) for part in zip(*dashes, strict=True)))
 
 
 def first_dash(rng: np.random.Generator, tails: np.ndarray, stamps: Stamps) -> Dashes:
@@ -368,27 +364,15 @@ def grow_targets(rng: np.random.Generator, canvas: Canvas) -> tuple[np.ndarray, 
     contours = [[first_dash(rng, starts[:, which], stamps)] for which in range(2)]
     for _ in range(1, setting.contour_length):
         for contour, other in (contours, contours[::-1]):
-            give_back = canvas.hold(rows, other[-1].at(rows))
+            give_back = canvas.occupy(rows, other[-1].at(rows))
             new, found = next_dash(rng, canvas, rows, contour[-1].at(rows))
             give_back()
             rows, new = rows[found], new.at(found)
             canvas.occupy(rows, contour[-1].at(rows))
-            contour.append(scatter(new, rows, batch))
+            contour.append(new.scattered(rows, batch))
     for contour in contours:
         canvas.occupy(rows, contour[-1].at(rows))
-    both = [Dashes.stack(contour) for contour in contours]
-    return starts, Dashes.stack(both), rows
-
-
-def scatter(dashes: Dashes, rows: np.ndarray, batch: int) -> Dashes:
-    """Dashes of some images at their rows of a batch; zeros elsewhere."""
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        everywhere = np.zeros((batch, *values.shape[1:]), values.dtype)
-        everywhere[rows] = values
-        return everywhere
-
-    return Dashes(spread(dashes.fronts), spread(dashes.kinds), spread(dashes.pivots))
+    return starts, stacked([stacked(contour) for contour in contours]), rows
 
 
 def grow_distractors(rng: np.random.Generator, canvas: Canvas) -> tuple[np.ndarray, Dashes]:
@@ -411,7 +395,6 @@ def grow_distractors(rng: np.random.Generator, canvas: Canvas) -> tuple[np.ndarr
         placed = waiting[fit][rows]
         canvas.put(placed, draft, rows)
         done.append(placed)
-        grown.append(Dashes.stack(contour))
+        grown.append(stacked(contour))
         waiting = np.setdiff1d(waiting, placed, assume_unique=True)
-    names = ("fronts", "kinds", "pivots")
-    return np.concatenate(done), Dashes(*(np.concatenate([getattr(g, name) for g in grown]) for name in names))
+    return np.concatenate(done), Dashes(*(np.concatenate(part) for part in zip(*grown, strict=True)))

@@ -21,7 +21,8 @@ from approx_attn.config.instantiate import build, check_arguments, target_class
 from approx_attn.data import IGNORE
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Tally, figures, metric_names
-from approx_attn.models.transformer import Positions, attention_mechanisms, auxiliary_loss, require_probability
+from approx_attn.models.base import attention_mechanisms
+from approx_attn.models.transformer import Positions, auxiliary_loss, require_probability
 from approx_attn.run import distributed
 
 EVALUATED = tuple((stage, figure) for stage in ("val", "test") for figure in ("loss", "accuracy"))

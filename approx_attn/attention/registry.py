@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from approx_attn.attention.base import AttentionMechanism
+from approx_attn.errors import suggestion
 
 _MECHANISMS = AttentionMechanism.registered
 
 # What the surrounding layer decides, so no config may set it.
 SHAPE_ARGUMENTS = ("num_heads", "head_dim", "value_dim", "num_key_value_heads", "max_length", "causal", "layer_index")
 
-REPLACED = {"eigen_block": "eigen_cluster"}
-"""Mechanisms of earlier versions, which records and checkpoints still name, and what has replaced them."""
-
 REPLACED_CLASSES = {"approx_attn.attention.eigen.block.EigenBlockAttention": "eigen_block"}
 
 REPLACED_OPTIONS = {"eigen_topk": {"block_size": "eigen_cluster"}}
-"""Likewise options, by mechanism, that were off at null."""
+"""Options of earlier versions, by mechanism, that were off at null, and the mechanism that has replaced them."""
 
 AttentionSpec = str | Mapping[str, Any] | Callable[..., AttentionMechanism] | AttentionMechanism
 """How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes the shape
@@ -104,13 +101,3 @@ def without_replaced(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get(option) is not None:
             raise ValueError(f"attention.{option} is no longer an option of {name}; {mechanism} has replaced it.")
     return {option: value for option, value in options.items() if option not in replaced}
-
-
-def suggestion(got: str, accepted: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: what was probably meant or has replaced it, and what is accepted."""
-    accepted = sorted(accepted)
-    if REPLACED.get(got) in accepted:
-        return f"; {REPLACED[got]} has replaced it."
-    close = difflib.get_close_matches(got, accepted, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{meant} Accepted: {', '.join(accepted) or 'none'}."

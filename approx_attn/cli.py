@@ -11,15 +11,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from approx_attn.config.instantiate import suggestion
-from approx_attn.errors import ConfigWarning
+from approx_attn.config.files import config_dir
+from approx_attn.errors import ConfigWarning, suggestion
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("approx_attn.run.train:main", "train and test one model: data=digits attention=eigen_row seed=1"),
-    "evaluate": ("approx_attn.run.evaluate:main", "test a checkpoint: checkpoint=<file>"),
+    "train": ("approx_attn.run.verbs:train_main", "train and test one model: data=digits attention=eigen_row seed=1"),
+    "evaluate": ("approx_attn.run.verbs:evaluate_main", "test a checkpoint: checkpoint=<file>"),
     "predict": (
-        "approx_attn.run.predict:main",
+        "approx_attn.run.verbs:predict_main",
         "classes of new texts or images: checkpoint=<file> data=<file or folder> output=<file.csv>",
     ),
     "compare": (
@@ -50,6 +50,7 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+COMPOSED_BY_HYDRA = ("train", "evaluate")  # whose help shows what the words beside it give
 CLOSED_PIPE = 141  # what a shell says of a command that SIGPIPE ended
 
 
@@ -74,6 +75,10 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
         from approx_attn import __version__
 
         print(f"approx-attn {__version__}")
+        return 0
+    keys = config_dir() / f"{verb}.yaml"
+    if {"-h", "--help"} & set(arguments) and verb not in COMPOSED_BY_HYDRA and keys.is_file():
+        print(keys.read_text(encoding="utf-8"), end="")
         return 0
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
@@ -134,11 +139,11 @@ CAPABILITIES = {
 
 def list_mechanisms(arguments: Sequence[str] = ()) -> int:
     """`approx-attn list`: the registry as a table; `approx-attn list <name>`: the options of one mechanism."""
-    from approx_attn.attention import available_attention
-
     if {"-h", "--help"} & set(arguments):
         print("usage: approx-attn list [<name> ...]: the mechanisms, or the options of some")
         return 0
+    from approx_attn.attention import available_attention
+
     for name in arguments:
         if name not in available_attention():
             print(f"error: attention={name} is unknown{suggestion(name, available_attention())}", file=sys.stderr)
@@ -182,7 +187,6 @@ def _print_options(name: str) -> None:
     from rich.text import Text
 
     from approx_attn.attention import attention_class, attention_options
-    from approx_attn.config.compose import config_dir
     from approx_attn.config.help import meanings
     from approx_attn.output import print_table
 

@@ -20,8 +20,7 @@ from yaml import YAMLError
 
 from approx_attn.config.compose import compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.help import help_page
-from approx_attn.config.instantiate import suggestion
-from approx_attn.errors import ConfigError, Stopped, Unsuccessful
+from approx_attn.errors import ConfigError, Stopped, Unsuccessful, suggestion
 
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
@@ -130,7 +129,7 @@ def _further_files(folder: str | None) -> list[str]:
 
 
 def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) -> int:
-    """Run a verb whose arguments Hydra does not compose; `-h` prints the file of its keys.
+    """Run a verb whose arguments Hydra does not compose.
 
     Args:
         name: of the verb and its file in the folder of configurations.
@@ -140,9 +139,6 @@ def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) ->
     Returns:
         The exit code.
     """
-    if {"-h", "--help"} & set(arguments):
-        print((config_dir() / f"{name}.yaml").read_text(encoding="utf-8"), end="")
-        return 0
 
     def run_without_flags() -> None:
         for argument in arguments:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
+
+REPLACED = {"eigen_block": "eigen_cluster"}
+"""Mechanisms of earlier versions, which records and checkpoints still name, and what has replaced them."""
 
 
 class ConfigError(ValueError):
@@ -45,6 +50,16 @@ def warn(text: str) -> None:
     """Warn once of what was hardly meant; the first of several processes speaks for all."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(text, ConfigWarning, stacklevel=2)
+
+
+def suggestion(got: str, accepted: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: what was probably meant or has replaced it, and what is accepted."""
+    accepted = sorted(accepted)
+    if REPLACED.get(got) in accepted:
+        return f"; {REPLACED[got]} has replaced it."
+    close = difflib.get_close_matches(got, accepted, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{meant} Accepted: {', '.join(accepted) or 'none'}."
 
 
 # -- checks on options: each names the key, what it got and what it accepts ----------------------------

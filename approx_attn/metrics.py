@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric as TorchMetric
 
-from approx_attn.config.instantiate import suggestion
-from approx_attn.errors import ConfigError
+from approx_attn.errors import ConfigError, suggestion
 
 CONFIDENCE_BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks, ICML 2017
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from approx_attn.attention.base import AttentionMechanism
 from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import suggestion
 
 _MECHANISMS = AttentionMechanism.registered
 
 SHAPE_ARGUMENTS = ("shape", *(field.name for field in fields(AttentionShape)))
 """What the surrounding layer decides, whole or in parts, so that no config may set it."""
-
-REPLACED = {"eigen_block": "eigen_cluster"}
-"""Mechanisms of earlier versions, which records and checkpoints still name, and what has replaced them."""
 
 REPLACED_CLASSES = {"approx_attn.attention.eigen.block.EigenBlockAttention": "eigen_block"}
 
@@ -125,13 +122,3 @@ def without_replaced(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get(option) not in (None, neutral):
             raise ValueError(f"attention.{option} is no longer an option of {name}; {instead}.")
     return {option: value for option, value in options.items() if option not in replaced}
-
-
-def suggestion(got: str, accepted: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: what was probably meant or has replaced it, and what is accepted."""
-    accepted = sorted(accepted)
-    if REPLACED.get(got) in accepted:
-        return f"; {REPLACED[got]} has replaced it."
-    close = difflib.get_close_matches(got, accepted, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{meant} Accepted: {', '.join(accepted) or 'none'}."

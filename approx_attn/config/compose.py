@@ -1,14 +1,12 @@
-"""Configuration: where the YAML files are, how they are composed, and errors in one sentence.
+"""Configurations composed by Hydra.
 
-Hydra composes; this module finds the files in a checkout as well as in an installed package, and turns what
-Hydra and OmegaConf say about a wrong command line into one sentence that names the key and what is accepted.
+What Hydra and OmegaConf say about a wrong command line becomes one sentence that names the key and what is accepted.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -22,8 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from approx_attn.config.instantiate import suggestion
-from approx_attn.errors import ConfigError
+from approx_attn.config.files import available_choices, config_dir, config_groups
+from approx_attn.errors import ConfigError, suggestion
 
 __all__ = [
     "ConfigError",
@@ -37,25 +35,6 @@ __all__ = [
 ]
 
 HYDRA_GROUPS = "hydra"
-
-
-def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package.parent / "configs", package / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"configs: no train.yaml in {package.parent / 'configs'} or {package / 'configs'}.")
-
-
-def available_choices(group: str) -> list[str]:
-    """Names of the YAML files of a group such as `attention`."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
-def config_groups() -> list[str]:
-    """Names of the groups."""
-    return sorted(path.name for path in config_dir().iterdir() if path.is_dir())
 
 
 def compose_config(overrides: Iterable[str] = (), config_name: str = "train") -> DictConfig:

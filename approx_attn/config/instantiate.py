@@ -19,9 +19,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from approx_attn.attention import AttentionMechanism, available_attention
-from approx_attn.attention.registry import REPLACED_CLASSES, SHAPE_ARGUMENTS, suggestion, without_replaced
+from approx_attn.attention.registry import REPLACED_CLASSES, SHAPE_ARGUMENTS, without_replaced
 from approx_attn.config.moved import present_places
-from approx_attn.errors import ConfigError
+from approx_attn.errors import ConfigError, suggestion
 
 TRUSTED_PACKAGES = ("approx_attn", "torch.optim", "pytorch_lightning")
 

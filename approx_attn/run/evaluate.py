@@ -12,13 +12,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
-from approx_attn.command import require_finite, run_command
-from approx_attn.config.compose import plain
-from approx_attn.config.instantiate import build, sentence, suggestion
+from approx_attn.config.instantiate import build, sentence
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import metric_names
@@ -29,7 +24,6 @@ from approx_attn.run.train import make_splits
 from approx_attn.run.trainer import quiet
 
 SPLITS = ("val", "test")
-EVALUATE_KEYS = ("checkpoint", "split", "metrics", "data", "trainer", "progress_bar", "verbose")
 
 
 def load_task(checkpoint: str | Path) -> SequenceTask:
@@ -116,41 +110,3 @@ def evaluate(
         loaders = {"test": module.test_dataloader, "val": module.val_dataloader}
         figures = runner.test(task, dataloaders=loaders[split](), verbose=False)[0]
     return {key.replace("test/", f"{split}/"): float(value) for key, value in figures.items()}
-
-
-# -- the verb ------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`approx-attn evaluate`: print the figures of a checkpoint."""
-    # The file of the verb cannot know what options the data and the trainer of a checkpoint have.
-    added = [f"+{word}" if word.startswith(("data.", "trainer.")) else word for word in arguments]
-    return run_command("evaluate", _evaluate_and_report, added, check=check_config)
-
-
-def check_config(config: DictConfig) -> dict[str, Any]:
-    """The configuration of the verb as plain containers.
-
-    Raises:
-        ConfigError: an unknown key, or a checkpoint that is not there.
-    """
-    options = plain(config)
-    for key in options:
-        if key not in EVALUATE_KEYS:
-            raise ConfigError(f"{key} is not a key{suggestion(key, EVALUATE_KEYS)}")
-    if not Path(str(options["checkpoint"])).is_file():
-        raise ConfigError(f"checkpoint={str(options['checkpoint'])!r} is not a file.")
-    return options
-
-
-def _evaluate_and_report(config: DictConfig) -> None:
-    options = check_config(config)
-    metrics = evaluate(**options)
-    print(options["checkpoint"])
-    table = Table()
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.6f}")
-    Console().print(table)
-    require_finite(metrics)

@@ -11,7 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from approx_attn.command import run_plain, settings
 from approx_attn.config.instantiate import build
 from approx_attn.data.base import DataSpec, SequenceDataModule, require_count_or_none
 from approx_attn.data.sources import READERS, load_source, read_text, require_column
 from approx_attn.errors import ConfigError
-from approx_attn.output import require_file
-from approx_attn.run import record
 from approx_attn.run.evaluate import load_task
 from approx_attn.run.trainer import quiet
 
@@ -201,26 +198,3 @@ def find_images(data: Any) -> list[tuple[str, str]]:
     if not paths:
         raise ConfigError(f"data={str(data)!r} holds no image.")
     return [(f"data: {path}", str(path)) for path in paths]
-
-
-# -- the verb ------------------------------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str]) -> int:
-    """`approx-attn predict`: write the class of every input to a file."""
-    return run_plain("predict", lambda: _predict_and_write(settings("predict", arguments)), arguments)
-
-
-def _predict_and_write(options: dict[str, Any]) -> None:
-    output, data = require_file("output", options["output"]), options["data"]
-    if output in [Path(str(item)) for item in ([data] if isinstance(data, str) else data)]:
-        raise ConfigError(f"output={output} must be a file of its own, not what is read.")
-    predictions = predict(
-        options["checkpoint"], data, text_column=options["text_column"], batch_size=options["batch_size"]
-    )
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Prediction))
-    writer.writerows(astuple(prediction) for prediction in predictions)
-    record.write_text_atomically(output, table.getvalue())
-    print(f"Written: {output}, {len(predictions)} predictions")

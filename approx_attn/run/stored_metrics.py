@@ -1,8 +1,8 @@
-"""Metrics that were not asked for when a run was made, from the predictions that it kept."""
+"""The predictions that a run keeps, and metrics from them that were not asked for when it was made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,26 @@ import numpy as np
 import torch
 
 from approx_attn.metrics import METRICS, Tally, figures
+from approx_attn.run.record import open_atomically
 
 PREDICTIONS_FILE = "test_predictions.npz"
+
+
+def save_predictions(folder: Path, predictions: Mapping[str, torch.Tensor] | None) -> None:
+    """Keep what a test predicted, if it did, as arrays of the same names, one entry per scored item.
+
+    Args:
+        folder: of the run.
+        predictions: `prediction`, `probability` and `label`, as `SequenceTask.predictions` has them.
+    """
+    if predictions is None:
+        return
+    arrays: dict[str, Any] = {
+        key: value.numpy().astype(np.float32 if value.is_floating_point() else np.int32)
+        for key, value in predictions.items()
+    }
+    with open_atomically(folder / PREDICTIONS_FILE) as file:
+        np.savez_compressed(file, **arrays)
 
 
 def with_metrics(result: dict[str, Any], folder: str | Path, names: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 
+from approx_attn import cli
 from approx_attn.command import settings
 from approx_attn.conversion.calibration import Calibration
 from approx_attn.diagnosis.calibrate import chosen_mechanisms, main, reconstruct_main
@@ -176,5 +177,5 @@ def test_settings_are_the_file_with_arguments_on_top():
 
 
 def test_help_shows_the_keys(capsys):
-    assert main(["--help"]) == 0
+    assert cli.main(["calibrate", "--help"]) == 0
     assert "sequences:" in capsys.readouterr().out

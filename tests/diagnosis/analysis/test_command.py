@@ -12,6 +12,7 @@ import pyarrow.feather
 import pytest
 import torch
 
+from approx_attn import cli
 from approx_attn.diagnosis.analysis.command import main
 
 transformers = pytest.importorskip("transformers")
@@ -235,5 +236,5 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
 
 
 def test_help_shows_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
+    assert cli.main(["analyze", "--help"]) == 0
     assert "random_tokens:" in capsys.readouterr().out

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from approx_attn.data import listops
+from approx_attn.data.generators import listops
 from approx_attn.data.generators.listops import ListOpsData
 from approx_attn.data.generators.listops_trees import TOKEN_NAMES, VOCAB_SIZE, Expressions, random_expressions
 
@@ -212,7 +212,7 @@ def test_interrupted_generation_goes_on(tmp_path, small_shards, monkeypatch):
 
 GENERATE_SLOWLY = """
 import sys, time
-from approx_attn.data import listops, shards
+from approx_attn.data.generators import listops, shards
 
 def slowly(rng, options, make=listops.make_shard):
     time.sleep(0.05)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from approx_attn.data import pathfinder
+from approx_attn.data.generators import pathfinder
 from approx_attn.data.generators.pathfinder import PathfinderData
 from approx_attn.data.generators.pathfinder_images import Scenes, Setting, random_scenes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from approx_attn.attention import AttentionMask, build_attention
-from approx_attn.attention import linear as linear_module
+from approx_attn.attention.baselines import linear as linear_module
 from approx_attn.attention.baselines.linear import feature_attention, feature_weights, log_elu_plus_one
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention, sliding_window
+from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention.baselines import sliding_window
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.layouts.band import Band
 

@@ -7,15 +7,11 @@ import pytest
 import torch
 
 from approx_attn.attention import AttentionMask, build_attention
+from helpers import draw
 
 
 def build(**options):
     return build_attention("gaussian", **{"num_heads": 2, "head_dim": 4, **options}).double()
-
-
-def draw(n, batch=2):
-    generator = torch.Generator().manual_seed(n)
-    return [torch.randn(batch, 2, n, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
 def test_narrow_is_the_token_itself_and_wide_is_the_mean():

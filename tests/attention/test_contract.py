@@ -11,8 +11,9 @@ A mechanism enters by existing; it must bring one file, `tests/attention/naive/<
 and may hold
 
 `CASES: dict[str, dict]`
-    Sets of options by a short id; every contract test runs on each. Default: `{"default": {}}`, the defaults
-    of the mechanism. The first should be the defaults unless they make no sense at 24 tokens, d = 8.
+    Sets of options by a short id. Default: `{"default": {}}`, the defaults of the mechanism. The first should be
+    the defaults unless they make no sense at 24 tokens, d = 8: it meets every test, the others in the fast run
+    those that do not follow from the comparison with `naive`, and in the whole run all.
 `prepare(mechanism) -> None`
     Called after building, e.g. to give parameters that start at zero some random values (seeded already).
 `EXTRA_MASKS = False`

@@ -156,18 +156,3 @@ def test_learns_which_offsets_are_needed():
     is_open = mechanism.gates.values > 0
     assert is_open[:, 6:8].all()
     assert int(is_open.sum()) == 4  # two offsets of two heads
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"penalty": -1.0}, "attention.penalty"),
-        ({"temperature": 0.0}, "attention.temperature"),
-        ({"initial_open": 1.0}, "attention.initial_open"),
-        ({"initial_open": 0.0}, "attention.initial_open"),
-        ({"penalty": float("nan")}, "attention.penalty"),
-    ],
-)
-def test_impossible_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        build(**options)

@@ -117,17 +117,3 @@ def test_cost_counts_the_products():
     query, key, value = draw(30, dim=8)
     for mechanism, n_q in ((build(num_landmarks=6, conv_kernel=3), 30), (build(num_landmarks=20), 11)):
         assert_cost_is_performed(mechanism, (query[:, :, :n_q], key, value))
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"num_landmarks": 0}, "attention.num_landmarks"),
-        ({"pinv_iterations": 0}, "attention.pinv_iterations"),
-        ({"conv_kernel": 4}, "attention.conv_kernel"),
-        ({"conv_kernel": 0}, "attention.conv_kernel"),
-    ],
-)
-def test_impossible_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        build(**options)

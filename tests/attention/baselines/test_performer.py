@@ -168,17 +168,3 @@ def test_equals_performer_pytorch():
         mechanism(query, key, value, AttentionMask(causal=True))[0],
         theirs.causal_linear_attention_noncuda(phi_query, phi_key, value, chunk_size=8, eps=0.0),
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"num_features": 0}, "attention.num_features"),
-        ({"num_features": 2.5}, "attention.num_features"),
-        ({"seed": -1}, "attention.seed"),
-        ({"redraw_interval": 0}, "attention.redraw_interval"),
-    ],
-)
-def test_impossible_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        build(**options)

@@ -85,9 +85,3 @@ def test_keeps_the_largest():
 def test_cost_counts_the_products(causal):
     mechanism = build_attention("topk", num_heads=2, head_dim=4, chunk_size=5)
     assert_cost_is_performed(mechanism, draw(17, 17), AttentionMask(causal=causal))
-
-
-@pytest.mark.parametrize(("option", "value"), [("keep", 0.0), ("keep", 1.5), ("keep", 0), ("chunk_size", 0)])
-def test_impossible_options(option, value):
-    with pytest.raises(ValueError, match=rf"attention\.{option} must be"):
-        build_attention("topk", num_heads=2, head_dim=4, **{option: value})

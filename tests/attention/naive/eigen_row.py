@@ -14,7 +14,6 @@ CASES = {
     "greedy": {"selection": "greedy", "keep": 0.3, "global_tokens": 2, "share": "layer"},
     "window": {"window": 2, "rank": 3, "selection": "random", "seed": 1},
     "relative": {"alignment": "relative", "window": 1, "keep": 0.2, "basis_init": "random"},
-    "relative greedy": {"alignment": "relative", "selection": "greedy", "global_tokens": 2, "keep": 5, "rank": 3},
 }
 
 

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare gpu test test-slow lint types format wheel clean
+.PHONY: help install compare gpu test test-all lint types format wheel clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,11 +27,11 @@ compare: install ## Train five mechanisms on embedded data, three seeds each, an
 gpu: install ## Check and measure eigen_cluster on a CUDA GPU, into results/gpu (under 8 minutes)
 	$(BIN)/python scripts/gpu.py $(ARGS)
 
-test: install lint types ## Lint, types and the test suite
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+test: install lint types ## Lint, types and the fast tests (5 minutes)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-slow: install ## The tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-all: install lint types ## Lint, types and all tests: also killed runs, compilers, whole fuzz (25 minutes)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: install ## Check style with ruff
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import subprocess
@@ -14,17 +15,9 @@ import torch
 import approx_attn
 from approx_attn import cli
 from approx_attn.attention import available_attention
+from helpers import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "debug=fast",
-    "progress_bar=false",
-    "logger=csv",
-    "trainer.accelerator=cpu",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.depth=1",
-]
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,22 +44,29 @@ def test_list_shows_every_mechanism(capsys: pytest.CaptureFixture[str], monkeypa
     assert "did you mean 'topk'" in capsys.readouterr().err
 
 
-def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["train", *TINY, "attention=topk", f"paths.run_dir={tmp_path / 'run'}"]) == 0
-    assert "digits · topk · seed 1: trained, test/accuracy" in capsys.readouterr().out
-    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 0
+@pytest.fixture(scope="module")
+def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run."""
+    folder = tmp_path_factory.mktemp("run")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.main(["train", *TINY, "attention=topk", f"paths.run_dir={folder / 'run'}"]) == 0
+    assert "digits · topk · seed 1: trained, test/accuracy" in said.getvalue()
+    return folder / "run" / "checkpoints" / "best.ckpt"
+
+
+def test_evaluate_prints_the_figures(best: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", f"checkpoint={best}", "progress_bar=false"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
 
 
-def test_a_figure_that_is_not_finite_is_no_success(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
-    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
-    saved = torch.load(checkpoint, weights_only=True)
+def test_a_figure_that_is_not_finite_is_no_success(
+    best: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    saved = torch.load(best, weights_only=True)
     for weight in saved["state_dict"].values():
         weight.fill_(float("nan"))
-    torch.save(saved, checkpoint)
-    assert cli.main(["evaluate", f"checkpoint={checkpoint}", "progress_bar=false"]) == 1
+    torch.save(saved, tmp_path / "nan.ckpt")
+    assert cli.main(["evaluate", f"checkpoint={tmp_path / 'nan.ckpt'}", "progress_bar=false"]) == 1
     assert "error: test/loss is nan, so there is no result.\n" in capsys.readouterr().err
 
 
@@ -141,7 +141,7 @@ def test_output_that_cannot_show_unicode_gets_question_marks(monkeypatch: pytest
     assert b"n??d" in written.getvalue()
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate"])
+@pytest.mark.parametrize("script", ["train", pytest.param("evaluate", marks=pytest.mark.slow)])
 def test_scripts_are_doors_to_the_verbs(script: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "foo=1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -164,9 +164,8 @@ def test_what_compare_cannot_use_is_refused(capsys: pytest.CaptureFixture[str]) 
         assert message in capsys.readouterr().err
 
 
-def test_evaluate_replaces_options_of_the_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cli.main(["train", *TINY, f"paths.run_dir={tmp_path / 'run'}"]) == 0
-    words = [f"checkpoint={tmp_path / 'run' / 'checkpoints' / 'best.ckpt'}", "progress_bar=false"]
+def test_evaluate_replaces_options_of_the_checkpoint(best: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"checkpoint={best}", "progress_bar=false"]
     found = []
     for more in (["data.eval_batch_size=100"], ["+data.eval_batch_size=100"], ["trainer.limit_test_batches=1.0"]):
         assert cli.main(["evaluate", *words, *more, "metrics=[f1]"]) == 0

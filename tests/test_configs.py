@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from approx_attn.attention import attention_class, attention_options, available_attention
+from approx_attn.attention import attention_class, available_attention
 from approx_attn.config.compose import ConfigError, available_choices, compose_config, config_dir, load_config, plain
 from approx_attn.config.instantiate import target_class
 from approx_attn.run.train import check_run, run_folder
+from helpers import QUIET
 
-QUIET = ["logger=csv", "progress_bar=false", "trainer.accelerator=cpu"]
 NEEDS = {"text_classification": ["data.path=somewhere"], "lra_retrieval": ["data.path=somewhere"]}
 # Recipes of pretrained models, with the configuration and the class of a tiny random one.
 PRETRAINED = {
@@ -34,20 +34,6 @@ NOT_CAUSAL = "digits"
 
 def test_every_mechanism_has_a_file_and_every_file_a_mechanism() -> None:
     assert available_choices("attention") == available_attention()
-
-
-@pytest.mark.parametrize("name", available_attention())
-def test_attention_file_states_every_option_with_its_default(name: str) -> None:
-    node = yaml.safe_load((config_dir() / "attention" / f"{name}.yaml").read_text())
-    assert node.pop("_partial_") is True
-    node_class = node.pop("_target_").rpartition(".")[2]
-    assert node_class == attention_class(name).__name__
-    options = attention_options(name)
-    assert set(node) == set(options)
-    for key, value in node.items():
-        default = options[key].default
-        if default is not inspect.Parameter.empty:
-            assert value == (list(default) if isinstance(default, tuple) else default), key
 
 
 @pytest.mark.parametrize("name", available_attention())

@@ -20,15 +20,13 @@ from approx_attn.config.compose import available_choices, compose_config
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.run import train as training
+from helpers import QUIET, SMALL_MODEL
 
 STEPS = 3
 WORDS = ["a", "fine", "film", "dull", "plot", "and", "no", "joy", "great", "fun"]
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"[unused{i}]" for i in range(300))]
 
-OWN_MODEL = [
-    *("model.dim=16", "model.num_heads=2", "model.feed_forward_dim=16", "model.depth=1"),
-    *("model.dropout=0", "model.attention_dropout=0"),
-]
+OWN_MODEL = [*SMALL_MODEL, "model.dropout=0", "model.attention_dropout=0"]
 PRETRAINED = ["model.calibrate=1"]
 # Task -> its recipe at tiny sizes. {folder} holds what `sources` makes; data.batch_size is that of one training batch.
 TASKS: dict[str, list[str]] = {
@@ -68,6 +66,9 @@ TASKS: dict[str, list[str]] = {
 NEEDS_TRANSFORMERS = {"text_classification", "sst2", "token_lm", "images"}
 GENERATED = {"mqar", "listops", "pathfinder", "retrieval_sample"}
 CAUSAL = {"mqar", "text_lm", "token_lm"}
+# Each task with these, and each mechanism on these; other pairs bring nothing but themselves and are slow tests.
+KINDS = {"exact", "eigen_row", "eigen_topk"}
+TYPICAL = {"mqar", "sst2"}  # a causal task with a model of its own, and a padded one with a pretrained model
 LRA = {name: task for task, words in TASKS.items() for name in [words[0].removeprefix("experiment=")] if "lra_" in name}
 
 Words = Callable[..., list[str]]
@@ -149,8 +150,7 @@ def words(sources: Path, tmp_path_factory: pytest.TempPathFactory, request: pyte
             request.getfixturevalue("pretrained")
         recipe = [word.format(folder=sources) for word in TASKS[task]]
         generated = [f"data.cache_dir={cache}"] if task in GENERATED else []
-        quiet = ["progress_bar=false", "logger=csv", "trainer.accelerator=cpu", f"paths.runs={runs}"]
-        return [*recipe, *generated, *quiet, "data.batch_size=8", "optimizer.lr=0.003", *more]
+        return [*recipe, *generated, *QUIET, f"paths.runs={runs}", "data.batch_size=8", "optimizer.lr=0.003", *more]
 
     return command_line
 
@@ -170,8 +170,14 @@ def data_of(words: Words) -> Callable[[str], SequenceDataModule]:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log\\(\\)`")  # no trainer watches these steps
-@pytest.mark.parametrize("name", available_attention())
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        pytest.param(task, name, marks=() if name in KINDS or task in TYPICAL else pytest.mark.slow)
+        for task in TASKS
+        for name in available_attention()
+    ],
+)
 def test_every_mechanism_learns_every_task(
     task: str, name: str, words: Words, data_of: Callable[[str], SequenceDataModule]
 ) -> None:

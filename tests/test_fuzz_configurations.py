@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from approx_attn import cli
 from approx_attn.attention import available_attention
 from approx_attn.config.compose import load_config
+from helpers import TINY
 
-TINY = [
-    "debug=fast",
-    "progress_bar=false",
-    "logger=csv",
-    "trainer.accelerator=cpu",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.depth=1",
-]
 # Where a run writes, what starts other processes, and what prints tracebacks when asked to.
 LEFT_ALONE = ("paths", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.max_time", "verbose")
 VALUES = ["null", "true", "false", "-1", "0", "1", "2", "3", "7", "-0.5", "0.3", "1.0", "1.5", "1e-3", "nan", "inf"]
@@ -96,12 +88,13 @@ def test_changed_configurations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(25, True, tmp_path, capsys)
+    fuzz(12, True, tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))  # which processes share
 def test_many_changed_configurations(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(1000, False, tmp_path, capsys)
+    fuzz(200, False, tmp_path, capsys)

@@ -8,37 +8,26 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 from approx_attn import cli
+from helpers import TINY, save_tiny_bert
 
 transformers = pytest.importorskip("transformers")
 
 WORDS = [f"word{i}" for i in range(16)]
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-TINY = ["debug=fast", "progress_bar=false", "logger=csv", "trainer.accelerator=cpu", "model.dim=8", "model.depth=1"]
 SMALL = ["length=16", "sequences=2", "batch_size=2", "progress_bar=false"]
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with things as they should be: a model with its tokenizer, texts, and a checkpoint."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     folder = tmp_path_factory.mktemp("good")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder / "model")
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    transformers.BertModel(transformers.BertConfig(**shape, vocab_size=20, max_position_embeddings=32)).save_pretrained(
-        folder / "model"
-    )
+    save_tiny_bert(folder / "model", WORDS, num_hidden_layers=1)
     (folder / "text.txt").write_text(" ".join(WORDS * 40))
     for split in ("train", "test"):
         (folder / "texts").mkdir(exist_ok=True)
@@ -171,14 +160,21 @@ OF_TABLES = {
 }
 
 
-@pytest.mark.parametrize("data", TEXTS)
-@pytest.mark.parametrize("verb", OF_TEXT)
+def pairs(verbs: Iterable[str], things: list[str], whole: str) -> list:
+    """One verb with every wrong thing, every verb with the first and the last; other pairs are slow tests."""
+    return [
+        pytest.param(verb, thing, marks=() if verb == whole or thing in (things[0], things[-1]) else pytest.mark.slow)
+        for verb in verbs
+        for thing in things
+    ]
+
+
+@pytest.mark.parametrize(("verb", "data"), pairs(OF_TEXT, TEXTS, "analyze"))
 def test_no_text(verb: str, data: str, place: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data" in refused([*OF_TEXT[verb], f"data={data}"], place, good, capsys)
 
 
-@pytest.mark.parametrize("data", TABLES)
-@pytest.mark.parametrize("verb", OF_TABLES)
+@pytest.mark.parametrize(("verb", "data"), pairs(OF_TABLES, TABLES, "train"))
 def test_no_data_set(verb: str, data: str, place: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, key = OF_TABLES[verb]
     assert "data" in refused([*arguments, f"{key}={data}"], place, good, capsys)
@@ -202,8 +198,7 @@ OF_MODEL["train"] = (
 )
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("verb", OF_MODEL)
+@pytest.mark.parametrize(("verb", "model"), pairs(OF_MODEL, MODELS, "analyze"))
 def test_no_model(verb: str, model: str, place: Path, good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, key = OF_MODEL[verb]
     if model.endswith(".ckpt") and key != "checkpoint":
@@ -229,6 +224,7 @@ def test_no_such_thing(arguments: list[str], place: Path, good: Path, capsys: py
     refused(arguments, place, good, capsys)
 
 
+@pytest.mark.slow
 def test_no_room_for_what_is_printed(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(

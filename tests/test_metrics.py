@@ -19,12 +19,10 @@ from approx_attn.metrics import METRICS, Tally, figures, metric_direction, metri
 from approx_attn.run.evaluate import evaluate
 from approx_attn.run.record import read_result
 from approx_attn.run.train import train
+from helpers import QUIET, SMALL_MODEL
 
 ALL = ("f1", "balanced_accuracy", "per_class_accuracy", "calibration_error")
-SMALL = [
-    *("data=digits", "logger=csv", "progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=1"),
-    *("model.dim=16", "model.num_heads=2", "model.feed_forward_dim=16", "model.depth=1", "optimizer.lr=0.01"),
-]
+SMALL = ["data=digits", *QUIET, *SMALL_MODEL, "trainer.max_epochs=1", "optimizer.lr=0.01"]
 
 
 def predictions(classes: int, items: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, AttentionShape
 from approx_attn.attention.exact import ExactAttention
+from helpers import assert_cost_is_performed
 
 QUERY, KEY, VALUE = (torch.randn(2, 4, n, 8, generator=torch.Generator().manual_seed(n)) for n in (6, 9, 9))
 BOOLEAN = torch.rand(2, 1, 6, 9, generator=torch.Generator().manual_seed(1)) > 0.2
@@ -53,9 +53,7 @@ def test_a_window_holds_no_array_of_all_pairs(kept_arrays):
 
 def test_cost_counts_the_products():
     mechanism = ExactAttention(AttentionShape(4, 8))
-    with FlopCounterMode(display=False) as counter:
-        mechanism(QUERY[:1], KEY[:1], VALUE[:1], need_weights=True)
-    assert 2 * mechanism.cost(6, 9).multiply_adds == counter.get_total_flops()
+    assert_cost_is_performed(mechanism, (QUERY, KEY, VALUE))
     assert mechanism.cost(6, 9).exact_share == 1.0
 
 

@@ -144,7 +144,7 @@ def test_an_entry_may_set_an_option_back_to_null():
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys, words, named):
-    given = [f"paths.runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", *words]
+    given = [f"paths.runs={tmp_path / 'runs'}", f"results={tmp_path / 'results'}", "seeds=[1]", *words]
     assert main(given) != 0
     message = capsys.readouterr().err
     assert named in message

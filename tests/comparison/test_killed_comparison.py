@@ -129,9 +129,12 @@ def timed(nursery: subprocess.Popen[str], folder: Path, arguments: list[str]) ->
     return time.monotonic() - started
 
 
-def kill_comparison(nursery: subprocess.Popen[str], tmp_path: Path, words: list[str], kills: int) -> None:
-    """Compare a comparison that is left alone with one that is killed so many times."""
-    arguments = [*ARGUMENTS, *words]
+@pytest.mark.slow
+def test_a_comparison_that_is_killed_ends_as_one_that_was_left_alone(
+    nursery: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    kills = 20
+    arguments = [*ARGUMENTS, "attention=[exact,topk,eigen_row]", "seeds=[1,2]", "trainer.max_epochs=12"]
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     alone.mkdir()
     killed.mkdir()
@@ -160,17 +163,7 @@ def kill_comparison(nursery: subprocess.Popen[str], tmp_path: Path, words: list[
     assert not list(killed.rglob("*.part"))
 
 
-def test_killed_three_times(nursery: subprocess.Popen[str], tmp_path: Path) -> None:
-    words = ["attention=[exact,topk]", "seeds=[1]", "trainer.max_epochs=3"]
-    kill_comparison(nursery, tmp_path, words, kills=3)
-
-
 @pytest.mark.slow
-def test_killed_twenty_times(nursery: subprocess.Popen[str], tmp_path: Path) -> None:
-    words = ["attention=[exact,topk,eigen_row]", "seeds=[1,2]", "trainer.max_epochs=12"]
-    kill_comparison(nursery, tmp_path, words, kills=20)
-
-
 def test_sigterm_ends_a_comparison_with_its_code_and_the_same_command_continues(
     nursery: subprocess.Popen[str], tmp_path: Path
 ) -> None:

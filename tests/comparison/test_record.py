@@ -76,6 +76,7 @@ with run_lock(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_lock(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

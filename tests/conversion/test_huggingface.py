@@ -203,7 +203,10 @@ def test_eager_masks_are_followed_where_the_causal_flag_says_otherwise():
     torch.testing.assert_close(outputs(convert(model, "topk", keep=1.0), inputs), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("bert", "exact"), ("bert", "topk"), ("llama", "exact")])
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("bert", "topk"), *(pytest.param(name, "exact", marks=pytest.mark.slow) for name in ("bert", "llama"))],
+)
 def test_compiles_without_graph_breaks(family, attention):
     check_compiled(family, attention, fullgraph=True)
 
@@ -462,6 +465,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_trained_models_load_in_a_fresh_process(tmp_path):
     inputs, trained = make_inputs("bert", "right"), {}
     for attention in ("eigen_topk", "eigen_row", "topk", "exact"):

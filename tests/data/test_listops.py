@@ -224,6 +224,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_generation_leaves_no_process_and_goes_on(tmp_path, small_shards, monkeypatch):
     sizes = {"train_size": 960, "num_proc": 1}
     expected = all_items(small(tmp_path / "whole", **sizes))

@@ -22,6 +22,7 @@ from approx_attn.diagnosis.benchmark.settings import check, read_settings
 from approx_attn.diagnosis.benchmark.sources import Source, StructuredInputs, load_inputs
 from approx_attn.diagnosis.benchmark.table import Row
 from approx_attn.errors import ConfigError
+from helpers import save_tiny_bert
 
 SMALL = ["length=[48]", "num_heads=2", "head_dim=8", "repeats=2", "warm_up=0", "sequences=2", "progress_bar=false"]
 
@@ -234,13 +235,8 @@ def test_structured_inputs_have_the_structure_they_claim():
 
 
 def test_captured_inputs_come_from_every_layer_of_a_model(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "d"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    model_config = transformers.BertConfig(**sizes, intermediate_size=16, max_position_embeddings=32)
-    transformers.BertModel(model_config).save_pretrained(tmp_path)
-    transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    pytest.importorskip("transformers")
+    save_tiny_bert(tmp_path, "abcd", num_hidden_layers=3)
     (tmp_path / "text.txt").write_text("a b c d a c b d d a " * 100)
     arguments = (f"source={tmp_path}", f"data={tmp_path / 'text.txt'}", "pass=[forward]", "sequences=2")
     source = load_inputs(config(*arguments), 24)
@@ -254,6 +250,7 @@ def test_captured_inputs_come_from_every_layer_of_a_model(tmp_path):
         load_inputs(config(*arguments, "layers=[3]"), 24)
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process_is_that_of_the_pass():
     """Weights of exact attention with an array of all pairs would take 64 MiB at this size."""
     cfg = config("num_heads=1", "head_dim=8", "threads=1")
@@ -277,6 +274,7 @@ def test_out_of_memory_is_a_row_that_says_so(tmp_path, monkeypatch):
     assert rows[0].peak_bytes == 1000
 
 
+@pytest.mark.slow
 def test_a_limit_on_memory_stops_the_pass_and_not_the_run():
     cfg = config("num_heads=1", "head_dim=8", "threads=1", "memory_limit=0.5")
     with pytest.raises(OutOfMemory):

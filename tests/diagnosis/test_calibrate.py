@@ -10,6 +10,7 @@ from approx_attn.command import settings
 from approx_attn.conversion.calibration import Calibration
 from approx_attn.diagnosis.calibrate import chosen_mechanisms, main, reconstruct_main
 from approx_attn.errors import ConfigError
+from helpers import save_tiny_bert
 
 transformers = pytest.importorskip("transformers")
 WORDS = [f"word{i}" for i in range(16)]
@@ -18,26 +19,7 @@ WORDS = [f"word{i}" for i in range(16)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a random two-layer BERT, its tokenizer, and a text file."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
+    folder = save_tiny_bert(tmp_path_factory.mktemp("model"), WORDS)
     generator = torch.Generator().manual_seed(0)
     words = [WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)]
     (folder / "text.txt").write_text(" ".join(words))
@@ -116,8 +98,7 @@ def test_calibrate_refines_the_basis_of_one_mechanism(folder, tmp_path):
         ({"ranks": 3}, "ranks is not a key of calibrate; did you mean"),
     ],
 )
-def test_bad_input_is_one_sentence_and_writes_nothing(folder, tmp_path, capsys, monkeypatch, wrong, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_is_one_sentence_and_writes_nothing(folder, tmp_path, capsys, wrong, message):
     path = tmp_path / "basis.safetensors"
     assert main(arguments(folder, output=path, **wrong)) != 0
     error = capsys.readouterr().err

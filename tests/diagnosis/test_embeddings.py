@@ -138,9 +138,7 @@ def test_wrong_words_are_one_sentence(
     message: str,
     folders: tuple[Path, Path],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, texts = folders
     small = ["sequences=4", "test_sequences=4"]
     assert main([f"model={model}", f"calibration={texts}", f"data=[{texts}]", *small, *words]) == 2

@@ -39,7 +39,10 @@ def value(part: list, name: str) -> float:
     "words",
     [
         ["data=digits", "attention=exact"],
-        ["data=digits", "attention=eigen_row", "data.batch_size=128", "data.eval_batch_size=32"],
+        pytest.param(
+            ["data=digits", "attention=eigen_row", "data.batch_size=128", "data.eval_batch_size=32"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["evaluation is the peak", "training is the peak"],
 )

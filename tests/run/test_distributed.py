@@ -20,27 +20,20 @@ from approx_attn.run.evaluate import evaluate
 from approx_attn.run.tasks.base import data_order
 from approx_attn.run.train import TrainResult, train
 from approx_attn.run.trainer import build_trainer
+from helpers import QUIET, SMALL_MODEL
 
 # Odd sizes of the evaluated splits: one of two processes repeats an item. SGD: Adam makes noise of zero gradients.
-TINY = [
-    "progress_bar=false",
-    "logger=csv",
-    "optimizer=sgd",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.feed_forward_dim=16",
-    "model.depth=2",
-    "model.dropout=0",
-    "trainer.accelerator=cpu",
-    "trainer.max_epochs=1",
-    "trainer.limit_train_batches=5",
+SETTINGS = [
+    *QUIET,
+    *SMALL_MODEL,
+    *("model.depth=2", "model.dropout=0", "optimizer=sgd", "trainer.max_epochs=1", "trainer.limit_train_batches=5"),
 ]
 DIGITS = ["data=digits", "data.val_size=179", "data.test_size=359", "data.eval_batch_size=50"]
 RECALL = ["data=mqar", "data.train_size=200", "data.val_size=51", "data.test_size=33", "data.eval_batch_size=8"]
 
 
 def config(folder: Path, *overrides: str) -> dict[str, Any]:
-    return plain(compose_config([*overrides[:1], *TINY, *overrides[1:], f"paths.run_dir={folder}"]))
+    return plain(compose_config([*overrides[:1], *SETTINGS, *overrides[1:], f"paths.run_dir={folder}"]))
 
 
 def alone_and_together(folder: Path, trainer: str, data: list[str], *overrides: str) -> tuple[TrainResult, TrainResult]:
@@ -66,6 +59,7 @@ def assert_same_run(alone: TrainResult, together: TrainResult) -> None:
     assert together.record["steps"] == alone.record["steps"] == 5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
     metrics = "metrics=[f1,balanced_accuracy,per_class_accuracy,calibration_error]"
     alone, together = alone_and_together(tmp_path, "ddp", DIGITS, "attention=eigen_row", metrics)
@@ -131,7 +125,7 @@ def test_a_resumed_distributed_run_equals_an_uninterrupted_one(trainer: str, tmp
 def test_what_a_process_fails_with_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [
         *DIGITS[:1],
-        *TINY,
+        *SETTINGS,
         "trainer=ddp",
         "trainer.devices=2",
         "optimizer.lr=1e30",

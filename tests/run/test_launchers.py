@@ -11,17 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from approx_attn.config.compose import ConfigError, compose_config
+from helpers import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "debug=fast",
-    "progress_bar=false",
-    "logger=csv",
-    "trainer.accelerator=cpu",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.depth=1",
-]
 
 
 def start(script: str, *words: str) -> subprocess.Popen[str]:

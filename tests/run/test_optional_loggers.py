@@ -11,8 +11,8 @@ from approx_attn.config.compose import available_choices, load_config
 from approx_attn.errors import ConfigError
 from approx_attn.run.train import train
 from approx_attn.run.trainer import build_loggers
+from helpers import TINY
 
-TINY = ["debug=fast", "progress_bar=false", "trainer.accelerator=cpu", "model.dim=16", "model.num_heads=2"]
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by word
 
 

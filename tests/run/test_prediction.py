@@ -19,11 +19,9 @@ from approx_attn.data import SequenceDataModule
 from approx_attn.data.cifar10 import Cifar10Data
 from approx_attn.data.images import ImageClassificationData
 from approx_attn.run.train import train
+from helpers import QUIET, SMALL_MODEL
 
-SMALL = [
-    *("logger=csv", "progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2", "trainer.max_steps=40"),
-    *("model.dim=16", "model.num_heads=2", "model.feed_forward_dim=16", "model.depth=1", "optimizer.lr=0.01"),
-]
+SMALL = [*QUIET, *SMALL_MODEL, "trainer.max_epochs=2", "trainer.max_steps=40", "optimizer.lr=0.01"]
 
 
 def run_of(folder: Path, *overrides: str) -> Path:

@@ -25,28 +25,19 @@ from approx_attn.run.record import DiskFullError
 from approx_attn.run.signals import handlers_restored
 from approx_attn.run.tasks import SequenceTask
 from approx_attn.run.train import TrainResult, train
+from helpers import QUIET, SMALL_MODEL
 
-TINY = [
-    "progress_bar=false",
-    "logger=csv",
-    "attention=topk",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.feed_forward_dim=16",
-    "model.depth=1",
-    "model.dropout=0.2",
-    "data.eval_batch_size=60",
-    "trainer.accelerator=cpu",
-    "trainer.max_epochs=3",
-    "trainer.limit_train_batches=6",
-    "trainer.limit_val_batches=3",
-    "trainer.limit_test_batches=1",
-    "trainer.log_every_n_steps=2",
+SETTINGS = [
+    *QUIET,
+    *SMALL_MODEL,
+    *("attention=topk", "model.dropout=0.2", "data.eval_batch_size=60"),
+    *("trainer.max_epochs=3", "trainer.limit_train_batches=6", "trainer.limit_val_batches=3"),
+    *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=2"),
 ]
 
 
 def config(runs: Path, *overrides: str) -> dict[str, Any]:
-    return {**plain(compose_config([f"paths.runs={runs}", *TINY, *overrides])), "resume": True}
+    return {**plain(compose_config([f"paths.runs={runs}", *SETTINGS, *overrides])), "resume": True}
 
 
 class Killed(BaseException):
@@ -112,10 +103,16 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResul
     return {name: train(config(folder / str(i), *words)) for i, (name, words) in enumerate(VARIATIONS.items())}
 
 
-@pytest.mark.parametrize("variation", VARIATIONS)
+PLACES = [("training_step", call) for call in (9, 2, 6, 15)] + [("validation_step", 5)]
+
+
 @pytest.mark.parametrize(
-    ("where", "call"),
-    [("training_step", 2), ("training_step", 6), ("training_step", 9), ("training_step", 15), ("validation_step", 5)],
+    ("variation", "where", "call"),
+    [  # every place of one variation, and one place of the others; their rest is slow
+        pytest.param(name, *place, marks=() if name == "plain" or place in PLACES[:1] else pytest.mark.slow)
+        for name in VARIATIONS
+        for place in PLACES
+    ],
 )
 def test_sigterm_loses_nothing(
     variation: str,
@@ -166,15 +163,18 @@ def test_a_run_killed_within_an_epoch_goes_on_from_its_last_checkpoint(
     assert steps == [6 + call]
 
 
-def test_a_run_counted_in_steps_goes_on_from_the_end_of_an_epoch(
-    whole_runs: dict[str, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("variation", ["counted in steps", "generated"])
+def test_a_killed_run_goes_on_from_the_end_of_an_epoch(
+    variation: str, whole_runs: dict[str, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(tmp_path, *VARIATIONS["counted in steps"])
+    settings = config(tmp_path, *VARIATIONS[variation])
     with monkeypatch.context() as patch:
         interrupt(patch, "training_step", 8, Killed())
         with pytest.raises(Killed):
             train(settings)
-    assert_same_run(train(settings), whole_runs["counted in steps"])
+    resumed = train(settings)
+    assert resumed.resumed
+    assert_same_run(resumed, whole_runs[variation])
 
 
 def test_early_stopping_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,8 +464,14 @@ LEVEL = ["scheduler=constant", "scheduler.warmup=2"]  # a schedule that does not
     ("short", "longer"),
     [
         (["trainer.max_epochs=2"], ["trainer.max_epochs=4"]),
-        (["trainer.max_epochs=9", "trainer.max_steps=12"], ["trainer.max_epochs=9", "trainer.max_steps=15"]),
-        (["trainer.max_epochs=9", "trainer.max_steps=9"], ["trainer.max_epochs=9", "trainer.max_steps=15"]),
+        *(
+            pytest.param(
+                ["trainer.max_epochs=9", f"trainer.max_steps={steps}"],
+                ["trainer.max_epochs=9", "trainer.max_steps=15"],
+                marks=pytest.mark.slow,
+            )
+            for steps in (12, 9)
+        ),
     ],
 )
 def test_a_finished_run_is_trained_on_in_a_folder_of_its_own(

@@ -16,15 +16,15 @@ from approx_attn.errors import ConfigError
 from approx_attn.run.schedules import WarmupSchedule
 from approx_attn.run.tasks import ClassificationTask, SequenceTask, TokenPredictionTask
 from approx_attn.run.tasks.base import parameter_groups
+from helpers import SMALL_MODEL
 
 CLASSIFICATION = DataSpec("classification", vocab_size=20, num_classes=4, max_length=10, causal=False)
 RECALL = DataSpec("token_prediction", vocab_size=20, num_classes=20, max_length=10, causal=True)
-SMALL = ["model.dim=16", "model.num_heads=2", "model.feed_forward_dim=16", "model.depth=1"]
 
 
 def make_task(spec: DataSpec, *overrides: str) -> SequenceTask:
     data = "digits" if spec.kind == "classification" else "mqar"
-    config = load_config([f"data={data}", *SMALL, *overrides])
+    config = load_config([f"data={data}", *SMALL_MODEL, *overrides])
     task: SequenceTask = build(config["task"], "task", SequenceTask, config=config, spec=vars(spec))
     return task.eval()
 

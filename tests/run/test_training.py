@@ -24,41 +24,15 @@ from approx_attn.run.callbacks.finite_loss import DivergedError
 from approx_attn.run.evaluate import evaluate, load_task
 from approx_attn.run.tasks import ClassificationTask, SequenceTask
 from approx_attn.run.train import train
+from helpers import QUIET, SMALL_MODEL
 
-TINY = [
-    "progress_bar=false",
-    "logger=csv",
-    "model.dim=16",
-    "model.num_heads=2",
-    "model.feed_forward_dim=16",
-    "model.depth=1",
-    "trainer.accelerator=cpu",
-    "trainer.limit_train_batches=4",
-    "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
-]
+LIMITS = [f"trainer.limit_{part}_batches={count}" for part, count in (("train", 4), ("val", 1), ("test", 1))]
 
 
 def config(runs: Path, *overrides: str) -> dict[str, Any]:
-    return plain(compose_config([f"paths.runs={runs}", *TINY, "trainer.max_epochs=2", *overrides]))
-
-
-class Killed(BaseException):
-    """What ends a run here as suddenly as a signal would."""
-
-
-def train_until_killed(settings: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = SequenceTask.training_step
-
-    def step_or_die(self: SequenceTask, batch: Any, batch_index: int) -> Any:
-        if self.trainer.global_step == step:
-            raise Killed
-        return original(self, batch, batch_index)
-
-    monkeypatch.setattr(SequenceTask, "training_step", step_or_die)
-    with pytest.raises(Killed):
-        train(settings)
-    monkeypatch.setattr(SequenceTask, "training_step", original)
+    return plain(
+        compose_config([f"paths.runs={runs}", *QUIET, *SMALL_MODEL, *LIMITS, "trainer.max_epochs=2", *overrides])
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +115,6 @@ def test_an_equal_run_that_ended_while_this_one_waited_is_not_trained_over(
     result = train({**run.record["config"], "paths": {"runs": str(tmp_path), "run_dir": None}})
     assert result.task is None
     assert result.metrics == run.metrics
-
-
-@pytest.mark.parametrize("data", ["digits", "mqar"])
-def test_resumed_run_equals_an_uninterrupted_one(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ["data.train_size=300", "data.val_size=250", "data.test_size=250"] if data == "mqar" else []
-    options = [f"data={data}", "model.dropout=0.2", "trainer.max_epochs=3", *small]
-    whole = train(config(tmp_path / "whole", *options))
-    settings = {**config(tmp_path / "killed", *options), "resume": True}
-    train_until_killed(settings, step=6, monkeypatch=monkeypatch)
-    resumed = train(settings)
-    assert resumed.resumed
-    assert resumed.metrics == whole.metrics
-    for name, weight in whole.task.state_dict().items():  # type: ignore[union-attr]
-        assert torch.equal(resumed.task.state_dict()[name], weight), name  # type: ignore[union-attr]
 
 
 def test_auxiliary_loss_is_added_and_logged(tmp_path: Path) -> None:

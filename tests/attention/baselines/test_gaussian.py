@@ -7,15 +7,11 @@ import pytest
 import torch
 
 from approx_attn.attention import AttentionMask, build_attention
+from helpers import draw
 
 
 def build(**options):
     return build_attention("gaussian", **{"num_heads": 2, "head_dim": 4, **options}).double()
-
-
-def draw(n, batch=2):
-    generator = torch.Generator().manual_seed(n)
-    return [torch.randn(batch, 2, n, 4, generator=generator, dtype=torch.float64) for _ in range(3)]
 
 
 def test_narrow_is_the_token_itself_and_wide_is_the_mean():
@@ -72,26 +68,3 @@ def test_coordinates_travel_with_the_checkpoint_and_bound_the_length():
 def test_fixed_width_is_no_parameter():
     assert list(build(train_sigma=False).parameters()) == []
     assert [name for name, _ in build().named_parameters()] == ["log_sigma"]
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"sigma": 0.0}, "sigma"),
-        ({"sigma": [1.0]}, "sigma"),
-        ({"sigma": [1.0, -1.0]}, "sigma"),
-        ({"sigma": [1.0, "wide"]}, "sigma"),
-        ({"sigma": float("nan")}, "sigma"),
-        ({"sigma": "wide"}, "sigma"),
-        ({"sigma": True}, "sigma"),
-        ({"grid_width": 0}, "grid_width"),
-        ({"coordinates": []}, "coordinates"),
-        ({"coordinates": [[0.0], [1.0, 2.0]]}, "coordinates"),
-        ({"coordinates": [0.0, 1.0]}, "coordinates"),
-        ({"coordinates": [[float("inf")]]}, "coordinates"),
-        ({"coordinates": [[0.0]], "grid_width": 2}, "exclude"),
-    ],
-)
-def test_impossible_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        build(**options)

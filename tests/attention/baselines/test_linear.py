@@ -10,6 +10,7 @@ from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.base import Request
 from approx_attn.attention.baselines import linear as linear_module
 from approx_attn.attention.baselines.linear import feature_attention, feature_weights, log_elu_plus_one
+from helpers import assert_cost_is_performed, held_sizes, multiply_adds
 
 
 def features(n_q, n_k, count=5, dim=3, dtype=torch.float64):
@@ -56,8 +57,9 @@ def test_features_of_any_size_neither_overflow_nor_vanish(monkeypatch, causal, s
     expected, _ = feature_attention(log_query, log_key, value, Request(mask, 1.0))
     shift = size * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.2])
     shifted = (log_query - shift - 700.0).float(), (log_key + shift + 700.0).float(), value.float()
-    output, _ = feature_attention(*shifted, Request(mask, 1.0))
-    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        feature_attention(*shifted, Request(mask, 1.0))[0].double(), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_first_key_has_all_the_weight_even_where_its_products_vanish():
@@ -95,9 +97,7 @@ def test_holds_nothing_of_size_n_by_n_or_n_by_m_by_d(causal):
     n, dim = 1024, 8
     mechanism = build_attention("linear", num_heads=1, head_dim=dim, causal=causal)
     query, key, value = (torch.randn(1, 1, n, dim, requires_grad=True) for _ in range(3))
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        mechanism(query, key, value, AttentionMask(causal=causal))
+    sizes = held_sizes(mechanism, query, key, value, AttentionMask(causal=causal))
     assert max(sizes) <= n * max(dim + 1, linear_module.CHUNK_SIZE // 8)
 
 
@@ -126,14 +126,8 @@ def test_dropout_keeps_the_mean():
 
 
 def test_cost_counts_the_products():
-    from torch.utils.flop_counter import FlopCounterMode
-
     mechanism = build_attention("linear", num_heads=2, head_dim=8)
     query, key, value = (torch.randn(1, 2, n, 8) for n in (300, 200, 200))
-    with FlopCounterMode(display=False) as counter:
-        mechanism(query, key, value)
-    assert counter.get_total_flops() == 2 * mechanism.cost(300, 200).multiply_adds
-    with FlopCounterMode(display=False) as counter:
-        mechanism(query, query, query, AttentionMask(causal=True))
-    counted = mechanism.cost(300, causal=True).multiply_adds
-    assert counter.get_total_flops() == pytest.approx(2 * counted, rel=0.15)  # the last chunk is shorter
+    assert_cost_is_performed(mechanism, (query, key, value))
+    counted = multiply_adds(mechanism, query, query, query, AttentionMask(causal=True))
+    assert counted == pytest.approx(mechanism.cost(300, causal=True).multiply_adds, rel=0.15)  # a shorter last chunk

@@ -5,10 +5,10 @@ import torch
 from sklearn.decomposition import PCA
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.baselines.low_rank_topk import key_scatter, principal_directions
+from helpers import assert_cost_is_performed
 
 
 def build(**options):
@@ -104,11 +104,8 @@ def test_calibration_gives_the_directions_of_the_keys_that_were_seen():
 @pytest.mark.parametrize("basis", ["running", "input"])
 def test_cost_counts_the_products(basis):
     mechanism = build(rank=2, basis=basis, chunk_size=5).eval()
-    tensors = [x[:1] for x in draw(14, 17)]
-    with FlopCounterMode(display=False) as counter:
-        mechanism(*tensors)
     eigenvectors = 2 * 9 * 6**3 if basis == "input" else 0  # of two heads; the counter does not know them
-    assert 2 * (mechanism.cost(14, 17).multiply_adds - eigenvectors) == counter.get_total_flops()
+    assert_cost_is_performed(mechanism, draw(14, 17), uncounted=eigenvectors)
 
 
 def test_directions_are_found_again_only_when_the_covariance_has_changed():
@@ -150,12 +147,6 @@ def test_activation_checkpointing_changes_nothing(use_reentrant):
     again, same = train(lambda *inputs: checkpoint(attend, *inputs, use_reentrant=use_reentrant))
     assert torch.equal(again, covariance)
     assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
-
-
-def test_gradients_by_finite_differences():
-    mechanism = build_attention("low_rank_topk", num_heads=2, head_dim=2, rank=1, keep=2, chunk_size=3).double().eval()
-    tensors = [x[:1].requires_grad_() for x in draw(5, 5, dim=2)]
-    assert torch.autograd.gradcheck(lambda q, k, v: mechanism(q, k, v)[0], tensors)
 
 
 @pytest.mark.parametrize(("option", "value"), [("rank", 0), ("keep", 1.5), ("basis", "pca"), ("chunk_size", 0)])

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
+from helpers import assert_cost_is_performed, draw
 
 
 def build(**options):
     return build_attention("mra", **{"num_heads": 2, "head_dim": 4, "block_size": 4, **options})
-
-
-def draw(n_q, n_k, dim=4):
-    generator = torch.Generator().manual_seed(n_q + 100 * n_k)
-    return [torch.randn(2, 2, n, dim, generator=generator, dtype=torch.float64) for n in (n_q, n_k, n_k)]
 
 
 def test_is_exact_where_keys_and_queries_are_constant_in_blocks():
@@ -37,11 +32,7 @@ def test_keeping_the_rest_is_nearer_to_exact_than_dropping_it():
 @pytest.mark.parametrize(("n_q", "n_k"), [(16, 16), (13, 22)])
 @pytest.mark.parametrize("keep", [0.25, 6, 1.0])
 def test_cost_counts_the_products(n_q, n_k, keep):
-    mechanism = build(keep=keep)
-    tensors = [x[:1] for x in draw(n_q, n_k)]
-    with FlopCounterMode(display=False) as counter:
-        mechanism(*tensors)
-    assert 2 * mechanism.cost(n_q, n_k).multiply_adds == counter.get_total_flops()
+    assert_cost_is_performed(build(keep=keep), draw(n_q, n_k))
 
 
 def test_a_number_of_keys_is_rounded_up_to_blocks():
@@ -80,15 +71,3 @@ def test_large_scores_neither_overflow_nor_vanish():
     output, _ = build()(300 * query, 300 * key, value)
     assert output.isfinite().all()
     assert (output.abs().sum(-1) > 0).all()
-
-
-def test_gradients_by_finite_differences():
-    mechanism = build_attention("mra", num_heads=2, head_dim=2, block_size=2)
-    tensors = [x[:1].requires_grad_() for x in draw(5, 5, dim=2)]
-    assert torch.autograd.gradcheck(lambda q, k, v: mechanism(q, k, v)[0], tensors)
-
-
-@pytest.mark.parametrize(("option", "value"), [("keep", 0), ("block_size", 0), ("rest", "mean")])
-def test_impossible_options(option, value):
-    with pytest.raises(ValueError, match=rf"attention\.{option} must be"):
-        build(**{option: value})

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.baselines.performer import log_positive_features, random_directions
+from helpers import assert_cost_is_performed
 
 
 def draw(n=32, dim=8, size=0.4, dtype=torch.float32, seed=0):
@@ -150,13 +151,8 @@ def test_default_number_of_features():
 
 
 def test_cost_counts_the_products():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    mechanism = build(num_features=12)
     query, key, value = draw(n=40)
-    with FlopCounterMode(display=False) as counter:
-        mechanism(query[:1], key[:1, :, :30], value[:1, :, :30])
-    assert counter.get_total_flops() == 2 * mechanism.cost(40, 30).multiply_adds
+    assert_cost_is_performed(build(num_features=12), (query, key[:, :, :30], value[:, :, :30]))
 
 
 def test_equals_performer_pytorch():
@@ -172,17 +168,3 @@ def test_equals_performer_pytorch():
         mechanism(query, key, value, AttentionMask(causal=True))[0],
         theirs.causal_linear_attention_noncuda(phi_query, phi_key, value, chunk_size=8, eps=0.0),
     )
-
-
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"num_features": 0}, "attention.num_features"),
-        ({"num_features": 2.5}, "attention.num_features"),
-        ({"seed": -1}, "attention.seed"),
-        ({"redraw_interval": 0}, "attention.redraw_interval"),
-    ],
-)
-def test_impossible_options_are_refused(options, word):
-    with pytest.raises(ValueError, match=word):
-        build(**options)

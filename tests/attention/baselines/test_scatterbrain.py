@@ -1,25 +1,17 @@
 """Scatterbrain: near keys exact, far ones by features, at lengths where there are far blocks of keys."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
+from helpers import assert_cost_is_performed, draw, held_sizes, naive_reference
 
-naive = runpy.run_path(str(Path(__file__).parents[1] / "naive" / "scatterbrain.py"))["naive"]
+naive = naive_reference("scatterbrain").naive
 
 
 def build(**options):
     return build_attention("scatterbrain", **{"num_heads": 2, "head_dim": 4, "num_features": 6, **options})
-
-
-def draw(n_q, n_k, dim=4):
-    generator = torch.Generator().manual_seed(n_q + 100 * n_k)
-    return [torch.randn(2, 2, n, dim, generator=generator, dtype=torch.float64) for n in (n_q, n_k, n_k)]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -56,10 +48,9 @@ def test_error_falls_with_features(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_nothing_of_size_n_times_n_is_held(causal):
-    n, sizes = 512, []
+    n = 512
     query, key, value = (x.requires_grad_() for x in draw(n, n))
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-        build(window=8)(query, key, value, AttentionMask(causal=causal))
+    sizes = held_sizes(build(window=8), query, key, value, AttentionMask(causal=causal))
     assert max(sizes) < 2 * 2 * n * n / 4
 
 
@@ -86,11 +77,7 @@ def test_later_keys_do_not_touch_earlier_outputs_even_when_huge(causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("n", [40, 110])
 def test_cost_counts_the_products(causal, n):
-    mechanism = build(window=5)
-    tensors = [x[:1] for x in draw(n, n)]
-    with FlopCounterMode(display=False) as counter:
-        mechanism(*tensors, AttentionMask(causal=causal))
-    assert 2 * mechanism.cost(n, causal=causal).multiply_adds == counter.get_total_flops()
+    assert_cost_is_performed(build(window=5), draw(n, n), AttentionMask(causal=causal))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -118,9 +105,3 @@ def test_each_layer_draws_its_own_directions():
     assert torch.equal(build().projection, build().projection)
     assert not torch.equal(build().projection, build(layer_index=1).projection)
     assert not torch.equal(build().projection, build(seed=1).projection)
-
-
-@pytest.mark.parametrize(("option", "value"), [("keep", 0), ("window", -1), ("num_features", 0), ("seed", -1)])
-def test_impossible_options(option, value):
-    with pytest.raises(ValueError, match=rf"attention\.{option} must be"):
-        build(**{option: value})

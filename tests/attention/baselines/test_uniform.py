@@ -7,11 +7,7 @@ import pytest
 import torch
 
 from approx_attn.attention import AttentionMask, build_attention
-
-
-def draw(n_q, n_k=None):
-    generator = torch.Generator().manual_seed(n_q)
-    return [torch.randn(2, 2, n, 4, generator=generator, dtype=torch.float64) for n in (n_q, n_k or n_q, n_k or n_q)]
+from helpers import draw, held_sizes
 
 
 @pytest.mark.parametrize(("n_q", "n_k", "offset"), [(7, 7, 0), (4, 9, 5), (9, 4, 0), (6, 6, -2), (3, 4, 9)])
@@ -49,9 +45,7 @@ def test_an_additive_mask_acts_as_on_zero_scores():
 def test_holds_nothing_of_size_n_by_n(causal):
     mechanism = build_attention("uniform", num_heads=1, head_dim=4, causal=causal)
     query, key, value = (torch.randn(1, 1, 512, 4, requires_grad=True) for _ in range(3))
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        mechanism(query, key, value, AttentionMask(causal=causal))
+    sizes = held_sizes(mechanism, query, key, value, AttentionMask(causal=causal))
     assert max(sizes) <= 513 * 5
 
 

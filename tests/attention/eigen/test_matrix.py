@@ -1,23 +1,17 @@
-"""eigen_matrix against least squares over the observed pairs, in float64."""
+"""eigen_matrix: what the contract does not ask of every mechanism, in float64."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.eigen.matrix import EigenMatrixAttention
+from helpers import draw, multiply_adds
 
 B, H, D = 2, 2, 4
-
-spec = importlib.util.spec_from_file_location("naive_matrix", Path(__file__).parents[1] / "naive" / "eigen_matrix.py")
-naive = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(naive)
 
 
 def build(max_length: int = 8, dtype: torch.dtype = torch.float64, **options) -> EigenMatrixAttention:
@@ -31,48 +25,11 @@ def build(max_length: int = 8, dtype: torch.dtype = torch.float64, **options) ->
     return mechanism.to(dtype)
 
 
-def qkv(n_q: int, n_k: int | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    n_k = n_q if n_k is None else n_k
-    return tuple(torch.randn(B, H, n, D, generator=generator, dtype=torch.float64).to(dtype) for n in (n_q, n_k, n_k))
-
-
 def padding(n: int) -> Tensor:
     keep = torch.ones(B, n, dtype=torch.bool)
     keep[0, n - 2 :] = False
     keep[1, 0] = False
     return keep
-
-
-@pytest.mark.parametrize("selection", ["rows_and_columns", "random", "greedy"])
-@pytest.mark.parametrize("share", ["head", "layer"])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("padded", [False, True])
-def test_equals_the_reference(selection: str, share: str, causal: bool, padded: bool) -> None:
-    mechanism = build(selection=selection, share=share, keep=0.4, rank=3, factor_rank=2)
-    query, key, value = qkv(8)
-    keep = padding(8) if padded else None
-    mask = AttentionMask(key_keep=keep, query_keep=keep, causal=causal)
-    if padded:
-        # Padded queries are cleared like keys; nobody reads what comes out for them.
-        query, key, value = (x.masked_fill(~keep[:, None, :, None], 0.0) for x in (query, key, value))
-    expected = naive.naive(mechanism, query, key, value, mask, 1 / math.sqrt(D))
-    output, weights = mechanism(query, key, value, mask, need_weights=True)
-    torch.testing.assert_close(output, expected, rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close(weights @ value, expected, rtol=1e-8, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("n_q", "n_k", "offset"), [(3, 8, 0), (3, 8, 5), (8, 3, 0), (11, 11, 0), (2, 12, 10), (1, 1, 0)]
-)
-@pytest.mark.parametrize("selection", ["rows_and_columns", "random"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_lengths_other_than_learned(n_q: int, n_k: int, offset: int, selection: str, causal: bool) -> None:
-    mechanism = build(selection=selection, keep=0.4, rank=3)
-    query, key, value = qkv(n_q, n_k)
-    mask = AttentionMask(causal=causal, query_offset=offset)
-    expected = naive.naive(mechanism, query, key, value, mask, 1 / math.sqrt(D))
-    torch.testing.assert_close(mechanism(query, key, value, mask)[0], expected, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 15])
@@ -87,7 +44,7 @@ def test_interpolation_stretches_basis_and_pairs(n: int, selection: str) -> None
         assert mechanism.observed(n, n)[-1, -1] == mechanism.observed(8, 8)[-1, -1]
     if n == 15:
         torch.testing.assert_close(table[:, ::2, ::2], learned)
-    assert bool(mechanism(*qkv(n))[0].isfinite().all())
+    assert bool(mechanism(*draw(n))[0].isfinite().all())
 
 
 @pytest.mark.parametrize("selection", ["rows_and_columns", "random", "greedy"])
@@ -98,7 +55,7 @@ def test_all_pairs_observed_is_exact(selection: str, causal: bool) -> None:
         mechanism = build(selection=selection, keep=keep)
         for n in (8, 5, 11):
             mask = AttentionMask(causal=causal, key_keep=padding(n))
-            torch.testing.assert_close(mechanism(*qkv(n), mask)[0], exact(*qkv(n), mask)[0])
+            torch.testing.assert_close(mechanism(*draw(n), mask)[0], exact(*draw(n), mask)[0])
 
 
 def test_planted_matrix_is_recovered() -> None:
@@ -122,38 +79,12 @@ def test_planted_matrix_is_recovered() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rank", [0, 2])
-def test_gradients(causal: bool, rank: int) -> None:
-    mechanism = build(max_length=5, rank=rank, factor_rank=2, keep=0.5)
-    named = {name: p.detach().clone().requires_grad_() for name, p in mechanism.named_parameters() if p.numel()}
-    mask = AttentionMask(causal=causal, key_keep=padding(5))
-    inputs = [x.requires_grad_() for x in qkv(5)]
-
-    def run(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(mechanism, dict(zip(named, values, strict=True)), (query, key, value, mask))[
-            0
-        ]
-
-    assert torch.autograd.gradcheck(run, (*inputs, *named.values()), fast_mode=True)
-
-
-@pytest.mark.parametrize("causal", [False, True])
 def test_every_parameter_learns_from_its_start(causal: bool) -> None:
     mechanism = build_attention("eigen_matrix", num_heads=H, head_dim=D, max_length=16).double()
-    mechanism(*qkv(16), AttentionMask(causal=causal))[0].square().sum().backward()
+    mechanism(*draw(16), AttentionMask(causal=causal))[0].square().sum().backward()
     for name, parameter in mechanism.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("selection", ["rows_and_columns", "random"])
-def test_no_gradient_from_the_future(selection: str) -> None:
-    mechanism = build(selection=selection, causal=True)
-    query, key, value = (x.requires_grad_() for x in qkv(8))
-    output, _ = mechanism(query, key, value, AttentionMask(causal=True))
-    for i in range(8):
-        gradients = torch.autograd.grad(output[:, :, i].sum(), (query, key, value), retain_graph=True)
-        assert all(bool((g[:, :, i + 1 :] == 0).all()) for g in gradients)
 
 
 @pytest.mark.parametrize("selection", ["rows_and_columns", "random", "greedy"])
@@ -166,23 +97,11 @@ def test_share_of_pairs(selection: str) -> None:
         assert float(mechanism.observed(n, n).float().mean()) == pytest.approx(share, abs=0.03)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_kept_gives_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
-    mechanism = build(dtype=torch.float32)
-    tensors = [x.requires_grad_() for x in qkv(8, dtype=dtype)]
-    key_keep = torch.ones(B, 8, dtype=torch.bool)
-    key_keep[0] = False
-    output, _ = mechanism(*tensors, AttentionMask(key_keep=key_keep))
-    assert bool((output[0] == 0).all())
-    output.float().square().sum().backward()
-    assert all(bool(x.grad.isfinite().all()) for x in (*tensors, *mechanism.parameters()))
-
-
 def test_low_precision_stays_near_the_reference() -> None:
-    expected, _ = build(max_length=32)(*qkv(32))
+    expected, _ = build(max_length=32)(*draw(32))
     single = build(max_length=32, dtype=torch.float32)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        output, _ = single(*qkv(32, dtype=dtype))
+        output, _ = single(*draw(32, dtype=dtype))
         assert (output.double() - expected).norm() / expected.norm() < tolerance
 
 
@@ -191,13 +110,12 @@ def test_low_precision_stays_near_the_reference() -> None:
 def test_cost_counts_what_is_multiplied(options: dict, causal: bool) -> None:
     n = 32
     mechanism = build_attention("eigen_matrix", num_heads=H, head_dim=D, max_length=n, causal=causal, **options)
-    with FlopCounterMode(display=False) as counter:
-        mechanism(*qkv(n, dtype=torch.float32), AttentionMask(causal=causal))
+    counted = multiply_adds(mechanism, *draw(n, dtype=torch.float32), AttentionMask(causal=causal))
     cost = mechanism.cost(n)
     # The counter sees a batch of B; what does not depend on the input is done once for it.
     once = mechanism.left.shape[0] * n * n * ((mechanism.rank + 1) * 4 + mechanism.rank + mechanism.rank**2)
     solves = mechanism.left.shape[0] * mechanism.rank**3 * (n if causal else 1)
-    assert counter.get_total_flops() / 2 == pytest.approx(B * (cost.multiply_adds - once - solves) + once, rel=0.01)
+    assert counted == pytest.approx(B * (cost.multiply_adds - once - solves) + once, rel=0.01)
     pairs = mechanism.observed(n, n)
     assert cost.exact_pairs == H * int((pairs.tril() if causal else pairs).sum())
 
@@ -206,7 +124,7 @@ def test_greedy_pairs_travel_with_the_state() -> None:
     source = build(selection="greedy")
     target = build_attention("eigen_matrix", num_heads=H, head_dim=D, max_length=8, selection="greedy").double()
     target.load_state_dict(source.state_dict())
-    torch.testing.assert_close(target(*qkv(8))[0], source(*qkv(8))[0])
+    torch.testing.assert_close(target(*draw(8))[0], source(*draw(8))[0])
 
 
 def test_sharing() -> None:
@@ -243,12 +161,4 @@ def test_bad_options_are_named(options: dict, named: str) -> None:
 @pytest.mark.parametrize("max_length", [1, 2, 5])
 def test_defaults_fit_any_length(max_length: int) -> None:
     mechanism = build_attention("eigen_matrix", num_heads=H, head_dim=D, max_length=max_length).double()
-    assert bool(mechanism(*qkv(max_length))[0].isfinite().all())
-
-
-@pytest.mark.parametrize("selection", ["rows_and_columns", "random"])
-def test_compiles(selection: str) -> None:
-    mechanism = build(selection=selection)
-    compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
-    mask = AttentionMask(causal=True)
-    torch.testing.assert_close(compiled(*qkv(8), mask)[0], mechanism(*qkv(8), mask)[0])
+    assert bool(mechanism(*draw(max_length))[0].isfinite().all())

@@ -13,6 +13,7 @@ CASES = {
     "six": {"num_keys": 6},
     "random, shared": {"num_keys": 0.3, "selection": "random", "share": "layer", "seed": 2},
     "all": {},
+    "interpolated": {"num_keys": 5, "lengths": "interpolate"},
 }
 
 

@@ -12,7 +12,7 @@ from approx_attn.attention import AttentionMask, AttentionMechanism
 CASES = {
     "default": {},
     "random": {"selection": "random", "share": "head", "rank": 3, "seed": 3},
-    "greedy": {"selection": "greedy", "keep": 0.1, "rank": 4},
+    "greedy": {"selection": "greedy", "keep": 0.1, "rank": 4, "factor_rank": 2},
 }
 POOLS_QUERIES = True  # a matrix is estimated from all queries that are given
 

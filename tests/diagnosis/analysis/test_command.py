@@ -14,6 +14,7 @@ import torch
 
 from approx_attn import cli
 from approx_attn.diagnosis.analysis.command import main
+from helpers import save_tiny_bert
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", ".", ",", "on", "mat", "and", "or", "big", "red", "(", ")"]
@@ -46,36 +47,11 @@ SHOWN_TABLES = {
 KEPT_TABLES = {"row_spectrum", "row_eigenvalues", "matrix_spectrum", "overlap_heads", "norms_by_head"}
 
 
-def tiny_bert(folder: Path, seed: int, layers: int) -> Path:
-    """A folder with a random BERT and its tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=32,
-        initializer_range=0.3,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_bert(folder / "one", 0, 2)
-    tiny_bert(folder / "two", 1, 3)
+    save_tiny_bert(folder / "one", WORDS, initializer_range=0.3)
+    save_tiny_bert(folder / "two", WORDS, seed=1, num_hidden_layers=3, initializer_range=0.3)
     generator = torch.Generator().manual_seed(0)
     words = [WORDS[i] for i in torch.randint(len(WORDS), (600,), generator=generator)]
     (folder / "text.txt").write_text(" ".join(words))
@@ -165,7 +141,8 @@ def test_causal_and_cross_attention(folder: Path, tmp_path: Path, family: str) -
         (tmp_path / path.name).write_bytes(path.read_bytes())
     model.save_pretrained(tmp_path)
     out = tmp_path / "out"
-    assert main(arguments(folder, model=tmp_path, output=out, attention="null", keep="[0.5]")) == 0
+    words = {"attention": "null", "keep": "[0.5]", "parts": "[norms,reconstruction]", "random_tokens": "false"}
+    assert main(arguments(folder, model=tmp_path, output=out, **words)) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "Left out, as they cannot do" in page
     tables = json.loads((out / "numbers.json").read_text())["tables"]

@@ -21,15 +21,7 @@ from approx_attn.diagnosis.analysis.explanation import (
 )
 from approx_attn.run.evaluate import load_task
 from approx_attn.run.train import train
-
-TINY = [
-    "debug=fast",
-    "progress_bar=false",
-    "logger=csv",
-    "trainer.accelerator=cpu",
-    "model.dim=16",
-    "model.num_heads=2",
-]
+from helpers import TINY
 
 
 def test_divergence_is_that_of_jensen_and_shannon() -> None:

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention
+from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.convert import convert
 from approx_attn.conversion.installing import find_layers
-from approx_attn.conversion.layers import SLOT, AttentionLayer
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 from approx_attn.errors import require_one_of
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
@@ -357,10 +358,11 @@ def check_tokens(network: Any, vocab_size: int, max_length: int) -> None:
 
 
 def _mechanism_of(layer: AttentionLayer, shape: AttentionShape) -> AttentionMechanism:
-    mechanism = getattr(getattr(layer.module, SLOT, None), "mechanism", None)
-    mechanism = getattr(layer.module, "attention", None) if layer.host == "multihead" else mechanism
-    if isinstance(mechanism, AttentionMechanism):
-        return mechanism
+    if isinstance(layer.module, MultiheadAttention):
+        return layer.module.attention
+    slot: AttentionSlot | None = getattr(layer.module, SLOT, None)
+    if slot is not None and slot.mechanism is not None:
+        return slot.mechanism
     return build_attention("exact", dataclasses.replace(shape, causal=layer.causal))
 
 

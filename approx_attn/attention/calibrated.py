@@ -10,6 +10,9 @@ from torch import Tensor
 from approx_attn.attention.base import AttentionMechanism
 from approx_attn.attention.mask import AttentionMask
 
+SHARES = ("head", "layer", "model")
+"""What may use one basis."""
+
 
 class CalibratedMechanism(AttentionMechanism):
     """A mechanism that calibration can fit, in one of the two ways below."""
@@ -46,7 +49,7 @@ class BasisMechanism(CalibratedMechanism):
     Attributes:
         basis_kind: name of that basis in calibrations and their files.
         fit_type: dataclass of tensors that holds a fitted one.
-        share: what uses one basis: a `head`, a `layer`, or the whole `model`.
+        share: what uses one basis, one of `SHARES`.
     """
 
     basis_kind: ClassVar[str]

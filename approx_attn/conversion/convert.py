@@ -13,6 +13,7 @@ from torch import nn
 
 from approx_attn.attention import AttentionMechanism, AttentionShape, Cost, build_attention
 from approx_attn.attention.calibrated import CalibratedMechanism
+from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.conversion.calibration import calibrate
 from approx_attn.conversion.calibration.fitting import refuse_texts
 from approx_attn.conversion.capture import capture_attention_inputs
@@ -259,8 +260,9 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
 
 def _describe(layer: AttentionLayer, length: int) -> LayerDescription:
     if layer.host == "multihead":
-        mechanism = getattr(layer.module, "attention", None)
-        name, spec = "exact" if mechanism is None else mechanism.name, getattr(layer.module, "spec", None)
+        ours = isinstance(layer.module, MultiheadAttention)
+        mechanism, spec = (layer.module.attention, layer.module.spec) if ours else (None, None)
+        name = "exact" if mechanism is None else mechanism.name
     else:
         slot = layer.slot
         mechanism = None if slot is None else slot.mechanism

@@ -76,7 +76,8 @@ def _match(slot: AttentionSlot, module: nn.Module) -> None:
 def _replace_multihead(model: nn.Module, layer: AttentionLayer, slot: AttentionSlot) -> None:
     if not layer.name:
         raise ValueError("the model is an attention layer itself: use MultiheadAttention.from_torch(layer, attention).")
-    replaced = getattr(layer.module, "replaced", None) or (layer.module,)
+    ours = isinstance(layer.module, MultiheadAttention)
+    replaced = (ours and layer.module.replaced) or (layer.module,)
     attention = "exact" if slot.mechanism is None else slot.mechanism
     converted = MultiheadAttention.from_torch(layer.module, attention)
     converted.spec = slot.spec
@@ -95,7 +96,7 @@ def uninstall(model: nn.Module, names: Collection[str]) -> None:
     for layer in found:
         if layer.name not in names:
             continue
-        if layer.host == "multihead" and getattr(layer.module, "replaced", None) is not None:
+        if isinstance(layer.module, MultiheadAttention) and layer.module.replaced is not None:
             (original,) = layer.module.replaced
             _set_module(model, layer.name, original.train(layer.module.training))
         elif layer.host == "sdpa" and getattr(layer.module, SLOT, None) is not None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMechanism, AttentionShape
+from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.conversion.installing import find_layers, install
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 
@@ -123,7 +124,7 @@ def _slot_of(layer: AttentionLayer) -> AttentionSlot | None:
     if layer.host != "multihead":
         slot: AttentionSlot | None = getattr(layer.module, SLOT, None)
         return None if slot is None or slot.spec is None else slot
-    if getattr(layer.module, "replaced", None) is None:
+    if not isinstance(layer.module, MultiheadAttention) or layer.module.replaced is None:
         return None
     slot = AttentionSlot(layer.name, {"name": "exact"}, layer.shape)
     slot.spec, mechanism = layer.module.spec, layer.module.attention

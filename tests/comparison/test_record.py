@@ -37,6 +37,15 @@ def test_options_that_are_younger_than_records_leave_the_hash_alone_where_they_d
     assert config_hash({**CONFIG, "data": {"test_share": 0.2}}) != config_hash({**CONFIG, "data": {}})
 
 
+def test_options_that_mechanisms_no_longer_have_play_no_part_in_the_hash():
+    target = "approx_attn.attention.eigen.row.EigenRowAttention"
+    now = {**CONFIG, "attention": {"_target_": target, "keep": 0.5}}
+    recorded = {**CONFIG, "attention": {"_target_": target, "keep": 0.5, "alignment": "absolute"}}
+    assert config_hash(recorded) == config_hash(now)
+    recorded["attention"]["alignment"] = "relative"
+    assert config_hash(recorded) != config_hash(now)
+
+
 def test_folders_differ_by_seed_and_configuration(tmp_path):
     def folder(config):
         return run_folder(tmp_path, config, data="digits", attention="exact")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
-from approx_attn.attention.eigen.basis_file import load_basis_into
-from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
@@ -93,18 +92,7 @@ class EigenClusterAttention(HasContentBasis):
         if isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
         self.order = order
-        self.basis = ContentBasis(
-            shape.num_heads,
-            self.num_key_value_heads,
-            shape.head_dim,
-            rank,
-            share=share,
-            init=basis_init,
-            train_basis=train_basis and order > 0,
-            seed=seed,
-        )
-        if basis is not None:
-            load_basis_into(self, basis)
+        self._start_basis(rank, share, basis_init, basis, train_basis and order > 0, seed)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.base import AttentionMechanism, clamped_rank
-from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.attention.calibrated import SHARES, BasisMechanism
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.errors import require_count, require_one_of
 
-SHARES = ("head", "layer", "model")
 INITS = ("random", "calibrated")
 
 
@@ -248,6 +248,16 @@ class HasContentBasis(BasisMechanism):
     @property
     def share(self) -> str:  # type: ignore[override]
         return self.basis.share
+
+    def _start_basis(
+        self, rank: int, share: str, init: str, path: str | None, train_basis: bool, seed: int | None
+    ) -> None:
+        """Make the basis from the options of the mechanism, starting from the file at `path` if there is one."""
+        heads, key_heads = self.num_heads, self.num_key_value_heads
+        options = {"share": share, "init": init, "train_basis": train_basis, "seed": seed}
+        self.basis = ContentBasis(heads, key_heads, self.head_dim, rank, **options)  # type: ignore[arg-type]
+        if path is not None:
+            load_basis_into(self, path)
 
     def tie_to(self, first: AttentionMechanism) -> None:
         """With `share=model`, use the maps of the first layer's basis from now on."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.attention.calibrated import SHARES
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import select_positions
 from approx_attn.attention.eigen.position_basis import LENGTHS, full_precision
@@ -19,7 +20,6 @@ from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("strided", "random")
-SHARES = ("head", "layer", "model")
 UNIFORM_PART = 0.05  # of each starting row of R, spread over all keys, so that every entry can grow
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.attention.calibrated import SHARES
 from approx_attn.attention.eigen.pair_selection import greedy_order
 from approx_attn.attention.eigen.position_basis import (
     INITIAL_NOISE,
@@ -18,6 +19,7 @@ from approx_attn.attention.eigen.position_basis import (
     centred_products,
     dct_basis,
     full_precision,
+    observable_rank,
     posterior_covariance,
 )
 from approx_attn.attention.mask import at_least_float32, masked_softmax
@@ -26,8 +28,6 @@ from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("rows_and_columns", "random", "greedy")
-SHARES = ("head", "layer", "model")
-DEFAULT_RANK = 8
 GREEDY_ROUNDS = 64  # greedy pairs are taken in at most this many rounds
 
 
@@ -86,7 +86,8 @@ class EigenMatrixAttention(AttentionMechanism):
         self.length = length = self._laid_out_length()
         self.keep = require_budget("attention.keep", keep)
         self.pair_fraction = resolve_count(keep, length) / length if isinstance(keep, int) else keep
-        self.rank = self._checked_rank(rank)
+        observed = resolve_count(float(self.pair_fraction), length**2)
+        self.rank = observable_rank(rank, observed, "pairs", self.keep, length)
         self.factor_rank = min(require_count("attention.factor_rank", factor_rank), length)
         self.selection = require_one_of("attention.selection", selection, SELECTIONS)
         self.share = require_one_of("attention.share", share, SHARES)
@@ -104,18 +105,6 @@ class EigenMatrixAttention(AttentionMechanism):
         self.pattern: Tensor | None
         self.register_buffer("pattern", None if selection == "rows_and_columns" else self._random_pattern())
         self.select_greedily()
-
-    def _checked_rank(self, rank: int | None) -> int:
-        observed = resolve_count(float(self.pair_fraction), self.length**2)
-        if rank is None:
-            return min(DEFAULT_RANK, observed)
-        require_count("attention.rank", rank, 0)
-        if rank > observed:
-            raise ValueError(
-                f"attention.rank={rank} is more than the {observed} pairs that attention.keep={self.keep} observes at "
-                f"max_length={self.length}; lower attention.rank or raise attention.keep."
-            )
-        return rank
 
     # -- which pairs -------------------------------------------------------------------------------
 

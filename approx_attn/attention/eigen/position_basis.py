@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from approx_attn.attention.mask import at_least_float32
-from approx_attn.errors import require_one_of
+from approx_attn.errors import require_count, require_one_of
 
 BASIS_INITS = ("dct", "random", "calibrated")
 LENGTHS = ("truncate", "interpolate")
+DEFAULT_RANK = 8
 
 # Start of the noise variance σ²; the leading component starts at variance 1, component k at 1/k. With a
 # quarter of 64 positions observed the prior then halves the eighth component and hardly touches the first.
@@ -144,6 +145,26 @@ class PositionBasis(nn.Module):
     def extra_repr(self) -> str:
         groups, positions, rank = self.basis.shape
         return f"groups={groups}, positions={positions}, rank={rank}"
+
+
+def observable_rank(rank: int | None, observed: int, things: str, keep: float | int, length: int) -> int:
+    """The rank that observed scores can determine: `DEFAULT_RANK` if None, at most as many as are observed.
+
+    Args:
+        rank: the option, or None.
+        observed: number of `things`, keys or pairs, that the budget `keep` observes at `length` positions.
+
+    Raises:
+        ValueError: more than are observed.
+    """
+    if rank is None:
+        return min(DEFAULT_RANK, observed)
+    if require_count("attention.rank", rank, 0) > observed:
+        raise ValueError(
+            f"attention.rank={rank} is more than the {observed} {things} that attention.keep={keep} observes at "
+            f"max_length={length}; lower attention.rank or raise attention.keep."
+        )
+    return rank
 
 
 def dct_basis(length: int, rank: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,16 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
-from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.attention.calibrated import SHARES, BasisMechanism
 from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import SELECTIONS, greedy_order, repeat_positions, select_positions
-from approx_attn.attention.eigen.position_basis import LENGTHS, PositionBasis, full_precision
+from approx_attn.attention.eigen.position_basis import LENGTHS, PositionBasis, full_precision, observable_rank
 from approx_attn.attention.eigen.position_fit import PositionFit
 from approx_attn.attention.eigen.row_scores import (
     QueryBlock,
     block_scores,
+    entries,
     interpolated_keys,
     prior_table,
     sampled_errors,
@@ -28,9 +30,6 @@ from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_s
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, require_one_of, require_weight
-
-SHARES = ("head", "layer", "model")
-DEFAULT_RANK = 8
 
 
 class RowAttention(AttentionMechanism):
@@ -85,7 +84,9 @@ class RowAttention(AttentionMechanism):
         self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
         self.seed = require_count("attention.seed", seed, 0)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
-        self.rank = self._checked_rank(rank)
+        columns = max(resolve_count(self.keep, self.length), min(self.global_tokens, self.length))
+        observed = min(columns + (2 * self.window + 1 if self.window else 0), self.length)
+        self.rank = observable_rank(rank, observed, "keys", self.keep, self.length)
         groups = shape.num_heads if share == "head" else 1
         basis = PositionBasis(groups, self.length, self.rank, lengths=lengths, init=basis_init, seed=seed)
         self.position = basis.requires_grad_(train_basis)
@@ -93,19 +94,6 @@ class RowAttention(AttentionMechanism):
         self.column_order: Tensor | None
         self.register_buffer("column_order", None)
         self.select_greedily()
-
-    def _checked_rank(self, rank: int | None) -> int:
-        columns = max(resolve_count(self.keep, self.length), min(self.global_tokens, self.length))
-        observed = min(columns + (2 * self.window + 1 if self.window else 0), self.length)
-        if rank is None:
-            return min(DEFAULT_RANK, observed)
-        require_count("attention.rank", rank, 0)
-        if rank > observed:
-            raise ValueError(
-                f"attention.rank={rank} is more than the {observed} keys that attention.keep={self.keep} observes at "
-                f"max_length={self.length}; lower attention.rank or raise attention.keep."
-            )
-        return rank
 
     # -- which columns -----------------------------------------------------------------------------
 
@@ -186,7 +174,7 @@ class RowAttention(AttentionMechanism):
             with full_precision(query.device):
                 scores = block_scores(q, k, keep, table[:, : block.n_k], prior.noise, block, scale, rows_share)
                 if self.training and self.auxiliary_loss_weight > 0.0:
-                    errors.append(sampled_errors(lambda i, j, x=scores: x[..., i, j], q, k, keep, part, scale))
+                    errors.append(sampled_errors(partial(entries, scores), q, k, keep, part, scale))
                 weights = masked_softmax(part.add_bias(scores), keep)  # (b, h, c, n)
             weights = apply_dropout(weights, dropout_p).to(value.dtype)
             outputs.append(weights @ value[..., : block.n_k, :])

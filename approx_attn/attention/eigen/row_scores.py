@@ -181,6 +181,11 @@ def block_scores(
     return scores.index_copy(-1, index, exact)
 
 
+def entries(scores: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """(..., n_q, n_k) at pairs of queries and keys (pairs,) -> (..., pairs)."""
+    return scores[..., i, j]
+
+
 def sampled_errors(
     estimate: Callable[[Tensor, Tensor], Tensor],
     query: Tensor,

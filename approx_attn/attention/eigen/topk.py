@@ -10,7 +10,6 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention.base import Capabilities, Cost, Request, apply_dropout, repeat_heads
 from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
-from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
@@ -18,7 +17,7 @@ from approx_attn.attention.eigen.chunk_scores import (
     mean_residual,
     sampled_keep,
 )
-from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
@@ -100,16 +99,7 @@ class EigenTopKAttention(HasContentBasis):
         self.select = require_one_of("attention.select", select, SELECTS)
         self.chunk_size = require_count("attention.chunk_size", chunk_size)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
-        self.basis = ContentBasis(
-            shape.num_heads,
-            self.num_key_value_heads,
-            shape.head_dim,
-            rank,
-            share=share,
-            init=basis_init,
-            train_basis=train_basis,
-            seed=seed,
-        )
+        self._start_basis(rank, share, basis_init, basis, train_basis, seed)
         self.position_prior = require_one_of("attention.position_prior", position_prior, POSITION_PRIORS)
         if position_prior != "none" and shape.max_length is None:
             raise ValueError(f"attention.position_prior={position_prior} needs max_length, got None; or use none.")
@@ -118,8 +108,6 @@ class EigenTopKAttention(HasContentBasis):
         ]
         table = torch.zeros(shape.num_heads, entries)
         self.prior = nn.Parameter(table, requires_grad=train_basis) if entries > 0 else None  # (h, L | 2L - 1)
-        if basis is not None:
-            load_basis_into(self, basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ BFLOAT16_TOLERANCE = 0.3  # nearly equal estimates change places
 
 def prepare(mechanism):
     """A covariance as training leaves it, in place of the starting one."""
-    if mechanism.basis == "running":
+    if mechanism.directions_from == "running":
         factor = torch.randn_like(mechanism.covariance)
         mechanism.covariance.copy_(factor @ factor.transpose(-2, -1))
 

@@ -1,10 +1,12 @@
-"""What a command is refused, warned, ended or stopped with; the command line shows each as one line."""
+"""What a command is refused, warned, ended or stopped with, each one line, and the checks on options that refuse."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -43,3 +45,28 @@ def warn(text: str) -> None:
     """Warn once of what was hardly meant; the first of several processes speaks for all."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(text, ConfigWarning, stacklevel=2)
+
+
+# -- checks on options: each names the key, what it got and what it accepts ----------------------------
+
+
+def require_count(key: str, value: Any, least: int = 1) -> int:
+    """`value` as an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}.")
+    return value
+
+
+def require_weight(key: str, value: Any) -> float:
+    """`value` as a finite float of at least 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value < math.inf:
+        raise ValueError(f"{key} must be a number of at least 0, got {value!r}.")
+    return float(value)
+
+
+def require_one_of(key: str, value: Any, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
+    return value

@@ -30,7 +30,6 @@ def room(module: str) -> str:
     return ".".join(module.split(".")[:2])
 
 
-@pytest.mark.xfail(strict=True, reason="mechanisms read basis files through conversion")
 def test_modules_import_each_other_without_a_circle():
     graph = {module: set(imported(path)) - {module} for module, path in MODULES.items()}
     try:
@@ -39,7 +38,6 @@ def test_modules_import_each_other_without_a_circle():
         raise AssertionError(" <- ".join(error.args[1])) from error
 
 
-@pytest.mark.xfail(strict=True, reason="mechanisms read basis files through conversion")
 def test_rooms_import_each_other_without_a_circle():
     graph: dict[str, set[str]] = {}
     for module, path in MODULES.items():

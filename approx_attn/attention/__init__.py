@@ -17,6 +17,7 @@ from approx_attn.attention.registry import (
     register_attention,
     resolve_attention,
 )
+from approx_attn.attention.shape import AttentionShape
 
 for _module in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
     importlib.import_module(_module.name)
@@ -24,6 +25,7 @@ for _module in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
 __all__ = [
     "AttentionMask",
     "AttentionMechanism",
+    "AttentionShape",
     "Capabilities",
     "Cost",
     "attention_class",

@@ -9,14 +9,17 @@ of padded keys; a mechanism implements `attend` and `cost`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from approx_attn.attention.budget import kept_pairs
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.errors import warn
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, warn
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,27 @@ class Cost:
         return replace(Cost(*summed), computed_pairs=None if exact_alone else self._computed + other._computed)
 
 
+class Request(NamedTuple):
+    """How one pass of a mechanism is to be.
+
+    Attributes:
+        mask: which pairs may be used; holds only parts that the capabilities allow.
+        scale: factor on query-key products.
+        dropout_p: probability of dropping an attention weight; 0 outside training.
+        need_weights: return the weights; only True if `capabilities.returns_weights`.
+    """
+
+    mask: AttentionMask
+    scale: float
+    dropout_p: float = 0.0
+    need_weights: bool = False
+
+
 class AttentionMechanism(nn.Module):
     """Base class of all mechanisms.
 
     Args:
-        num_heads: query heads h.
-        head_dim: dimension d of a query and key in one head.
-        value_dim: dimension d_v of a value in one head; `head_dim` if None.
-        num_key_value_heads: key/value heads; `num_heads` if None, else a divisor of it.
-        max_length: longest input a length-dependent part is laid out for; some mechanisms require it.
-        causal: declares that the mechanism will be used under a causal mask. Refused here, before any
-            training, by mechanisms that cannot. The mask given to `forward` decides what happens.
-        layer_index: which layer of a model this is, for mechanisms that load a basis fitted per layer.
+        shape: of the layer that the mechanism serves; its parts are attributes of the mechanism, too.
     """
 
     registered: ClassVar[dict[str, type[AttentionMechanism]]] = {}  # all of them by name, filled by the registry
@@ -115,54 +127,30 @@ class AttentionMechanism(nn.Module):
     capabilities: ClassVar[Capabilities] = Capabilities()
     cost_formula: ClassVar[str] = ""  # for people: multiply-adds of scores per head, e.g. "n·m·d + n²·r"
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
-    ) -> None:
+    substitute: Callable[[Tensor, Tensor, Tensor, Request], tuple[Tensor, Tensor | None]] | None = None
+    """Computes in place of `attend` while it is set; see `approx_attn.attention.exact.computing_exactly`."""
+
+    def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
-        self.num_heads = require_positive("num_heads", num_heads)
-        self.head_dim = require_positive("head_dim", head_dim)
-        self.value_dim = require_positive("value_dim", value_dim if value_dim is not None else head_dim)
-        self.num_key_value_heads = num_key_value_heads if num_key_value_heads is not None else num_heads
-        if self.num_key_value_heads < 1 or num_heads % self.num_key_value_heads:
-            raise ValueError(f"num_key_value_heads must divide num_heads={num_heads}, got {num_key_value_heads}.")
-        self.max_length = None if max_length is None else require_positive("max_length", max_length)
-        if causal and not self.capabilities.causal:
+        if shape.causal and not self.capabilities.causal:
             raise ValueError(self._refusal("causal attention", "causal"))
-        self.causal = causal
-        self.layer_index = layer_index
+        self.shape = shape
+        self.num_heads, self.num_key_value_heads = shape.num_heads, shape.num_key_value_heads
+        self.head_dim, self.value_dim = shape.head_dim, shape.value_dim
+        self.max_length, self.causal, self.layer_index = shape.max_length, shape.causal, shape.layer_index
         self.auxiliary_loss: Tensor | None = None
         """Scalar set by a training forward pass of mechanisms with a loss of their own, else None."""
 
     # -- for mechanisms to implement ---------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         """Compute the output; everything has been checked.
 
         Args:
             query: (b, h, n_q, d).
             key: (b, h, n_k, d); (b, h_kv, n_k, d) if `capabilities.grouped_query`. Zero where padded.
             value: likewise with d_v. Zero where padded.
-            mask: never None; holds only parts that the capabilities allow.
-            scale: factor on query-key products.
-            dropout_p: probability of dropping an attention weight (0 outside training).
-            need_weights: return the weights; only True if `capabilities.returns_weights`.
+            request: mask, scale, dropout and whether weights are wanted.
 
         Returns:
             output (b, h, n_q, d_v) and weights (b, h, n_q, n_k) or None. A query without any usable key
@@ -197,6 +185,12 @@ class AttentionMechanism(nn.Module):
         """Use the learned parameters of `first`, the same mechanism in another layer, where options say so.
 
         Called by models on every layer after the first. The default shares nothing.
+        """
+
+    def begin_step(self, step: int) -> None:
+        """Prepare for a training step; called before each of them with the number of steps done.
+
+        The default does nothing.
         """
 
     # -- the same for all --------------------------------------------------------------------------
@@ -238,7 +232,9 @@ class AttentionMechanism(nn.Module):
         if not self.capabilities.grouped_query and self.num_key_value_heads != self.num_heads:
             key, value = repeat_heads(key, self.num_heads), repeat_heads(value, self.num_heads)
         scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
-        output, weights = self.attend(query, key, value, mask, scale, dropout_p if self.training else 0.0, need_weights)
+        attend = self.attend if self.substitute is None else self.substitute
+        request = Request(mask, scale, dropout_p if self.training else 0.0, need_weights)
+        output, weights = attend(query, key, value, request)
         return output.to(query.dtype), weights
 
     def _attend_nothing(
@@ -289,40 +285,28 @@ class AttentionMechanism(nn.Module):
         others = ", ".join(sorted(able)) or "none"
         return f"attention={cls.name} does not support {request}; mechanisms that do: {others}."
 
-    def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int]:
-        """(n_q, n_k, pairs that exact attention computes in one head)."""
+    def _laid_out_length(self) -> int:
+        """`max_length`, for mechanisms with parameters per position.
+
+        Raises:
+            ValueError: it was not given.
+        """
+        if self.max_length is None:
+            raise ValueError(
+                f"attention={self.name} needs max_length, the longest input, to lay out its parameters over positions, "
+                "got None."
+            )
+        return self.max_length
+
+    def _pairs(self, query_length: int, key_length: int | None, causal: bool | None) -> tuple[int, int, int, bool]:
+        """(n_q, n_k, pairs that exact attention computes in one head, causal), from the arguments of `cost`."""
         n_q, n_k = query_length, query_length if key_length is None else key_length
-        if not (self.causal if causal is None else causal):
-            return n_q, n_k, n_q * n_k
-        offset = n_k - n_q  # lower-right aligned
-        return n_q, n_k, sum(min(max(i + offset + 1, 0), n_k) for i in range(n_q))
+        causal = self.causal if causal is None else causal
+        return n_q, n_k, kept_pairs(1.0, n_q, n_k, causal), causal
 
     def extra_repr(self) -> str:
         kv = "" if self.num_key_value_heads == self.num_heads else f", num_key_value_heads={self.num_key_value_heads}"
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}{kv}"
-
-
-# -- checks on options: each names the key, what it got and what it accepts ----------------------------
-
-
-def require_positive(key: str, value: Any) -> int:
-    """`value` as an int of at least 1."""
-    return require_at_least(key, value, 1)
-
-
-def require_at_least(key: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{key} must be a whole number of at least {least}, got {value!r}.")
-    return value
-
-
-def require_weight(key: str, value: Any) -> float:
-    """`value` as a finite float of at least 0."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0.0 <= value < math.inf:
-        raise ValueError(f"{key} must be a number of at least 0, got {value!r}.")
-    return float(value)
 
 
 def clamped_rank(rank: Any, head_dim: int) -> int:
@@ -331,35 +315,9 @@ def clamped_rank(rank: Any, head_dim: int) -> int:
     Raises:
         ValueError: not a whole number above 0.
     """
-    if require_positive("attention.rank", rank) > head_dim:
+    if require_count("attention.rank", rank) > head_dim:
         warn(f"attention.rank={rank} is more than the {head_dim} dimensions of a head, all of which are taken.")
     return min(rank, head_dim)
-
-
-def require_choice(key: str, value: Any, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}.")
-    return value
-
-
-def require_share_or_count(key: str, value: Any) -> float | int:
-    """A share of the keys (float in (0, 1]) or an absolute number of keys (int of at least 1)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and isinstance(value, int) and value >= 1:
-        return value
-    if is_number and isinstance(value, float) and 0.0 < value <= 1.0:
-        return value
-    raise ValueError(
-        f"{key} must be a share in (0, 1] such as 0.25, or 1.0 for all, or a whole number of keys of at least 1, "
-        f"got {value!r}."
-    )
-
-
-def resolve_count(share_or_count: float | int, length: int) -> int:
-    """Number of keys that a share or count means at a length: at least 1, at most `length`."""
-    count = share_or_count if isinstance(share_or_count, int) else round(share_or_count * length)
-    return max(1, min(count, length))
 
 
 def apply_dropout(weights: Tensor, dropout_p: float) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, repeat_heads
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout, repeat_heads
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys
 from approx_attn.attention.registry import register_attention
 
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # queries at once in a window: small products are slow, large masks take memory
@@ -24,24 +26,11 @@ class ExactAttention(AttentionMechanism):
     capabilities = Capabilities(grouped_query=True, window=True)
     cost_formula = "n²·d"
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if need_weights:
-            return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
-        if mask.window is not None:
-            return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
-        return fused_attention(query, key, value, mask, scale, dropout_p), None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        return exact_attention(query, key, value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        _, _, pairs = self._pairs(query_length, key_length, causal)
+        _, _, pairs, _ = self._pairs(query_length, key_length, causal)
         return Cost(
             exact_pairs=self.num_heads * pairs,
             total_pairs=self.num_heads * pairs,
@@ -49,6 +38,29 @@ class ExactAttention(AttentionMechanism):
             value_multiply_adds=self.num_heads * pairs * self.value_dim,
             state=0,
         )
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+    """What `ExactAttention` computes; arguments and results are those of `AttentionMechanism.attend`."""
+    mask, scale, dropout_p, need_weights = request
+    if need_weights:
+        return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
+    if mask.window is not None:
+        return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
+    return fused_attention(query, key, value, mask, scale, dropout_p), None
+
+
+@contextmanager
+def computing_exactly(mechanisms: Iterable[AttentionMechanism]) -> Iterator[None]:
+    """Let mechanisms compute exact attention meanwhile, so that later layers see what they would in an exact model."""
+    mechanisms = list(mechanisms)
+    for mechanism in mechanisms:
+        mechanism.substitute = exact_attention
+    try:
+        yield
+    finally:
+        for mechanism in mechanisms:
+            mechanism.substitute = None
 
 
 def fused_attention(
@@ -81,7 +93,7 @@ def windowed_attention(
         first, last = start + mask.query_offset, stop - 1 + mask.query_offset  # positions of its queries
         begin = max(0, min(first - window + 1, n_k - 1))
         end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
-        part = crop_keys(mask.queries(start, stop), end, begin)
+        part = mask.queries(start, stop).keys(begin, end)
         inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
         outputs.append(fused_attention(*inputs, part, scale, dropout_p))
     return torch.cat(outputs, dim=-2)
@@ -92,10 +104,7 @@ def exact_attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention that holds its (b, h, n_q, n_k) weights; for callers who want to see them."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_k)
-    bias = mask.finite_bias()
-    if bias is not None:
-        scores = scores + bias
+    scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
     weights = masked_softmax(scores, mask.dense_keep(query.shape[-2], key.shape[-2], query.device))
     weights = apply_dropout(weights, dropout_p).to(value.dtype)
     return torch.matmul(weights, value), weights

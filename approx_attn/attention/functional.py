@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention import AttentionMask, AttentionMechanism
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape
 from approx_attn.attention.exact import ExactAttention
-from approx_attn.attention.registry import attention_class, build_attention
+from approx_attn.attention.registry import attention_class, build_attention, named_options
 from approx_attn.attention.torch_masks import structured
 
 
@@ -75,24 +75,13 @@ def _is_exact(attention: str | Mapping[str, Any] | AttentionMechanism) -> bool:
 
 
 def _build(attention: str | Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> AttentionMechanism:
-    options = {"name": attention} if isinstance(attention, str) else dict(attention)
-    if "name" not in options:
-        raise ValueError(f"an attention mapping must have the key 'name', got {sorted(options)}.")
-    name = options.pop("name")
+    name, options = (attention, {}) if isinstance(attention, str) else named_options(attention)
     if attention_class(name).capabilities.has_parameters:
         raise ValueError(
             f"attention={name} has learned parameters, which a function cannot keep between calls: build it once "
             f"with build_attention({name!r}, num_heads={q.shape[1]}, head_dim={q.shape[-1]}, ...) and pass the module."
         )
-    return build_attention(
-        name,
-        num_heads=q.shape[1],
-        head_dim=q.shape[-1],
-        value_dim=v.shape[-1],
-        num_key_value_heads=k.shape[1],
-        max_length=max(q.shape[-2], k.shape[-2]),
-        **options,
-    )
+    return build_attention(name, AttentionShape.of(q, k, v, max_length=max(q.shape[-2], k.shape[-2])), **options)
 
 
 def _four_axes(x: Tensor, batch_axes: tuple[int, ...]) -> Tensor:

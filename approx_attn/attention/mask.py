@@ -168,6 +168,11 @@ class AttentionMask:
             return None
         return self.bias.masked_fill(self._closed_by_bias(self.bias), 0.0)
 
+    def add_bias(self, scores: Tensor) -> Tensor:
+        """`scores`, broadcastable to (batch, heads, n_q, n_k), with `finite_bias` added."""
+        bias = self.finite_bias()
+        return scores if bias is None else scores + bias
+
     @staticmethod
     def _closed_by_bias(bias: Tensor) -> Tensor:
         # Many libraries write the lowest finite number where they mean minus infinity.
@@ -197,6 +202,30 @@ class AttentionMask:
             pair_keep=rows(self.pair_keep),
             bias=rows(self.bias),
         )
+
+    def keys(self, start: int, stop: int) -> AttentionMask:
+        """The mask over keys start..stop-1 only."""
+
+        def columns(part: Tensor | None) -> Tensor | None:
+            return part if part is None or part.shape[-1] == 1 else part[..., start:stop]
+
+        return replace(
+            self,
+            key_keep=None if self.key_keep is None else self.key_keep[:, start:stop],
+            pair_keep=columns(self.pair_keep),
+            query_offset=self.query_offset - start,
+            bias=columns(self.bias),
+        )
+
+
+def query_chunks(n_q: int, n_k: int, chunk_size: int, causal: bool, query_offset: int | None = None) -> list[tuple]:
+    """(start, stop, keys): queries start..stop-1 see only the first `keys` keys. Lower-right aligned by default."""
+    offset = n_k - n_q if query_offset is None else query_offset
+    chunks = []
+    for start in range(0, n_q, chunk_size):
+        stop = min(start + chunk_size, n_q)
+        chunks.append((start, stop, max(1, min(n_k, stop + offset)) if causal else n_k))
+    return chunks
 
 
 def causal_keep(n_q: int, n_k: int, query_offset: int, device: torch.device) -> Tensor:

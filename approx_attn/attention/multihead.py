@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import MultiheadAttention as TorchMultiheadAttention
 from torch.nn import functional as F
 
-from approx_attn.attention import AttentionMask, AttentionMechanism
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.registry import AttentionSpec, resolve_attention
 from approx_attn.attention.torch_masks import mask_from_drop_masks
@@ -73,14 +73,8 @@ class MultiheadAttention(TorchMultiheadAttention):
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        mechanism = resolve_attention(
-            attention,
-            num_heads=num_heads,
-            head_dim=self.head_dim,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        shape = AttentionShape(num_heads, self.head_dim, max_length=max_length, causal=causal, layer_index=layer_index)
+        mechanism = resolve_attention(attention, shape)
         self._install(mechanism.to(device=device, dtype=dtype))
 
     @classmethod

@@ -5,26 +5,35 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from approx_attn.attention.base import AttentionMechanism
+from approx_attn.attention.shape import AttentionShape
 
 _MECHANISMS = AttentionMechanism.registered
 
-# What the surrounding layer decides, so no config may set it.
-SHAPE_ARGUMENTS = ("num_heads", "head_dim", "value_dim", "num_key_value_heads", "max_length", "causal", "layer_index")
+SHAPE_ARGUMENTS = ("shape", *(field.name for field in fields(AttentionShape)))
+"""What the surrounding layer decides, whole or in parts, so that no config may set it."""
 
 REPLACED = {"eigen_block": "eigen_cluster"}
 """Mechanisms of earlier versions, which records and checkpoints still name, and what has replaced them."""
 
 REPLACED_CLASSES = {"approx_attn.attention.eigen.block.EigenBlockAttention": "eigen_block"}
 
-REPLACED_OPTIONS = {"eigen_topk": {"block_size": "eigen_cluster"}}
-"""Likewise options, by mechanism, that were off at null."""
+REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
+    "eigen_topk": {
+        "block_size": (None, "eigen_cluster has replaced it"),
+        "scoring": ("dense", "exact scores are computed by whole chunks"),
+    },
+    "low_rank_topk": {"scoring": ("dense", "exact scores are computed by whole chunks")},
+    "eigen_row": {"alignment": ("absolute", "its basis is laid out over the positions of keys")},
+}
+"""Options of earlier versions, by mechanism: the value at which they play no part, and what is there instead."""
 
-AttentionSpec = str | Mapping[str, Any] | Callable[..., AttentionMechanism] | AttentionMechanism
-"""How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes the shape
-arguments (such as the `functools.partial` that Hydra makes of a YAML file); or a built mechanism."""
+AttentionSpec = str | Mapping[str, Any] | Callable[[AttentionShape], AttentionMechanism] | AttentionMechanism
+"""How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes an `AttentionShape`
+(such as the `functools.partial` that Hydra makes of a YAML file); or a built mechanism."""
 
 
 def register_attention(name: str) -> Callable[[type[AttentionMechanism]], type[AttentionMechanism]]:
@@ -62,47 +71,59 @@ def attention_options(name: str) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in parameters.items() if key != "self" and key not in SHAPE_ARGUMENTS}
 
 
-def build_attention(name: str, **options: Any) -> AttentionMechanism:
+def build_attention(name: str, shape: AttentionShape | None = None, **options: Any) -> AttentionMechanism:
     """Build a mechanism by name.
 
     Args:
         name: one of `available_attention()`.
-        options: shape arguments (`num_heads`, `head_dim`, ...) and the options of the mechanism.
+        shape: of the layer it serves; None takes its parts (`num_heads`, `head_dim`, ...) from among the options.
+        options: of the mechanism.
 
     Raises:
         ValueError: unknown name, unknown option, or an impossible value.
     """
     accepted, options = attention_options(name), without_replaced(name, options)
+    parts = {key: options.pop(key) for key in SHAPE_ARGUMENTS if shape is None and key in options}
     for option in options:
-        if option not in accepted and option not in SHAPE_ARGUMENTS:
+        if option not in accepted:
             raise ValueError(f"attention.{option} is not an option of {name}{suggestion(option, accepted)}")
-    return attention_class(name)(**options)
+    return attention_class(name)(AttentionShape(**parts) if shape is None else shape, **options)
 
 
-def resolve_attention(spec: AttentionSpec, **shape: Any) -> AttentionMechanism:
-    """Build what a layer was told to use; `shape` are the shape arguments that the layer knows."""
+def resolve_attention(spec: AttentionSpec, shape: AttentionShape) -> AttentionMechanism:
+    """Build what a layer of a shape was told to use."""
     if isinstance(spec, AttentionMechanism):
         return spec
     if isinstance(spec, str):
-        return build_attention(spec, **shape)
+        return build_attention(spec, shape)
     if isinstance(spec, Mapping):
-        options = {str(key): value for key, value in spec.items()}
-        if "name" not in options:
-            raise ValueError(f"an attention mapping must have the key 'name', got {sorted(options)}.")
-        return build_attention(options.pop("name"), **options, **shape)
-    return spec(**shape)
+        name, options = named_options(spec)
+        return build_attention(name, shape, **options)
+    return spec(shape)
+
+
+def named_options(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options of `{"name": ..., **options}`.
+
+    Raises:
+        ValueError: the name is missing.
+    """
+    options = {str(key): value for key, value in spec.items()}
+    if "name" not in options:
+        raise ValueError(f"an attention mapping must have the key 'name', got {sorted(options)}.")
+    return options.pop("name"), options
 
 
 def without_replaced(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a mechanism without those of earlier versions, which specifications hold that were saved then.
 
     Raises:
-        ValueError: one of these is not null.
+        ValueError: one of these is set to something that is no longer there.
     """
     replaced = REPLACED_OPTIONS.get(name, {})
-    for option, mechanism in replaced.items():
-        if options.get(option) is not None:
-            raise ValueError(f"attention.{option} is no longer an option of {name}; {mechanism} has replaced it.")
+    for option, (neutral, instead) in replaced.items():
+        if options.get(option) not in (None, neutral):
+            raise ValueError(f"attention.{option} is no longer an option of {name}; {instead}.")
     return {option: value for option, value in options.items() if option not in replaced}
 
 

@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
-from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options, available_attention
 from approx_attn.command import run_plain
 from approx_attn.comparison.aggregate import OtherRows, StepMeasurement, comparison_rows, other_rows
@@ -34,7 +33,7 @@ from approx_attn.comparison.table import ComparisonRow, others_to_rich, to_rich,
 from approx_attn.config.compose import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.instantiate import require_plain_name, suggestion
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.errors import Unsuccessful
+from approx_attn.errors import Unsuccessful, require_count
 from approx_attn.metrics import DEFAULT, METRICS, Metric, metric_names
 from approx_attn.output import require_folder
 from approx_attn.run import record
@@ -364,7 +363,7 @@ def _checked_seeds(seeds: Any) -> list[int]:
 
 def _checked_count(key: str, value: Any) -> int:
     try:
-        return require_at_least(key, value, 0)
+        return require_count(key, value, 0)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -22,10 +22,22 @@ def present_places(target: str) -> list[str]:
     return [target, *moved]
 
 
+# Options that mechanisms had when the first runs were recorded, by class, at the values at which they play no part.
+FORMER_OPTIONS = {
+    "EigenTopKAttention": {"scoring": "dense"},
+    "LowRankTopKAttention": {"scoring": "dense"},
+    "EigenRowAttention": {"alignment": "absolute"},
+}
+
+
 def with_first_places(node: Any) -> Any:
-    """A configuration in which every `_target_` is the place that the class had first, so that a run's hash stays."""
+    """A configuration in which every `_target_` is the place that the class had first, so that a run's hash stays.
+
+    Options that the class had then stand there, too.
+    """
     if isinstance(node, Mapping):
-        return {
+        former = FORMER_OPTIONS.get(str(node.get("_target_")).rpartition(".")[2], {})
+        return former | {
             key: _first_place(value) if key == "_target_" else with_first_places(value) for key, value in node.items()
         }
     return [with_first_places(item) for item in node] if isinstance(node, list) else node

@@ -7,12 +7,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, Capabilities
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, Capabilities
+from approx_attn.attention.base import Request
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
 from approx_attn.conversion import timm
 from approx_attn.conversion.layers import SLOT
@@ -76,21 +78,14 @@ class _Recorder(AttentionMechanism):
     name = "recorder"
     capabilities = Capabilities(window=True)
 
-    def __init__(self, record: Callable[[Tensor, Tensor, Tensor, AttentionMask, float], None], **shape: Any) -> None:
-        super().__init__(**shape)
+    def __init__(
+        self, shape: AttentionShape, *, record: Callable[[Tensor, Tensor, Tensor, AttentionMask, float], None]
+    ) -> None:
+        super().__init__(shape)
         self.record = record
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.record(query, key, value, mask, scale)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        self.record(query, key, value, request.mask, request.scale)
         return torch.zeros_like(query), None
 
 
@@ -102,7 +97,7 @@ def _multihead_hook(
     def record(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float) -> None:
         callback(name, query, key, value, mask, scale)
 
-    layer = MultiheadAttention.from_torch(module, lambda **shape: _Recorder(record, **shape))
+    layer = MultiheadAttention.from_torch(module, partial(_Recorder, record=record))
     signature = inspect.signature(TorchMultiheadAttention.forward)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

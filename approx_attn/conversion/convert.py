@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from approx_attn.attention import AttentionMechanism, Cost, build_attention
-from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
-from approx_attn.conversion import timm
+from approx_attn.attention import AttentionMechanism, AttentionShape, Cost, build_attention
+from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.conversion.calibration import calibrate
-from approx_attn.conversion.calibration.basis_file import has_basis
 from approx_attn.conversion.calibration.fitting import refuse_texts
 from approx_attn.conversion.capture import capture_attention_inputs
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape, AttentionSlot, select_layers
+from approx_attn.conversion.installing import find_layers, install, uninstall
+from approx_attn.conversion.layers import AttentionLayer, AttentionSlot, select_layers
+from approx_attn.conversion.saving import mark_converted
 
 UNSAID: Any = object()  # what stands where nothing was given, in which None means something
 LONGEST_DEFAULT = 2048
@@ -98,14 +97,16 @@ def convert(
         mechanism.tie_to(mechanisms[0])
     if calibration is UNSAID:
         _require_calibration(spec, mechanisms)
-    if given is not None and not any(map(_can_be_calibrated, mechanisms)):
+    if given is not None and not any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
         raise ValueError(f"attention={spec['name']} has no basis to fit: leave calibration= out.")
     install(model, found, slots)
+    mark_converted(model)
     if given is not None:
         try:
             calibrate(model, given, progress=False)
         except BaseException:
-            _revert(model, [layer.name for layer in selected])
+            uninstall(model, [layer.name for layer in selected])
+            mark_converted(model)
             raise
     return model
 
@@ -115,36 +116,12 @@ def revert(model: nn.Module) -> nn.Module:
 
     The parameters of mechanisms are dropped; those of the model stay as they are, trained or not.
     """
-    _revert(model, [layer.name for layer in find_layers(model)])
+    uninstall(model, [layer.name for layer in find_layers(model)])
+    mark_converted(model)
     return model
 
 
-# -- finding -------------------------------------------------------------------------------------------
-
-
-def find_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The attention layers of `model` that can be converted, or are, in the order of its modules."""
-    layers = timm.find_sdpa_layers(model) + find_multihead_layers(model)
-    if "transformers" in sys.modules:  # no model of that library can be here before it was imported
-        from approx_attn.conversion import huggingface
-
-        layers += huggingface.find_interface_layers(model)
-    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    return sorted(layers, key=lambda layer: order[layer.name])
-
-
-def find_multihead_layers(model: nn.Module) -> list[AttentionLayer]:
-    """The `torch.nn.MultiheadAttention` layers of `model`, or the layers of this package in their place."""
-    return [
-        AttentionLayer(
-            name,
-            module,
-            host="multihead",
-            shape=AttentionShape(module.num_heads, module.head_dim, module.head_dim, module.num_heads),
-        )
-        for name, module in model.named_modules()
-        if type(module) in (TorchMultiheadAttention, MultiheadAttention)
-    ]
+# -- what is asked for ---------------------------------------------------------------------------------
 
 
 def measure_shapes(model: nn.Module, example: Any) -> dict[str, AttentionShape]:
@@ -187,17 +164,13 @@ def attention_spec(attention: str | Mapping[str, Any] | partial, options: Mappin
     return spec
 
 
-def _can_be_calibrated(mechanism: AttentionMechanism) -> bool:
-    return has_basis(mechanism) or hasattr(mechanism, "observe")
-
-
 def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[AttentionMechanism]) -> None:
     """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
     starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
     keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
     if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
         return
-    if any(map(_can_be_calibrated, mechanisms)):
+    if any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
         raise ValueError(
             f"attention={spec['name']} is of no use in a trained model before its basis is fitted: give calibration=, "
             "batches of the model's inputs, or calibration=None if the model is trained next."
@@ -226,83 +199,6 @@ def _refusal(model: nn.Module) -> str:
         f"{kind} holds no attention layer that can be converted: none of the attention interface of transformers, "
         "no torch.nn.MultiheadAttention, no module that calls scaled_dot_product_attention."
     )
-
-
-# -- installing ----------------------------------------------------------------------------------------
-
-
-def install(model: nn.Module, found: list[AttentionLayer], slots: Mapping[str, AttentionSlot]) -> None:
-    """Put built mechanisms into the layers of a model.
-
-    Args:
-        found: `find_layers(model)`.
-        slots: layer name -> slot with its mechanism.
-    """
-    for layer in found:
-        if layer.name in slots:
-            _match(slots[layer.name], layer.module)
-    interface = [layer for layer in found if layer.host == "interface"]
-    if any(layer.name in slots for layer in interface):
-        from approx_attn.conversion import huggingface
-
-        huggingface.install(interface, dict(slots))
-    for layer in found:
-        if layer.name not in slots:
-            continue
-        if layer.host == "sdpa":
-            timm.install(layer.module, slots[layer.name])
-        elif layer.host == "multihead":
-            _replace_multihead(model, layer, slots[layer.name])
-    _mark_converted(model)
-
-
-def _mark_converted(model: nn.Module) -> None:
-    if "transformers" in sys.modules:
-        from approx_attn.conversion import huggingface
-
-        huggingface.mark_converted(model)
-
-
-def _match(slot: AttentionSlot, module: nn.Module) -> None:
-    """Move a slot to the device, type and mode of the module it is for."""
-    slot.train(module.training)
-    reference = next((p for p in module.parameters() if p.is_floating_point()), None)
-    if reference is not None:
-        slot.to(device=reference.device, dtype=reference.dtype)
-
-
-def _replace_multihead(model: nn.Module, layer: AttentionLayer, slot: AttentionSlot) -> None:
-    if not layer.name:
-        raise ValueError("the model is an attention layer itself: use MultiheadAttention.from_torch(layer, attention).")
-    replaced = getattr(layer.module, "replaced", None) or (layer.module,)
-    attention = "exact" if slot.mechanism is None else slot.mechanism
-    converted = MultiheadAttention.from_torch(layer.module, attention)
-    converted.spec = slot.spec
-    converted.replaced = replaced
-    _set_module(model, layer.name, converted)
-
-
-def _revert(model: nn.Module, names: Collection[str]) -> None:
-    found = find_layers(model)
-    interface = [layer for layer in found if layer.host == "interface"]
-    if interface:
-        from approx_attn.conversion import huggingface
-
-        huggingface.uninstall(interface, names)
-    for layer in found:
-        if layer.name not in names:
-            continue
-        if layer.host == "multihead" and getattr(layer.module, "replaced", None) is not None:
-            (original,) = layer.module.replaced
-            _set_module(model, layer.name, original.train(layer.module.training))
-        elif layer.host == "sdpa" and getattr(layer.module, SLOT, None) is not None:
-            timm.uninstall(layer.module)
-    _mark_converted(model)
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 # -- describing ----------------------------------------------------------------------------------------
@@ -371,9 +267,7 @@ def _describe(layer: AttentionLayer, length: int) -> LayerDescription:
         name, spec = ("exact", None) if slot is None else (slot.name, slot.spec)
     exact_cost = None
     if layer.shape is not None:
-        shape = layer.shape
-        exact = build_attention("exact", num_heads=shape.num_heads, head_dim=shape.head_dim, value_dim=shape.value_dim)
-        exact_cost = exact.cost(length, causal=layer.causal)
+        exact_cost = build_attention("exact", layer.shape).cost(length, causal=layer.causal)
     cost = mechanism.cost(length, causal=layer.causal) if mechanism is not None else None
     return LayerDescription(
         layer=layer.name,

@@ -23,9 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("models of Hugging Face need transformers 5 or later: pip install 'approx-attn[hf]'.") from error
 
+from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.conversion.huggingface_masks import mask_from_interface, mask_function
-from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionShape, AttentionSlot
+from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionSlot
 
 IMPLEMENTATION, EAGER_IMPLEMENTATION = "approx_attn", "approx_attn_eager"
 """Names under which the attention and mask functions are registered.
@@ -182,8 +183,12 @@ OPENED_BY = "approx_attn: this model is converted, open its folder with approx_a
 """
 
 
-def mark_converted(model: nn.Module) -> None:
-    """Let every model of transformers in `model`, itself included, be saved as what it is, converted or not."""
+def mark_converted(model: nn.Module, save: Callable[..., Any]) -> None:
+    """Let every model of transformers in `model`, itself included, be saved as what it is, converted or not.
+
+    Args:
+        save: takes the place of `save_pretrained` of a converted model, as `save(model, folder, **options)`.
+    """
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
@@ -192,20 +197,13 @@ def mark_converted(model: nn.Module) -> None:
         if _is_converted(module):
             module.config.attn_implementation = OPENED_BY
             # An instance attribute, as in timm.py: copied along by deepcopy, and gone when it is deleted.
-            vars(module)["save_pretrained"] = partial(_save_pretrained, module)
+            vars(module)["save_pretrained"] = partial(save, module)
 
 
 def _is_converted(model: nn.Module) -> bool:
     """Does any layer of `model` have other attention than exact?"""
     specs = (m.spec for m in model.modules() if isinstance(m, AttentionSlot | MultiheadAttention))
     return any(spec is not None and spec["name"] != "exact" for spec in specs)
-
-
-def _save_pretrained(model: nn.Module, save_directory: Any, **options: Any) -> None:
-    """`save_pretrained` of a converted model: what `save_converted` writes, with the options of the library."""
-    from approx_attn.conversion.saving import save_converted
-
-    save_converted(model, save_directory, **options)
 
 
 # -- the attention function ------------------------------------------------------------------------------

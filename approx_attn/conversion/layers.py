@@ -5,15 +5,15 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, resolve_attention
 from approx_attn.attention.multihead import MultiheadAttention
-from approx_attn.attention.registry import attention_class, build_attention
+from approx_attn.attention.registry import attention_class
 
 SLOT = "approx_attn"
 """Name of the submodule that holds the mechanism of a converted attention module."""
@@ -21,21 +21,6 @@ SLOT = "approx_attn"
 KINDS = ("self", "cross", "encoder", "decoder", "encoder-self", "decoder-self", "decoder-cross")
 CROSS_ATTENTION = re.compile(r"cross|encoder_attn|encdec|multihead_attn", re.IGNORECASE)
 DECODER = re.compile(r"(?<!encoder_)decoder", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What a mechanism has to know of the attention module it serves."""
-
-    num_heads: int
-    head_dim: int
-    value_dim: int
-    num_key_value_heads: int
-
-    @classmethod
-    def of(cls, query: Tensor, key: Tensor, value: Tensor) -> AttentionShape:
-        """The shape that (b, h, n, d) tensors show."""
-        return cls(query.shape[1], query.shape[-1], value.shape[-1], key.shape[1])
 
 
 @dataclass(frozen=True)
@@ -118,8 +103,9 @@ class AttentionSlot(nn.Module):
     Args:
         layer: name of the attention module, for messages.
         spec: `{"name": ..., **options}`; None leaves the attention of the module as it was.
-        shape: of the mechanism; None builds it at the first call, which only mechanisms without parameters can.
-        options: `max_length`, `causal`, `layer_index` for the mechanism.
+        shape: heads and dimensions; None builds the mechanism at the first call, which only mechanisms without
+            parameters can.
+        options: `max_length`, `causal`, `layer_index` of the shape.
         is_cross: keys come from another sequence than queries.
 
     Raises:
@@ -136,14 +122,15 @@ class AttentionSlot(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.layer, self.spec, self.shape, self.options, self.is_cross = layer, spec, shape, options, is_cross
+        self.layer, self.spec, self.options, self.is_cross = layer, spec, options, is_cross
+        self.shape = None if shape is None else replace(shape, **options)
         self.replaced: str | bool | None = None  # what the host has to restore
         self.eager: Callable[..., Any] | None = None  # the module's own attention that returns weights
         self.mechanism: AttentionMechanism | None = None
         if spec is None or spec["name"] == "exact":
             return
-        if shape is not None:
-            self.mechanism = self._build(shape)
+        if self.shape is not None:
+            self.mechanism = self._build(self.shape)
         elif attention_class(spec["name"]).capabilities.has_parameters:
             raise ValueError(
                 f"the numbers of heads and features of layer {layer} cannot be read from its attributes, and "
@@ -161,7 +148,7 @@ class AttentionSlot(nn.Module):
 
     def _build(self, shape: AttentionShape) -> AttentionMechanism:
         assert self.spec is not None
-        return build_attention(**self.spec, **asdict(shape), **self.options)
+        return resolve_attention(self.spec, shape)
 
     def forward(
         self,
@@ -175,11 +162,10 @@ class AttentionSlot(nn.Module):
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As `AttentionMechanism.forward`, (b, h, n, d) in and out."""
-        shape = AttentionShape.of(query, key, value)
-        if self.mechanism is None or shape != self.shape:
-            self._rebuild(shape, query)
+        if self.mechanism is None or self.shape is None or not self.shape.fits(query, key, value):
+            self._rebuild(AttentionShape.of(query, key, value, **self.options), query)
         assert self.mechanism is not None
-        if query.shape[0] != key.shape[0]:  # learned queries that one row of stands for the whole batch
+        if query.shape[0] != key.shape[0]:  # learned queries, given once for the whole batch
             query = query.expand(key.shape[0], -1, -1, -1)
         return self.mechanism(query, key, value, mask, scale=scale, dropout_p=dropout_p, need_weights=need_weights)
 

@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMechanism
-from approx_attn.conversion.convert import find_layers, install
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape, AttentionSlot
+from approx_attn.attention import AttentionMechanism, AttentionShape
+from approx_attn.conversion.installing import find_layers, install
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
+
+SIZES = ("num_heads", "head_dim", "value_dim", "num_key_value_heads")  # what `shape` holds in the header
 
 HEADER, TENSORS, TORCH_MODEL = "approx_attn.json", "approx_attn.safetensors", "model.safetensors"
 FORMAT = 1
@@ -105,6 +107,14 @@ def load_converted(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
     return model.eval()
 
 
+def mark_converted(model: nn.Module) -> None:
+    """Let `save_pretrained` of the models of transformers in `model` save them as what they are, converted or not."""
+    if "transformers" in sys.modules:  # no model of that library can be here before it was imported
+        from approx_attn.conversion import huggingface
+
+        huggingface.mark_converted(model, save_converted)
+
+
 # -- layers and their headers ----------------------------------------------------------------------------
 
 
@@ -119,14 +129,14 @@ def _slot_of(layer: AttentionLayer) -> AttentionSlot | None:
     slot.spec, mechanism = layer.module.spec, layer.module.attention
     if mechanism.name != "exact":
         slot.mechanism = mechanism
-        slot.options = {key: getattr(mechanism, key) for key in ("max_length", "causal", "layer_index")}
+        slot.options = {key: value for key, value in asdict(mechanism.shape).items() if key not in SIZES}
     return slot
 
 
 def _layer_header(slot: AttentionSlot) -> dict[str, Any]:
     return {
         "attention": slot.spec,
-        "shape": None if slot.shape is None else asdict(slot.shape),
+        "shape": None if slot.shape is None else {key: asdict(slot.shape)[key] for key in SIZES},
         "options": slot.options,
     }
 
@@ -152,6 +162,7 @@ def _install_saved(model: nn.Module, layers: dict[str, Any], folder: Path) -> No
     if tensors:
         raise ValueError(f"{folder / TENSORS} holds {next(iter(tensors))}, which no layer of {HEADER} has.")
     install(model, list(found.values()), slots)
+    mark_converted(model)
 
 
 def _without_files(spec: dict[str, Any]) -> dict[str, Any]:

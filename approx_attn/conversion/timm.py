@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from approx_attn.attention import AttentionMask
+from approx_attn.attention import AttentionMask, AttentionShape
 from approx_attn.attention.functional import attention_mask_of
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape, AttentionSlot
+from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 
 
 def find_sdpa_layers(model: nn.Module) -> list[AttentionLayer]:

@@ -23,9 +23,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import require_at_least
 from approx_attn.data.packing import PAD, PackedSequences
 from approx_attn.data.sampling import EpochSampler, ResumableLoader
+from approx_attn.errors import require_count
 
 SPLITS = ("train", "val", "test")
 
@@ -94,7 +94,7 @@ class SequenceDataModule(pl.LightningDataModule):
     def require_counts(self, **least: int) -> None:
         """Raise unless each of these options is a whole number of at least so much."""
         for option, minimum in least.items():
-            require_at_least(f"data.{option}", getattr(self, option), minimum)
+            require_count(f"data.{option}", getattr(self, option), minimum)
 
     # -- for subclasses ----------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def already_a_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def require_count_or_none(key: str, value: Any, least: int = 1) -> int | None:
     """`value` as an int of at least `least`, or None for all there is."""
-    return None if value is None else require_at_least(key, value, least)
+    return None if value is None else require_count(key, value, least)
 
 
 def require_flag(key: str, value: Any) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import datasets
 
-from approx_attn.attention.base import require_choice
 from approx_attn.data.base import DataSpec
 from approx_attn.data.cache import quiet_datasets
 from approx_attn.data.labelled import LabelledData
 from approx_attn.data.packing import BYTE_VOCAB_SIZE, PAD, PackedSequences
 from approx_attn.data.sources import require_column, require_texts
+from approx_attn.errors import require_one_of
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -42,7 +42,7 @@ class TextClassificationData(LabelledData):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_counts(max_length=1)
-        require_choice("data.truncation_side", self.truncation_side, ("right", "left"))
+        require_one_of("data.truncation_side", self.truncation_side, ("right", "left"))
         self._vocab_size, self._pad_id = BYTE_VOCAB_SIZE, PAD
 
     def find_inputs(self, splits: dict[str, datasets.Dataset]) -> str:

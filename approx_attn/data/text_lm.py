@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import require_choice
 from approx_attn.data.base import SPLITS, DataSpec, require_count_or_none, require_share
 from approx_attn.data.packing import BYTE_OFFSET, BYTE_VOCAB_SIZE, IGNORE, PackedSequences
 from approx_attn.data.sources import SourceData, load_source, require_column, require_split, require_texts
+from approx_attn.errors import require_one_of
 
 MASK_TOKEN = BYTE_VOCAB_SIZE
 
@@ -139,7 +139,7 @@ class TextLMData(TextBlocks):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("data.objective", self.objective, ("causal", "masked"))
+        require_one_of("data.objective", self.objective, ("causal", "masked"))
         require_share("data.mask_share", self.mask_share)
         self.require_counts(data_seed=0)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from approx_attn.attention import available_attention, build_attention
 from approx_attn.attention.registry import attention_options
 from approx_attn.command import run_plain, settings
-from approx_attn.conversion.calibration.basis_file import STATISTICS
+from approx_attn.conversion.calibration import STATISTICS
 from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.conversion.calibration.reconstruction import (
     Reconstruction,

@@ -12,13 +12,12 @@ import numpy as np
 from datasets import Dataset
 from rich.table import Table
 
-from approx_attn.attention.base import require_positive
 from approx_attn.command import run_plain, settings
 from approx_attn.data.sources import is_file, load_source, require_column, require_split
 from approx_attn.diagnosis.calibrate import chosen_mechanisms, refinement_steps
 from approx_attn.diagnosis.embeddings import Batch, EmbeddingPreservation, preserve_embeddings
 from approx_attn.diagnosis.inputs import load_encoder
-from approx_attn.errors import ConfigError
+from approx_attn.errors import ConfigError, require_count
 from approx_attn.output import print_table, require_file
 
 
@@ -121,6 +120,6 @@ def write_csv(results: Sequence[EmbeddingPreservation], path: Path) -> Path:
 
 def _checked(key: str, value: Any) -> None:
     try:
-        require_positive(key, value)
+        require_count(key, value)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from approx_attn.attention import Cost, build_attention
 from approx_attn.conversion.calibration.fitting import calibrate, with_progress
 from approx_attn.conversion.calibration.refinement import basis_variants
-from approx_attn.conversion.convert import attention_spec, convert, find_layers
+from approx_attn.conversion.convert import attention_spec, convert
+from approx_attn.conversion.installing import find_layers
 from approx_attn.conversion.layers import SLOT
 
 Batch = dict[str, Tensor]

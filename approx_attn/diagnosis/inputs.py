@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_positive
 from approx_attn.config.instantiate import build, sentence
 from approx_attn.data.sources import read_text
-from approx_attn.errors import ConfigError
+from approx_attn.errors import ConfigError, require_count
 
 Batch = Mapping[str, Tensor]
 
@@ -48,7 +47,7 @@ def load_source(
     """
     for key, value in (("length", length), ("sequences", sequences), ("batch_size", batch_size)):
         try:
-            require_positive(key, value)
+            require_count(key, value)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     if Path(model).suffix == ".ckpt":

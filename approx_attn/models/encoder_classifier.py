@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_positive
+from approx_attn.errors import require_count
 from approx_attn.models.base import SequenceModel, attention_mechanisms, passes_options_to
 from approx_attn.models.transformer import Transformer
 
@@ -33,7 +33,7 @@ class EncoderClassifier(SequenceModel):
         self, vocab_size: int, num_classes: int, max_length: int, *, two_towers: bool = False, **options: Any
     ) -> None:
         super().__init__()
-        self.num_classes = require_positive("model.num_classes", num_classes)
+        self.num_classes = require_count("model.num_classes", num_classes)
         self.two_towers = two_towers
         self.encoder = Transformer(vocab_size, max_length, False, **options)
         dim, hidden = self.encoder.dim, self.encoder.feed_forward_dim

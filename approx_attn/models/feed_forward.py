@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from approx_attn.attention.base import (
-    apply_dropout,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.errors import require_count, require_one_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -42,12 +38,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, activation: str = "gelu") -> None:
         super().__init__()
-        self.dim = require_positive("model.dim", dim)
-        self.hidden_dim = require_positive("model.hidden_dim", hidden_dim)
+        self.dim = require_count("model.dim", dim)
+        self.hidden_dim = require_count("model.hidden_dim", hidden_dim)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"model.dropout must be between 0 and 1, got {dropout!r}.")
         self.dropout = float(dropout)
-        self.activation = require_choice("model.activation", activation, tuple(ACTIVATIONS))
+        self.activation = require_one_of("model.activation", activation, tuple(ACTIVATIONS))
         self.up = nn.Linear(dim, hidden_dim)
         self.down = nn.Linear(hidden_dim, dim)
 
@@ -92,7 +88,7 @@ class TopKFeedForward(FeedForward):
         keep: float | int = 0.25,
     ) -> None:
         super().__init__(dim, hidden_dim, dropout, activation)
-        self.keep = require_share_or_count("model.feed_forward_keep", keep)
+        self.keep = require_budget("model.feed_forward_keep", keep)
         self.num_kept = resolve_count(self.keep, hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_positive
+from approx_attn.errors import require_count
 from approx_attn.models.base import SequenceModel, passes_options_to
 from approx_attn.models.transformer import Transformer
 
@@ -41,7 +41,7 @@ class LanguageModel(SequenceModel):
     ) -> None:
         super().__init__()
         self.causal = causal
-        self.num_classes = require_positive("model.num_classes", vocab_size if num_classes is None else num_classes)
+        self.num_classes = require_count("model.num_classes", vocab_size if num_classes is None else num_classes)
         self.decoder = Transformer(vocab_size, max_length, causal, **options)
         self.head = nn.Linear(self.decoder.dim, self.num_classes, bias=not tie_embeddings)
         if tie_embeddings:

@@ -7,6 +7,7 @@ it is evaluated without the place that the weights once came from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -17,12 +18,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
-from approx_attn.attention.base import require_choice
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.conversion.capture import capture_attention_inputs
-from approx_attn.conversion.convert import convert, find_layers
-from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape
+from approx_attn.conversion.convert import convert
+from approx_attn.conversion.installing import find_layers
+from approx_attn.conversion.layers import SLOT, AttentionLayer
+from approx_attn.errors import require_one_of
 from approx_attn.models.base import SequenceModel, passes_options_to
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
@@ -72,7 +74,7 @@ class PretrainedModel(SequenceModel):
         super().__init__()
         if isinstance(calibrate, bool) or not isinstance(calibrate, int) or calibrate < 0:
             raise ValueError(f"model.calibrate must be a number of training batches of at least 0, got {calibrate!r}.")
-        require_choice("model.train", train, TRAINED)
+        require_one_of("model.train", train, TRAINED)
         self.calibration_batches = calibrate
         self.new_parameters = []
         self.network = self._load(path, architecture, num_classes)
@@ -104,7 +106,8 @@ class PretrainedModel(SequenceModel):
     def mechanisms(self) -> list[AttentionMechanism]:
         """One mechanism per attention layer; a stand-in without parameters where attention is exact."""
         return [
-            layer.mechanism or build_attention("exact", **vars(self._shapes[layer.name]), causal=layer.causal)
+            layer.mechanism
+            or build_attention("exact", dataclasses.replace(self._shapes[layer.name], causal=layer.causal))
             for layer in self._layers()
         ]
 

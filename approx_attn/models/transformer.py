@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMechanism
-from approx_attn.attention.base import require_choice, require_positive
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.errors import require_count, require_one_of
 from approx_attn.models.base import attention_mechanisms
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 
@@ -65,13 +65,13 @@ class Transformer(nn.Module):
         positions: str = "learned",
     ) -> None:
         super().__init__()
-        self.vocab_size = require_positive("model.vocab_size", vocab_size)
-        self.max_length = require_positive("model.max_length", max_length)
-        self.dim = require_positive("model.dim", dim)
-        self.feed_forward_dim = require_positive("model.feed_forward_dim", feed_forward_dim)
+        self.vocab_size = require_count("model.vocab_size", vocab_size)
+        self.max_length = require_count("model.max_length", max_length)
+        self.dim = require_count("model.dim", dim)
+        self.feed_forward_dim = require_count("model.feed_forward_dim", feed_forward_dim)
         self.causal = causal
-        depth = require_positive("model.depth", depth)
-        if dim % require_positive("model.num_heads", num_heads):
+        depth = require_count("model.depth", depth)
+        if dim % require_count("model.num_heads", num_heads):
             raise ValueError(f"model.num_heads must divide model.dim={dim}, got {num_heads}.")
         require_probability("model.dropout", dropout)
         require_probability("model.attention_dropout", attention_dropout)
@@ -176,7 +176,7 @@ class Positions(nn.Module):
 
     def __init__(self, max_length: int, dim: int, kind: str = "learned") -> None:
         super().__init__()
-        self.kind = require_choice("model.positions", kind, POSITIONS)
+        self.kind = require_one_of("model.positions", kind, POSITIONS)
         table = sinusoids(max_length, dim) * (2.0 / dim) ** 0.5  # of unit length, as the token embeddings
         if kind == "learned":
             self.table = nn.Parameter(torch.randn(max_length, dim) * dim**-0.5)
@@ -200,7 +200,7 @@ def build_feed_forward(
     kind: str, dim: int, hidden_dim: int, dropout: float, activation: str, keep: float | int
 ) -> nn.Module:
     """The feed-forward layer that `model.feed_forward` names."""
-    require_choice("model.feed_forward", kind, FEED_FORWARDS)
+    require_one_of("model.feed_forward", kind, FEED_FORWARDS)
     if kind == "topk":
         return TopKFeedForward(dim, hidden_dim, dropout, activation, keep)
     return FeedForward(dim, hidden_dim, dropout, activation)

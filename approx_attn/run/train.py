@@ -32,6 +32,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from approx_attn.attention import AttentionMechanism
+from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.command import require_finite, run_command
 from approx_attn.config.compose import plain
@@ -44,7 +45,6 @@ from approx_attn.config.instantiate import (
     target_class,
 )
 from approx_attn.conversion.calibration import calibrate
-from approx_attn.conversion.calibration.basis_file import has_basis
 from approx_attn.data.base import DataSpec, SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import metric_names
@@ -354,16 +354,11 @@ def compile_model(task: SequenceTask, config: Mapping[str, Any]) -> None:
 def fit_bases(task: SequenceTask, data: SequenceDataModule, config: Mapping[str, Any]) -> None:
     """Fit the bases of a pretrained model on its first training batches, if it asks for that and has any."""
     batches = getattr(task.model, "calibration_batches", 0)
-    if batches == 0 or not any(starts_from_data(mechanism) for mechanism in task.mechanisms):
+    if batches == 0 or not any(isinstance(mechanism, CalibratedMechanism) for mechanism in task.mechanisms):
         return
     seen = itertools.islice(data.joint_train_batches(), batches * distributed.processes())
     first = [task.inputs(batch) for batch in seen]
     calibrate(task.model, first, progress=config["progress_bar"])
-
-
-def starts_from_data(mechanism: AttentionMechanism) -> bool:
-    """Whether calibration changes a mechanism."""
-    return has_basis(mechanism) or hasattr(mechanism, "observe")
 
 
 # -- the folder ----------------------------------------------------------------------------------------

@@ -3,24 +3,18 @@
 import pytest
 import torch
 
-from approx_attn.attention import AttentionMask, Cost, build_attention
-from approx_attn.attention.base import (
-    repeat_heads,
-    require_at_least,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention import AttentionMask, AttentionShape, Cost, build_attention
+from approx_attn.attention.base import repeat_heads
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.exact import ExactAttention
-from approx_attn.errors import ConfigWarning
+from approx_attn.errors import ConfigWarning, require_count, require_one_of
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", True, None])
-def test_require_positive_names_key_and_value(value):
+def test_require_count_names_key_and_value(value):
     with pytest.raises(ValueError, match=r"attention\.k must be a whole number of at least 1, got"):
-        require_positive("attention.k", value)
-    assert require_positive("attention.k", 3) == 3
+        require_count("attention.k", value)
+    assert require_count("attention.k", 3) == 3
 
 
 @pytest.mark.parametrize(("name", "rank"), [("eigen_topk", 1001), ("eigen_cluster", 1002), ("low_rank_topk", 1003)])
@@ -30,25 +24,25 @@ def test_a_rank_beyond_the_dimensions_of_a_head_is_warned_of(name, rank):
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, -3, "0.25", True, None, float("nan")])
-def test_require_share_or_count_refuses(value):
+def test_require_budget_refuses(value):
     with pytest.raises(ValueError, match=r"attention\.keep must be a share in \(0, 1\]"):
-        require_share_or_count("attention.keep", value)
+        require_budget("attention.keep", value)
 
 
 @pytest.mark.parametrize("value", [1, 64, 1.0, 0.25])
-def test_require_share_or_count_accepts(value):
-    assert require_share_or_count("attention.keep", value) == value
+def test_require_budget_accepts(value):
+    assert require_budget("attention.keep", value) == value
 
 
-def test_require_choice_lists_the_choices():
+def test_require_one_of_lists_the_choices():
     with pytest.raises(ValueError, match="must be one of drop, keep, got 'dorp'"):
-        require_choice("attention.rest", "dorp", ("drop", "keep"))
+        require_one_of("attention.rest", "dorp", ("drop", "keep"))
 
 
-def test_require_at_least():
-    assert require_at_least("window", 0, 0) == 0
+def test_require_count_of_at_least_zero():
+    assert require_count("window", 0, 0) == 0
     with pytest.raises(ValueError, match="window must be a whole number of at least 0, got -1"):
-        require_at_least("window", -1, 0)
+        require_count("window", -1, 0)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +69,7 @@ def test_repeat_heads():
 
 
 def test_padded_keys_are_cleared_before_anything_reads_them():
-    mechanism = ExactAttention(1, 4)
+    mechanism = ExactAttention(AttentionShape(1, 4))
     query, key, value = (torch.randn(1, 1, 3, 4) for _ in range(3))
     mask = AttentionMask(key_keep=torch.tensor([[True, True, False]]))
     expected, _ = mechanism(query, key, value, mask)
@@ -84,7 +78,7 @@ def test_padded_keys_are_cleared_before_anything_reads_them():
 
 
 def test_dropout_only_in_training():
-    mechanism = ExactAttention(1, 4)
+    mechanism = ExactAttention(AttentionShape(1, 4))
     tensors = [torch.randn(1, 1, 8, 4) for _ in range(3)]
     expected, _ = mechanism.eval()(*tensors)
     assert torch.equal(mechanism(*tensors, dropout_p=0.9)[0], expected)
@@ -93,4 +87,4 @@ def test_dropout_only_in_training():
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="num_key_value_heads must divide num_heads=4, got 3"):
-        ExactAttention(4, 8, num_key_value_heads=3)
+        ExactAttention(AttentionShape(4, 8, num_key_value_heads=3))

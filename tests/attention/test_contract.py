@@ -42,6 +42,7 @@ from torch import Tensor
 from approx_attn.attention import (
     AttentionMask,
     AttentionMechanism,
+    AttentionShape,
     attention_class,
     attention_options,
     available_attention,
@@ -315,7 +316,7 @@ def test_full_budget_equals_exact(name):
     mechanism = build_attention(name, num_heads=HEADS, head_dim=DIM, max_length=17, **options).double().eval()
     query, key, value = inputs(17, dtype=torch.float64)
     for label, mask in masks.items():
-        expected = call(ExactAttention(HEADS, DIM), query, key, value, mask=mask)
+        expected = call(ExactAttention(AttentionShape(HEADS, DIM)), query, key, value, mask=mask)
         got = call(mechanism, query, key, value, mask=mask)
         kept = torch.ones(BATCH, 17, dtype=torch.bool) if mask.query_keep is None else mask.query_keep
         error = ((got - expected) * kept[:, None, :, None]).abs().max()

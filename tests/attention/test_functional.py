@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from approx_attn import AttentionMechanism, Capabilities, Cost, register_attention, scaled_dot_product_attention
-from approx_attn.attention import registry
+from approx_attn.attention import AttentionShape, registry
 from approx_attn.attention.exact import ExactAttention
 
 BATCH, HEADS, N_QUERY, N_KEY, DIM, VALUE_DIM = 2, 4, 5, 7, 8, 6
@@ -17,9 +17,9 @@ class MechanismPath(AttentionMechanism):
     name = "mechanism_path"
     capabilities = ExactAttention.capabilities
 
-    def attend(self, query, key, value, mask, scale, dropout_p, need_weights):
-        self.seen = mask
-        return ExactAttention.attend(self, query, key, value, mask, scale, dropout_p, need_weights)
+    def attend(self, query, key, value, request):
+        self.seen = request.mask
+        return ExactAttention.attend(self, query, key, value, request)
 
     def cost(self, query_length, key_length=None, *, causal=None):
         return Cost(0, 0, 0, 0, 0)
@@ -117,7 +117,7 @@ def test_exact_drops_the_same_weights_as_torch():
 
 
 def test_built_mechanism_is_used_and_sees_structure():
-    mechanism = MechanismPath(HEADS, DIM, value_dim=VALUE_DIM)
+    mechanism = MechanismPath(AttentionShape(HEADS, DIM, VALUE_DIM))
     query, key, value = make_inputs(BATCH)
     keep = torch.ones(BATCH, 1, N_QUERY, N_KEY, dtype=torch.bool)
     keep[0, :, :, -2:] = False
@@ -140,7 +140,7 @@ def call(attention="mechanism_path", **arguments):
         ({"attention": "mechanism_pat"}, "did you mean 'mechanism_path'"),
         ({"attention": {"name": "mechanism_path", "keep": 2}}, "attention.keep is not an option"),
         ({"attention": {"keep": 2}}, "must have the key 'name'"),
-        ({"attention": MechanismPath(2, DIM)}, r"query must be \(batch, 2, length, 8\)"),
+        ({"attention": MechanismPath(AttentionShape(2, DIM))}, r"query must be \(batch, 2, length, 8\)"),
         ({"is_causal": True, "attn_mask": torch.ones(N_QUERY, N_KEY, dtype=torch.bool)}, "must be None"),
         ({"attn_mask": torch.ones(N_QUERY, N_KEY, dtype=torch.int64)}, "must be boolean"),
     ],

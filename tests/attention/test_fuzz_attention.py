@@ -55,7 +55,6 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "rank": rank,
     "redraw_interval": st.none() | st.integers(1, 3),
     "rest": st.sampled_from(["keep", "mean", "drop"]),
-    "scoring": st.sampled_from(["dense", "gather"]),
     "seed": seeds,
     "select": st.sampled_from(["error", "estimate"]),
     "selection": st.sampled_from(["strided", "random"]),

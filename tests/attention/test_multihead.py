@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from approx_attn import AttentionMask, AttentionMechanism, Capabilities, Cost, MultiheadAttention
+from approx_attn.attention import AttentionShape
 from approx_attn.attention.exact import ExactAttention
 
 EMBED_DIM, NUM_HEADS, BATCH, N_QUERY, N_KEY = 16, 4, 3, 5, 7
@@ -42,9 +43,9 @@ class MechanismPath(AttentionMechanism):
     name = "mechanism_path"
     capabilities = ExactAttention.capabilities
 
-    def attend(self, query, key, value, mask, scale, dropout_p, need_weights):
-        self.seen = mask
-        return ExactAttention.attend(self, query, key, value, mask, scale, dropout_p, need_weights)
+    def attend(self, query, key, value, request):
+        self.seen = request.mask
+        return ExactAttention.attend(self, query, key, value, request)
 
     def cost(self, query_length, key_length=None, *, causal=None):
         return Cost(0, 0, 0, 0, 0)
@@ -418,7 +419,7 @@ def test_torch_compile(attention):
         ("exacct", "did you mean 'exact'"),
         ({"name": "exact", "keep": 3}, "attention.keep is not an option of exact"),
         ({"keep": 3}, "must have the key 'name'"),
-        (MechanismPath(2, 8), "num_heads=2 was given to a layer that needs num_heads=4"),
+        (MechanismPath(AttentionShape(2, 8)), "num_heads=2 was given to a layer that needs num_heads=4"),
     ],
 )
 def test_bad_attention_is_refused(attention, message):

@@ -6,6 +6,7 @@ import pytest
 
 from approx_attn.attention import (
     AttentionMechanism,
+    AttentionShape,
     attention_class,
     attention_options,
     available_attention,
@@ -47,10 +48,14 @@ def test_a_name_of_earlier_versions_says_what_has_replaced_it():
 
 def test_an_option_of_earlier_versions_plays_no_part_where_it_was_off():
     build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=None)
-    with pytest.raises(
-        ValueError, match=r"^attention\.block_size is no longer an option of eigen_topk; eigen_cluster has"
+    build_attention("eigen_row", num_heads=1, head_dim=2, max_length=4, alignment="absolute")
+    for name, option, value in (
+        ("eigen_topk", "block_size", 8),
+        ("low_rank_topk", "scoring", "gather"),
+        ("eigen_row", "alignment", "relative"),
     ):
-        build_attention("eigen_topk", num_heads=1, head_dim=2, rank=1, block_size=8)
+        with pytest.raises(ValueError, match=rf"^attention\.{option} is no longer an option of {name}; .*\.$"):
+            build_attention(name, num_heads=1, head_dim=2, max_length=4, **{option: value})
 
 
 def test_options_leave_out_what_the_layer_decides():
@@ -74,13 +79,13 @@ def test_a_name_is_taken_once():
     ],
 )
 def test_ways_to_say_what_a_layer_uses(spec):
-    built = resolve_attention(spec, num_heads=2, head_dim=4, max_length=16)
+    built = resolve_attention(spec, AttentionShape(2, 4, max_length=16))
     assert built.name == "topk"
     assert built.keep == 0.25
     assert (built.num_heads, built.head_dim, built.max_length) == (2, 4, 16)
-    assert resolve_attention(built, num_heads=9) is built
+    assert resolve_attention(built, AttentionShape(9, 4)) is built
 
 
 def test_a_mapping_needs_a_name():
     with pytest.raises(ValueError, match="must have the key 'name'"):
-        resolve_attention({"keep": 0.5}, num_heads=2, head_dim=4)
+        resolve_attention({"keep": 0.5}, AttentionShape(2, 4))

@@ -90,7 +90,7 @@ def test_error_of_a_window_is_that_of_the_definition(causal):
 CALIBRATED = [
     {"name": "eigen_cluster", "block_size": 8, "keep": 8, "rank": 2, "cluster_size": 2},
     {"name": "eigen_row", "keep": 8, "rank": 2},
-    {"name": "eigen_row", "keep": 8, "rank": 2, "alignment": "relative"},
+    {"name": "eigen_row", "keep": 8, "rank": 2, "window": 1},
     {"name": "low_rank_topk", "keep": 8, "rank": 2},
     {"name": "mean"},
 ]

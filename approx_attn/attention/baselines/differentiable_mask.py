@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.baselines.linear import divide_or_zero
-from approx_attn.attention.baselines.positional import PositionTable, require_max_length
+from approx_attn.attention.baselines.positional import PositionTable
 from approx_attn.attention.mask import AttentionMask, at_least_float32, causal_keep
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_weight
 
 
 @register_attention("differentiable_mask")
@@ -26,7 +28,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
 
     Attributes:
         auxiliary_loss: in training, `penalty` times the mean gate over the pairs of real queries that the mask allows.
-        share_kept: share of those pairs whose gate was open in the latest forward pass, a scalar tensor.
+        open_fraction: fraction of those pairs whose gate was open in the latest forward pass, a scalar tensor.
 
     Args:
         alignment: relative: one gate per head and offset. absolute: one per head and pair of positions.
@@ -40,60 +42,33 @@ class DifferentiableMaskAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "relative",
         penalty: float = 0.01,
         temperature: float = 1.0,
         initial_open: float = 0.9,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        if not 0.0 <= penalty < math.inf:
-            raise ValueError(f"attention.penalty must be a number of at least 0, got {penalty!r}.")
+        super().__init__(shape)
         if not 0.0 < temperature < math.inf:
             raise ValueError(f"attention.temperature must be a number above 0, got {temperature!r}.")
         if not 0.0 < initial_open < 1.0:
             raise ValueError(f"attention.initial_open must be a probability between 0 and 1, got {initial_open!r}.")
-        self.penalty = float(penalty)
+        self.penalty = require_weight("attention.penalty", penalty)
         self.temperature = float(temperature)
         initial = math.log(initial_open / (1.0 - initial_open))
-        self.gates = PositionTable(num_heads, require_max_length(self), alignment, initial)
-        self.share_kept: Tensor | None = None
+        self.gates = PositionTable(shape.num_heads, self._laid_out_length(), alignment, initial)
+        self.open_fraction: Tensor | None = None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         gate = self._sample(n_q, n_k, mask.query_offset)  # (h, n_q, n_k)
         keep = mask.dense_keep(n_q, n_k, query.device)
         self._record(gate, mask, keep)
         if not self.training and not need_weights:
             return self._fused(query, key, value, mask, gate > 0, scale), None
-        scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_k)
-        bias = mask.finite_bias()
-        if bias is not None:
-            scores = scores + bias
+        scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
         weights = gated_softmax(scores, gate, keep)
         weights = apply_dropout(weights, dropout_p).to(value.dtype)
         return weights @ value, weights if need_weights else None
@@ -115,7 +90,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
         return (noisy > 0).to(soft.dtype) + (soft - soft.detach())
 
     def _record(self, gate: Tensor, mask: AttentionMask, keep: Tensor | None) -> None:
-        """Set `share_kept` and, in training, `auxiliary_loss` from the gates of allowed pairs of real queries."""
+        """Set `open_fraction` and, in training, `auxiliary_loss` from the gates of allowed pairs of real queries."""
         if mask.query_keep is not None:  # whatever is padded has no part in the loss
             rows = mask.query_keep[:, None, :, None]
             keep = rows if keep is None else keep & rows
@@ -124,12 +99,11 @@ class DifferentiableMaskAttention(AttentionMechanism):
         else:
             allowed = keep.expand(*keep.shape[:-3], *gate.shape).reshape(-1, *gate.shape).sum(dim=0)  # samples per pair
             mean = (gate * allowed).sum() / allowed.sum().clamp(min=1)
-        self.share_kept = mean.detach()
+        self.open_fraction = mean.detach()
         self.auxiliary_loss = self.penalty * mean if self.training else None
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         return Cost(
             exact_pairs=self._open_pairs(n_q, n_k, causal),
             total_pairs=self.num_heads * pairs,

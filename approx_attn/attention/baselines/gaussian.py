@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, require_positive
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
 from approx_attn.attention.baselines.positional import attention_from_scores
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 LEAST_SIGMA = 1e-4  # keeps squared distances over 2σ² finite
 
@@ -38,56 +40,32 @@ class GaussianAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         sigma: float | Sequence[float] | None = None,
         train_sigma: bool = True,
         grid_width: int | None = None,
         coordinates: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        log_sigma = torch.tensor([math.log(value) for value in _sigma_per_head(sigma, num_heads)])
+        super().__init__(shape)
+        log_sigma = torch.tensor([math.log(value) for value in _sigma_per_head(sigma, shape.num_heads)])
         if train_sigma:
             self.log_sigma = nn.Parameter(log_sigma)
         else:
             self.register_buffer("log_sigma", log_sigma)
-        self.grid_width = None if grid_width is None else require_positive("attention.grid_width", grid_width)
+        self.grid_width = None if grid_width is None else require_count("attention.grid_width", grid_width)
         if coordinates is not None and grid_width is not None:
             raise ValueError("attention.coordinates and attention.grid_width exclude each other, got both.")
         self.register_buffer("coordinates", None if coordinates is None else _points(coordinates))
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        query_points = self._coordinates(mask.query_positions(query.shape[-2], query.device))  # (n_q, c)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        query_points = self._coordinates(request.mask.query_positions(query.shape[-2], query.device))  # (n_q, c)
         key_points = self._coordinates(torch.arange(key.shape[-2], device=key.device))  # (n_k, c)
         squared = (query_points[:, None] - key_points).square().sum(dim=-1)  # (n_q, n_k)
         log_sigma = at_least_float32(self.log_sigma).clamp(min=math.log(LEAST_SIGMA))
         precision = 0.5 * torch.exp(-2.0 * log_sigma)  # 1 / 2σ², (h,)
         scores = -precision[:, None, None] * squared  # (h, n_q, n_k)
-        output, weights = attention_from_scores(scores[None], value, mask, dropout_p)
-        return output, weights if need_weights else None
+        return attention_from_scores(scores[None], value, request)
 
     def _coordinates(self, positions: Tensor) -> Tensor:
         """(n,) positions -> (n, c) points."""
@@ -106,7 +84,7 @@ class GaussianAttention(AttentionMechanism):
         return points.to(torch.promote_types(self.log_sigma.dtype, torch.float32))
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         axes = 1 if self.coordinates is None and self.grid_width is None else 2
         if self.coordinates is not None:
             axes = self.coordinates.shape[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.mask import AttentionMask, at_least_float32, causal_keep, masked_softmax
 from approx_attn.attention.registry import register_attention
 
@@ -32,22 +32,12 @@ class LinearAttention(AttentionMechanism):
     capabilities = Capabilities(arbitrary_mask=False)
     cost_formula = "n·d²"
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         log_query, log_key = log_elu_plus_one(query), log_elu_plus_one(key)  # (b, h, n, d)
-        return feature_attention(log_query, log_key, value, mask, dropout_p, need_weights)
+        return feature_attention(log_query, log_key, value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         return feature_cost(self.num_heads, n_q, n_k, pairs, self.head_dim, self.value_dim, causal)
 
 
@@ -61,12 +51,7 @@ def log_elu_plus_one(x: Tensor) -> Tensor:
 
 
 def feature_attention(
-    log_query: Tensor,
-    log_key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    dropout_p: float = 0.0,
-    need_weights: bool = False,
+    log_query: Tensor, log_key: Tensor, value: Tensor, request: Request
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with weights w_ij ∝ Σ_f exp(a_if + b_jf), from the logarithms of the features.
 
@@ -79,13 +64,13 @@ def feature_attention(
         log_query: a, (b, h, n_q, m), float32 or float64.
         log_key: b, (b, h, n_k, m).
         value: (b, h, n_k, d_v); zero where padded.
-        mask: padding and causality only.
-        dropout_p: probability of dropping a key, for all queries of a head at once.
-        need_weights: also return the (b, h, n_q, n_k) weights, which then are held.
+        request: its mask holds padding and causality only, its scale has no part; dropout drops a key for all queries
+            of a head at once.
 
     Returns:
         output (b, h, n_q, d_v) and weights or None; zeros for a query without keys.
     """
+    mask, _, dropout_p, need_weights = request
     with torch.autocast(value.device.type, enabled=False):  # sums of many small weights need float32
         value = value.to(log_query.dtype)
         kept_keys = apply_dropout(torch.ones_like(value[..., :1]), dropout_p)  # (b, h, n_k, 1)

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    require_choice,
-    require_share_or_count,
-    resolve_count,
-)
-from approx_attn.attention.mask import AttentionMask
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_one_of
 
 SHARING = ("none", "heads", "key_value", "layer")
 
@@ -33,7 +28,7 @@ class LinformerAttention(AttentionMechanism):
     neither a causal nor an arbitrary mask can be kept, and there are no weights over single keys to return.
 
     Args:
-        num_keys: m, the number of projected keys: a share of `max_length`, or a number.
+        num_keys: m, the number of projected keys: a fraction of `max_length`, or a number.
         share: what uses one projection. `none`: E and F for each head; `heads`: E and F for all heads;
             `key_value`: one E = F for all heads; `layer`: one for all heads and layers.
     """
@@ -51,33 +46,18 @@ class LinformerAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_keys: float | int = 0.25,
         share: str = "heads",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        if self.max_length is None:
-            raise ValueError("attention=linformer needs max_length, the longest input it is to see, got None.")
-        require_share_or_count("attention.num_keys", num_keys)
-        self.num_keys = resolve_count(num_keys, self.max_length)
-        self.share = require_choice("attention.share", share, SHARING)
+        super().__init__(shape)
+        length = self._laid_out_length()
+        require_budget("attention.num_keys", num_keys)
+        self.num_keys = resolve_count(num_keys, length)
+        self.share = require_one_of("attention.share", share, SHARING)
         heads = self.num_key_value_heads if share == "none" else 1
-        self.key_projection = nn.Parameter(torch.empty(heads, self.num_keys, self.max_length))
+        self.key_projection = nn.Parameter(torch.empty(heads, self.num_keys, length))
         self.value_projection: nn.Parameter | None = None  # None: the same as for keys
         if share in ("none", "heads"):
             self.value_projection = nn.Parameter(torch.empty_like(self.key_projection))
@@ -92,16 +72,7 @@ class LinformerAttention(AttentionMechanism):
         if self.share == "layer" and isinstance(first, LinformerAttention):
             self.key_projection = first.key_projection
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         n_k = key.shape[-2]
         key_projection = self.key_projection[..., :n_k]  # (h_kv | 1, m, n_k)
         value_projection = key_projection if self.value_projection is None else self.value_projection[..., :n_k]
@@ -112,14 +83,14 @@ class LinformerAttention(AttentionMechanism):
             query.to(pooled_key.dtype),
             pooled_key,
             pooled_value,
-            dropout_p=dropout_p,
-            scale=scale,
+            dropout_p=request.dropout_p,
+            scale=request.scale,
             enable_gqa=grouped,
         )
         return output, None  # a sample without any key has zero values, hence zero output
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         m, d, d_v = self.num_keys, self.head_dim, self.value_dim
         return Cost(
             exact_pairs=0,

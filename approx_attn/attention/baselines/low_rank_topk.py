@@ -11,28 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    clamped_rank,
-    repeat_heads,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import Capabilities, Cost, Request, clamped_rank, repeat_heads
 from approx_attn.attention.baselines.topk import topk_attention
-from approx_attn.attention.mask import AttentionMask, at_least_float32
-from approx_attn.attention.query_chunks import kept_pairs, query_chunks
+from approx_attn.attention.budget import kept_pairs, require_budget, resolve_count
+from approx_attn.attention.calibrated import ObservingMechanism
+from approx_attn.attention.mask import AttentionMask, at_least_float32, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 MOMENTUM = 0.99  # of the running covariance: it remembers about the last 100 training passes
 EIGH_MULTIPLY_ADDS = 9  # times d³, all eigenvectors of a symmetric matrix (Golub and Van Loan, §8.3)
 
 
 @register_attention("low_rank_topk")
-class LowRankTopKAttention(AttentionMechanism):
+class LowRankTopKAttention(ObservingMechanism):
     """Per query the k keys with the largest products in r principal dimensions; exact softmax over those.
 
     The r directions of a head are the leading eigenvectors of the covariance of its keys within a sequence
@@ -41,58 +34,40 @@ class LowRankTopKAttention(AttentionMechanism):
 
     Args:
         rank: r, clamped to head_dim.
-        keep: k, as a share of the keys that a query may use or as a number of keys.
+        keep: k, as a fraction of the keys that a query may use or as a number of keys.
         basis: where the covariance comes from. `running`: a moving average over training passes, held in
             the checkpoint; until the first one, or calibration, the first r dimensions. The directions are found when
             it has changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's
             own keys, which needs no training but would let a query's choice depend on later keys, so not causal.
-        scoring: `dense` computes whole chunks of exact scores and uses those that were chosen, which is fastest
-            where matrix products are; `gather` computes only the chosen ones. `cost` counts what is performed.
-        chunk_size: queries handled at once; bounds the memory at chunk_size·n numbers per head (`gather`:
-            chunk_size·k·d).
+        chunk_size: queries handled at once, all of whose exact scores are computed; bounds the memory at chunk_size·n
+            numbers per head.
     """
 
     capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
-    cost_formula = "n²·(r + d), with scoring=gather n²·r + n·k·d, with basis=input n·d² + 9·d³ more"
+    cost_formula = "n²·(r + d), with basis=input n·d² + 9·d³ more"
     covariance: Tensor
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
         basis: str = "running",
-        scoring: str = "dense",
         chunk_size: int = 256,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.rank = clamped_rank(rank, head_dim)
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.basis = require_choice("attention.basis", basis, ("running", "input"))
-        self.scoring = require_choice("attention.scoring", scoring, ("dense", "gather"))
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
-        if causal:
+        super().__init__(shape)
+        self.rank = clamped_rank(rank, shape.head_dim)
+        self.keep = require_budget("attention.keep", keep)
+        self.directions_from = require_one_of("attention.basis", basis, ("running", "input"))
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
+        if shape.causal:
             self._refuse_own_keys_under_a_causal_mask()
         if basis == "running":
             # Falling along the diagonal, so that before any training the first r dimensions lead; so small
             # that the first training pass outweighs it.
-            start = torch.diag(torch.linspace(1.0, 0.5, head_dim)) * 1e-6
-            self.register_buffer("covariance", start.repeat(num_heads, 1, 1))  # (h, d, d)
+            start = torch.diag(torch.linspace(1.0, 0.5, shape.head_dim)) * 1e-6
+            self.register_buffer("covariance", start.repeat(shape.num_heads, 1, 1))  # (h, d, d)
         self._found: tuple[Tensor, Tensor] | None = None  # the latest covariance, and its directions (1, h, d, r)
         self._of_training_pass: Tensor | None = None  # directions that the latest training pass used
         self._observed: tuple[Tensor, Tensor] | None = None  # scatter (h, d, d) and number (1, 1, 1) of observed keys
@@ -101,33 +76,12 @@ class LowRankTopKAttention(AttentionMechanism):
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        if mask.causal:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        if request.mask.causal:
             self._refuse_own_keys_under_a_causal_mask()
-        directions = self._directions(key, mask)  # (b | 1, h, d, r)
+        directions = self._directions(key, request.mask)  # (b | 1, h, d, r)
         estimate = (query.detach() @ directions.to(query.dtype), key.detach() @ directions.to(key.dtype))
-        return topk_attention(
-            query,
-            key,
-            value,
-            mask,
-            scale,
-            self.keep,
-            self.chunk_size,
-            estimate=estimate,
-            scoring=self.scoring,
-            dropout_p=dropout_p,
-            need_weights=need_weights,
-        )
+        return topk_attention(query, key, value, request, self.keep, self.chunk_size, estimate)
 
     @torch.no_grad()
     def _directions(self, key: Tensor, mask: AttentionMask) -> Tensor:
@@ -137,7 +91,7 @@ class LowRankTopKAttention(AttentionMechanism):
         that activation checkpointing computes again in the backward pass is the same pass as before: it has the
         same directions, and no update.
         """
-        if self.basis == "input":
+        if self.directions_from == "input":
             scatter, count = key_scatter(key, mask.key_keep)
             return principal_directions(scatter / count.clamp(min=1), self.rank)
         if self.training and self._of_training_pass is not None and in_backward_pass():
@@ -159,26 +113,16 @@ class LowRankTopKAttention(AttentionMechanism):
     def observe(
         self, query: Tensor, key: Tensor, mask: AttentionMask | None = None, *, scale: float | None = None
     ) -> None:
-        """Add the keys of a batch to the covariance that `fit` will take; basis=input has nothing to fit.
-
-        Args:
-            query, scale: of no use here; every mechanism is observed by the same call.
-            key: (b, h_kv, n_k, d).
-            mask: padded keys are left out.
-        """
-        if self.basis == "running":
+        """Add the keys of a batch to the covariance that `fit` will take; basis=input has nothing to fit."""
+        if self.directions_from == "running":
             scatter, count = key_scatter(repeat_heads(key, self.num_heads), None if mask is None else mask.key_keep)
             before = (0.0, 0.0) if self._observed is None else self._observed
             self._observed = before[0] + scatter.sum(dim=0), before[1] + count.sum(dim=0)
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Take the covariance of the observed keys as the running one.
-
-        Raises:
-            ValueError: if nothing was observed.
-        """
-        if self.basis == "running":
+        """Take the covariance of the observed keys as the running one."""
+        if self.directions_from == "running":
             if self._observed is None:
                 raise ValueError("attention=low_rank_topk: call observe(query, key) before fit(), got no observations.")
             scatter, count = self._observed
@@ -195,32 +139,28 @@ class LowRankTopKAttention(AttentionMechanism):
         return self._found[1]
 
     def _refuse_own_keys_under_a_causal_mask(self) -> None:
-        if self.basis == "input":
+        if self.directions_from == "input":
             raise ValueError(
                 "attention.basis=input of low_rank_topk takes directions from all keys of a sequence, so it does not "
                 "support causal attention; use attention.basis=running."
             )
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         r, d, k = self.rank, self.head_dim, resolve_count(self.keep, n_k)
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
-        estimated = sum((stop - start) * keys for start, stop, keys in chunks)
-        exact = estimated
-        if self.scoring == "gather":
-            exact = sum((stop - start) * min(k, keys) for start, stop, keys in chunks)
-        gathered = k * d if self.scoring == "gather" else 0
-        basis_state = d * d + d * r if self.basis == "input" else 2 * d * d + d * r  # running: and what they are of
-        basis = n_k * d * d + EIGH_MULTIPLY_ADDS * d**3 if self.basis == "input" else 0
+        computed = sum((stop - start) * keys for start, stop, keys in chunks)
+        basis_state = (
+            d * d + d * r if self.directions_from == "input" else 2 * d * d + d * r
+        )  # running: and what they are of
+        basis = n_k * d * d + EIGH_MULTIPLY_ADDS * d**3 if self.directions_from == "input" else 0
         return Cost(
             exact_pairs=self.num_heads * kept_pairs(self.keep, n_q, n_k, causal),
             total_pairs=self.num_heads * pairs,
-            score_multiply_adds=self.num_heads * ((n_q + n_k) * d * r + estimated * r + exact * d + basis),
-            value_multiply_adds=self.num_heads * estimated * self.value_dim,
-            state=self.num_heads
-            * (basis_state + (n_q + n_k) * r + 2 * n_q * k + min(self.chunk_size, n_q) * (2 * n_k + gathered)),
-            computed_pairs=self.num_heads * exact,
+            score_multiply_adds=self.num_heads * ((n_q + n_k) * d * r + computed * (r + d) + basis),
+            value_multiply_adds=self.num_heads * computed * self.value_dim,
+            state=self.num_heads * (basis_state + (n_q + n_k) * r + 2 * n_q * k + 2 * min(self.chunk_size, n_q) * n_k),
+            computed_pairs=self.num_heads * computed,
         )
 
     def extra_repr(self) -> str:

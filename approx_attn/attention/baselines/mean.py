@@ -7,12 +7,14 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, repeat_heads
 from approx_attn.attention.baselines.positional import PositionalAttention
+from approx_attn.attention.calibrated import ObservingMechanism
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("mean")
-class MeanAttention(PositionalAttention):
+class MeanAttention(PositionalAttention, ObservingMechanism):
     """Ā·V, renormalised over the keys a query may use, with Ā_ij (or Ā_{j−i}) an average of exact weights.
 
     Source: PAPA (Hassid et al., *How Much Does Attention Actually Attend?*, arXiv 2211.03495). Call `observe`
@@ -31,25 +33,13 @@ class MeanAttention(PositionalAttention):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "absolute",
         trainable: bool = True,
     ) -> None:
         super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
+            shape,
             alignment=alignment,
         )
         self.table.values.requires_grad_(trainable)
@@ -60,21 +50,13 @@ class MeanAttention(PositionalAttention):
     def observe(
         self, query: Tensor, key: Tensor, mask: AttentionMask | None = None, *, scale: float | None = None
     ) -> None:
-        """Add the exact attention weights of a batch to the averages that `fit` will take.
-
-        Args:
-            query: (b, h, n_q, d).
-            key: (b, h_kv, n_k, d).
-            mask: as in `forward`; padded queries and closed pairs are left out.
-            scale: factor on query-key products, 1/sqrt(d) if None.
-        """
+        """Add the exact attention weights of a batch to the averages that `fit` will take."""
         mask = AttentionMask() if mask is None else mask
         n_q, n_k = query.shape[-2], key.shape[-2]
         scores = at_least_float32(query) @ at_least_float32(repeat_heads(key, self.num_heads)).transpose(-2, -1)
         scores = scores * (self.head_dim**-0.5 if scale is None else scale)  # (b, h, n_q, n_k)
-        bias = mask.finite_bias()
         keep = mask.dense_keep(n_q, n_k, query.device)
-        weights = masked_softmax(scores if bias is None else scores + bias, keep).double()
+        weights = masked_softmax(mask.add_bias(scores), keep).double()
         counted = torch.ones_like(weights) if keep is None else keep.expand_as(weights).double()
         if mask.query_keep is not None:
             counted = counted * mask.query_keep[:, None, :, None]
@@ -98,11 +80,7 @@ class MeanAttention(PositionalAttention):
 
     @torch.no_grad()
     def fit(self) -> None:
-        """Take the averages of what was observed; pairs never seen get the weight 1/max_length.
-
-        Raises:
-            ValueError: if nothing was observed.
-        """
+        """Take the averages of what was observed; pairs never seen get the weight 1/max_length."""
         if self._sums is None or self._counts is None:
             raise ValueError("attention=mean: call observe(query, key, mask) before fit(), got no observations.")
         unseen = self._counts == 0

@@ -12,18 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 
 @register_attention("mra")
@@ -38,7 +32,7 @@ class MRAAttention(AttentionMechanism):
     padding on the left moves tokens between blocks.
 
     Args:
-        keep: exact blocks: share of all blocks (float), or keys per query on average (int), rounded up to blocks.
+        keep: exact blocks: fraction of all blocks (float), or keys per query on average (int), rounded up to blocks.
         block_size: b, queries and keys on a side of a block; the last one may be smaller.
         rest: what the other blocks contribute, `coarse` or `drop`.
     """
@@ -48,45 +42,23 @@ class MRAAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         block_size: int = 16,
         rest: str = "coarse",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.block_size = require_positive("attention.block_size", block_size)
-        self.rest = require_choice("attention.rest", rest, ("coarse", "drop"))
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.block_size = require_count("attention.block_size", block_size)
+        self.rest = require_one_of("attention.rest", rest, ("coarse", "drop"))
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, float]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, _ = request
         if mask.query_keep is not None:  # whatever stands there must not reach a gradient, not even as 0 · NaN
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
         queries = cut(query, mask.real_queries(query.shape[-2]), self.block_size)
@@ -165,7 +137,7 @@ class MRAAttention(AttentionMechanism):
         return -(-keep // self.block_size)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         b, d, d_v = self.block_size, self.head_dim, self.value_dim
         n_bq, n_bk = -(-n_q // b), -(-n_k // b)
         coarse, blocks = n_bq * n_bk, self._budget(n_bq, n_bk)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, require_positive
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.mask import at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("nystromformer")
@@ -38,47 +40,24 @@ class NystromformerAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_landmarks: int = 64,
         pinv_iterations: int = 6,
         conv_kernel: int | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.num_landmarks = require_positive("attention.num_landmarks", num_landmarks)
-        self.pinv_iterations = require_positive("attention.pinv_iterations", pinv_iterations)
+        super().__init__(shape)
+        self.num_landmarks = require_count("attention.num_landmarks", num_landmarks)
+        self.pinv_iterations = require_count("attention.pinv_iterations", pinv_iterations)
         self.conv: nn.Conv2d | None = None
         if conv_kernel is not None:
-            if require_positive("attention.conv_kernel", conv_kernel) % 2 == 0:
+            if require_count("attention.conv_kernel", conv_kernel) % 2 == 0:
                 raise ValueError(f"attention.conv_kernel must be odd or null, got {conv_kernel}.")
-            self.conv = nn.Conv2d(
-                num_heads, num_heads, (conv_kernel, 1), padding=(conv_kernel // 2, 0), groups=num_heads, bias=False
-            )
+            heads, margin = shape.num_heads, conv_kernel // 2
+            self.conv = nn.Conv2d(heads, heads, (conv_kernel, 1), padding=(margin, 0), groups=heads, bias=False)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, _ = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         if self.conv is not None and n_q != n_k:
             raise ValueError(
@@ -109,7 +88,7 @@ class NystromformerAttention(AttentionMechanism):
         )
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         rows, columns = min(self.num_landmarks, n_q), min(self.num_landmarks, n_k)
         kernels = (n_q * columns + rows * columns + rows * n_k) * self.head_dim
         step = 2 * rows * rows * columns + 2 * rows**3  # A·Z, two products of (m, m), Z·(...)

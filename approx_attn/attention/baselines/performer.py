@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, require_at_least, require_positive
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request
 from approx_attn.attention.baselines.linear import feature_attention, feature_cost
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("performer")
@@ -36,39 +38,23 @@ class PerformerAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_features: int | None = None,
         orthogonal: bool = True,
         seed: int = 0,
         redraw_interval: int | None = 1000,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        default = max(1, math.ceil(head_dim * math.log(head_dim)))
-        self.num_features = require_positive(
-            "attention.num_features", default if num_features is None else num_features
-        )
+        super().__init__(shape)
+        default = max(1, math.ceil(shape.head_dim * math.log(shape.head_dim)))
+        self.num_features = require_count("attention.num_features", default if num_features is None else num_features)
         self.orthogonal = orthogonal
-        self.seed = require_at_least("attention.seed", seed, 0)
+        self.seed = require_count("attention.seed", seed, 0)
         self.redraw_interval = (
-            None if redraw_interval is None else require_positive("attention.redraw_interval", redraw_interval)
+            None if redraw_interval is None else require_count("attention.redraw_interval", redraw_interval)
         )
         # Buffers: a checkpoint goes on with its directions and, after a redraw, with the draws that follow.
-        self.register_buffer("projection", torch.empty(self.num_features, head_dim))
+        self.register_buffer("projection", torch.empty(self.num_features, shape.head_dim))
         self.register_buffer("num_draws", torch.zeros((), dtype=torch.long))
         self.redraw()
 
@@ -82,7 +68,7 @@ class PerformerAttention(AttentionMechanism):
         self.num_draws += 1
 
     def begin_step(self, step: int) -> None:
-        """Redraw if it is time; called before every training step with the number of steps done.
+        """Redraw if it is time.
 
         The draw is a function of (seed, step): a run that is resumed, or a step of several batches, draws once.
         """
@@ -90,24 +76,15 @@ class PerformerAttention(AttentionMechanism):
             self.num_draws.fill_(step // self.redraw_interval)
             self.redraw()
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        scale = request.scale
         root = math.sqrt(abs(scale))  # half of the scale on each side balances the two norms in the exponents
         log_query = log_positive_features(query, self.projection, math.copysign(root, scale))
         log_key = log_positive_features(key, self.projection, root)  # (b, h, n, m)
-        return feature_attention(log_query, log_key, value, mask, dropout_p, need_weights)
+        return feature_attention(log_query, log_key, value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         features, heads = self.num_features, self.num_heads
         maps = heads * (n_q + n_k) * features * self.head_dim
         sums = feature_cost(heads, n_q, n_k, pairs, features, self.value_dim, causal)

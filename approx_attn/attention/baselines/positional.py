@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, require_choice
-from approx_attn.attention.mask import AttentionMask, masked_softmax
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.mask import masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_one_of
 
 ALIGNMENTS = ("absolute", "relative")
 
@@ -35,43 +37,19 @@ class PositionalAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         alignment: str = "absolute",
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.table = PositionTable(num_heads, require_max_length(self), alignment)
+        super().__init__(shape)
+        self.table = PositionTable(shape.num_heads, self._laid_out_length(), alignment)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        scores = self.table(query.shape[-2], key.shape[-2], mask.query_offset)  # (h, n_q, n_k)
-        output, weights = attention_from_scores(scores[None], value, mask, dropout_p)
-        return output, weights if need_weights else None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        scores = self.table(query.shape[-2], key.shape[-2], request.mask.query_offset)  # (h, n_q, n_k)
+        return attention_from_scores(scores[None], value, request)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         return Cost(
             exact_pairs=0,
             total_pairs=self.num_heads * pairs,
@@ -94,7 +72,7 @@ class PositionTable(nn.Module):
     def __init__(self, num_heads: int, max_length: int, alignment: str, initial: float = 0.0) -> None:
         super().__init__()
         self.max_length = max_length
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
+        self.alignment = require_one_of("attention.alignment", alignment, ALIGNMENTS)
         shape = (max_length, max_length) if alignment == "absolute" else (2 * max_length - 1,)
         self.values = nn.Parameter(torch.full((num_heads, *shape), initial))
 
@@ -126,9 +104,7 @@ class PositionTable(nn.Module):
         return f"max_length={self.max_length}, alignment={self.alignment}"
 
 
-def attention_from_scores(
-    scores: Tensor, value: Tensor, mask: AttentionMask, dropout_p: float
-) -> tuple[Tensor, Tensor]:
+def attention_from_scores(scores: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
     """softmax(scores + mask)·value for scores that are the same for all samples.
 
     Args:
@@ -136,12 +112,12 @@ def attention_from_scores(
         value: (b, h, n_k, d_v).
 
     Returns:
-        output (b, h, n_q, d_v), and weights (b, h, n_q, n_k) that are held once for all samples where the mask
-        allows it.
+        output (b, h, n_q, d_v), and weights (b, h, n_q, n_k), if wanted, that are held once for all samples where the
+        mask allows it.
     """
+    mask, _, dropout_p, need_weights = request
     batch, n_q, n_k = value.shape[0], *scores.shape[-2:]
-    bias = mask.finite_bias()
-    weights = masked_softmax(scores if bias is None else scores + bias, mask.dense_keep(n_q, n_k, value.device))
+    weights = masked_softmax(mask.add_bias(scores), mask.dense_keep(n_q, n_k, value.device))
     if dropout_p > 0.0:
         weights = apply_dropout(weights.expand(batch, -1, -1, -1), dropout_p)  # each sample drops its own
     weights = weights.to(value.dtype)
@@ -150,18 +126,4 @@ def attention_from_scores(
         output = torch.einsum("hij,bhjd->bhid", weights[0], value)
     else:
         output = weights @ value
-    return output, weights.expand(batch, -1, -1, -1)
-
-
-def require_max_length(mechanism: AttentionMechanism) -> int:
-    """`max_length` of a mechanism that has parameters per position.
-
-    Raises:
-        ValueError: if it was not given.
-    """
-    if mechanism.max_length is None:
-        raise ValueError(
-            f"attention={mechanism.name} needs max_length, a whole number of at least 1, to lay out its positions, "
-            "got None."
-        )
-    return mechanism.max_length
+    return output, weights.expand(batch, -1, -1, -1) if need_weights else None

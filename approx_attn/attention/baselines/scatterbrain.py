@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_positive,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.baselines.linear import divide_or_zero, log_products
 from approx_attn.attention.baselines.performer import log_positive_features, random_directions
-from approx_attn.attention.layouts.band import MIN_BLOCK, Band, kept_at
+from approx_attn.attention.layouts.band import MIN_BLOCK, Band, allowed_in_blocks
 from approx_attn.attention.layouts.window import Window
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("scatterbrain")
@@ -38,7 +33,7 @@ class ScatterbrainAttention(AttentionMechanism):
     of `performer`. Dropout drops a key for all queries of a head at once, since far weights do not exist.
 
     Args:
-        keep: width of the exact window, as in `sliding_window`: share of the pairs, or keys per query.
+        keep: width of the exact window, as in `sliding_window`: fraction of the pairs, or keys per query.
         window: half-width of the window in place of `keep`.
         num_features: m; head_dim·ln(head_dim), rounded up, if None.
         seed: of the features' directions; each layer draws its own.
@@ -50,52 +45,28 @@ class ScatterbrainAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         window: int | None = None,
         num_features: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         self.window = Window(keep, window)
-        default = max(1, math.ceil(head_dim * math.log(head_dim)))
-        self.num_features = require_positive(
-            "attention.num_features", default if num_features is None else num_features
-        )
-        generator = torch.Generator().manual_seed(require_at_least("attention.seed", seed, 0))
-        for _ in range(layer_index + 1):
-            directions = random_directions(self.num_features, head_dim, True, generator)
+        default = max(1, math.ceil(shape.head_dim * math.log(shape.head_dim)))
+        self.num_features = require_count("attention.num_features", default if num_features is None else num_features)
+        generator = torch.Generator().manual_seed(require_count("attention.seed", seed, 0))
+        for _ in range(shape.layer_index + 1):
+            directions = random_directions(self.num_features, shape.head_dim, True, generator)
         self.register_buffer("projection", directions)  # (m, d)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, float]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         band = self._band(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset)
         with torch.autocast(query.device.type, enabled=False):  # sums of many small weights need float32
             query, key, value = at_least_float32(query), at_least_float32(key), at_least_float32(value)
@@ -133,10 +104,10 @@ class ScatterbrainAttention(AttentionMechanism):
         """Logarithms of the weights in the slice of each block: exact in the window, by features beside it."""
         exact = band.query_blocks(query) @ band.key_blocks(key).transpose(-2, -1)  # (b, h, n_blocks, block, span)
         estimate = log_products(log_queries, band.key_blocks(log_key))
-        logs = torch.where(self.window.keep(band, mask, query.device), exact, estimate)
+        logs = torch.where(self.window.allowed(band, mask, query.device), exact, estimate)
         positions = band.key_positions(query.device)  # (n_blocks, span)
         inside = (positions >= 0) & (positions < band.n_k)
-        return logs.masked_fill(~(kept_at(band, mask, positions) & inside[:, None, :]), lowest(logs))
+        return logs.masked_fill(~(allowed_in_blocks(band, mask, positions) & inside[:, None, :]), lowest(logs))
 
     def _far_logs(
         self, log_queries: Tensor, log_key: Tensor, columns: Tensor, mask: AttentionMask, band: Band
@@ -167,15 +138,14 @@ class ScatterbrainAttention(AttentionMechanism):
         self, scores: Tensor, log_query: Tensor, log_key: Tensor, mask: AttentionMask, band: Band
     ) -> Tensor:
         """The (b, h, n_q, n_k) weights, for looking at them."""
-        window = self.window.keep(band, mask, scores.device)
+        window = self.window.allowed(band, mask, scores.device)
         window = band.dense(window.to(scores.dtype)) > 0  # (b | 1, 1, n_q, n_k)
         logs = torch.where(window, scores, log_products(log_query, log_key))
         keep = mask.dense_keep(band.n_q, band.n_k, logs.device)
         return masked_softmax(logs, keep)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         offset = n_k - n_q if causal else 0
         band = self._band(n_q, n_k, causal, offset)
         m, d, columns, sides = self.num_features, self.head_dim, self.value_dim + 1, 1 if causal else 2

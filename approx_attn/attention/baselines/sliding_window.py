@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout, require_at_least
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.layouts.band import Band
 from approx_attn.attention.layouts.random_blocks import RandomBlocks, allowed_at, gather_pairs
 from approx_attn.attention.layouts.window import Window
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys, query_chunks
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 SEGMENTS, LEAST_SEGMENT = 4, 256
 """Parts into which queries are cut where the window grows with the position, each as wide as its last query's, and
@@ -34,7 +35,7 @@ class SlidingWindowAttention(AttentionMechanism):
     but random blocks lie elsewhere than without.
 
     Args:
-        keep: width of the window. A share means the widest window that holds at most this share of the pairs
+        keep: width of the window. A fraction means the widest window that holds at most this fraction of the pairs
             that exact attention would use; under a causal mask the window then grows with the position, so
             that a token's result does not depend on what follows. A whole number means keys per query:
             half of them on either side, or all before it under a causal mask.
@@ -50,14 +51,8 @@ class SlidingWindowAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         window: int | None = None,
         global_tokens: int = 0,
@@ -65,18 +60,10 @@ class SlidingWindowAttention(AttentionMechanism):
         block_size: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
+        super().__init__(shape)
         self.window = Window(keep, window)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        own_seed = require_at_least("attention.seed", seed, 0) + 65_537 * layer_index
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        own_seed = require_count("attention.seed", seed, 0) + 65_537 * shape.layer_index
         self.random = RandomBlocks(random_blocks, block_size, own_seed)
 
     @classmethod
@@ -85,22 +72,14 @@ class SlidingWindowAttention(AttentionMechanism):
 
     # -- forward -------------------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         band = self.window.band(n_q, n_k, mask.causal, mask.query_offset, limit=mask.window)
         if need_weights or self.random.count > 0:
-            output, weights = self._by_parts(query, key, value, mask, scale, dropout_p, need_weights, band)
+            output, weights = self._by_parts(query, key, value, request, band)
         else:
-            output, weights = self._in_segments(query, key, value, mask, scale, dropout_p), None
+            output, weights = self._in_segments(query, key, value, request), None
         rows = self._global_queries(band.n_q, mask.causal, mask.query_offset)
         if rows > 0:
             index = first_kept(mask.real_queries(band.n_q), band.n_q, rows, query.device)
@@ -118,27 +97,24 @@ class SlidingWindowAttention(AttentionMechanism):
             weights = None if weights is None else put(weights, index, top_weights)
         return output, weights
 
-    def _in_segments(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
-    ) -> Tensor:
-        outputs = []
+    def _in_segments(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
+        mask, outputs = request.mask, []
         for start, stop, seen in self._segments(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset):
-            part = crop_keys(mask.queries(start, stop), seen)
+            part = mask.queries(start, stop).keys(0, seen)
             band = self.window.band(stop - start, seen, mask.causal, part.query_offset, limit=mask.window)
             inputs = (query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen])
-            outputs.append(self._fused(*inputs, part, scale, dropout_p, band))
+            outputs.append(self._fused(*inputs, request._replace(mask=part), band))
         return torch.cat(outputs, dim=-2)
 
     def _segments(self, n_q: int, n_k: int, causal: bool, offset: int) -> list[tuple[int, int, int]]:
         """(start, stop, keys): runs of queries that are laid out in a band of their own, over the first keys."""
-        if not (causal and self.window.half_width is None and isinstance(self.window.share_or_count, float)):
+        if not (causal and self.window.half_width is None and isinstance(self.window.budget, float)):
             return [(0, n_q, n_k)]
         return query_chunks(n_q, n_k, max(LEAST_SEGMENT, -(-n_q // SEGMENTS)), causal, offset)
 
-    def _fused(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float, band: Band
-    ) -> Tensor:
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, request: Request, band: Band) -> Tensor:
         """Window and global tokens by PyTorch's fused kernel, with blocks in place of heads: (b·h, n_blocks, ...)."""
+        mask, scale, dropout_p, _ = request
         n_global = min(self.global_tokens, band.n_k)
         pairs = [self._near_pairs(band, mask, query.device)]
         keys, values = band.key_blocks(key), band.key_blocks(value)  # (b, h, n_blocks, span, d)
@@ -168,17 +144,10 @@ class SlidingWindowAttention(AttentionMechanism):
         return band.merge_queries(output.masked_fill(~keep.any(dim=-1, keepdim=True), 0.0))
 
     def _by_parts(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-        band: Band,
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request, band: Band
     ) -> tuple[Tensor, Tensor | None]:
         """Window, global tokens and random blocks, each in its own layout, under one softmax."""
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k, offset, n_global = band.n_q, band.n_k, band.query_offset, min(self.global_tokens, band.n_k)
         query = query * scale  # first: in 16 bits a product may overflow where its score does not
         queries = band.query_blocks(query)  # (b, h, n_blocks, block, d)
@@ -227,7 +196,7 @@ class SlidingWindowAttention(AttentionMechanism):
 
     def _near_pairs(self, band: Band, mask: AttentionMask, device: torch.device) -> tuple[Tensor | None, Tensor]:
         """(b | 1, h | 1, n_blocks, block, span): keys in the window that are not global."""
-        keep = self.window.keep(band, mask, device)
+        keep = self.window.allowed(band, mask, device)
         if self.global_tokens > 0:
             positions = band.key_positions(device).clamp(0, band.n_k - 1)  # (n_blocks, span)
             keep = keep & ~self._is_global(mask, band.n_k, device)[:, positions][:, None, :, None]
@@ -253,7 +222,7 @@ class SlidingWindowAttention(AttentionMechanism):
         """(b | 1, h, n_blocks, block, e): keys of random blocks that are neither in the window nor global."""
         positions = self.random.positions(index, band.n_q, band.query_offset)  # (b | 1, h, n_q, e)
         is_global = self._is_global(mask, band.n_k, index.device)[:, None, None]  # (b | 1, 1, 1, n_k)
-        keep = self.random.keep(positions, is_open, band.n_k, mask) & ~gather_pairs(is_global, positions)
+        keep = self.random.allowed(positions, is_open, band.n_k, mask) & ~gather_pairs(is_global, positions)
         queries = mask.query_positions(band.n_q, index.device)  # (n_q,)
         before, after = (x[:, None, 0, :, None] for x in self.window.reach_at(queries[None], mask, band.n_k))
         distance = positions - queries[:, None]
@@ -270,8 +239,7 @@ class SlidingWindowAttention(AttentionMechanism):
     # -- cost ------------------------------------------------------------------------------------------------
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         offset = n_k - n_q if causal else 0
         band = self.window.band(n_q, n_k, causal, offset)
         n_global, rows = min(self.global_tokens, n_k), self._global_queries(n_q, causal, offset)

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import crop_keys, kept_pairs, keys_per_query, query_chunks
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.budget import kept_pairs, keys_per_query, require_budget, resolve_count
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 
 @register_attention("topk")
@@ -33,7 +27,7 @@ class TopKAttention(AttentionMechanism):
     are held for the backward pass. Gradient flows through the kept scores, not through the choice.
 
     Args:
-        keep: k, either as a share of the keys that a query may use (under a causal mask: of those up to it,
+        keep: k, either as a fraction of the keys that a query may use (under a causal mask: of those up to it,
             so that a token's result does not depend on what follows), or as a number of keys, clamped to
             what there is.
         chunk_size: queries scored at once; bounds the memory of a pass at chunk_size·n scores per head.
@@ -44,50 +38,24 @@ class TopKAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         chunk_size: int = 256,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return topk_attention(
-            query, key, value, mask, scale, self.keep, self.chunk_size, dropout_p=dropout_p, need_weights=need_weights
-        )
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        return topk_attention(query, key, value, request, self.keep, self.chunk_size)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         scored = sum((stop - start) * keys for start, stop, keys in query_chunks(n_q, n_k, self.chunk_size, causal))
         return Cost(
             exact_pairs=self.num_heads * kept_pairs(self.keep, n_q, n_k, causal),
@@ -106,40 +74,33 @@ def topk_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: AttentionMask,
-    scale: float,
+    request: Request,
     keep: float | int,
     chunk_size: int,
-    *,
     estimate: tuple[Tensor, Tensor] | None = None,
-    scoring: str = "dense",
-    dropout_p: float = 0.0,
-    need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention over the `keep` best keys of each query.
 
     Args:
         query, key, value: (b, h, n_q, d), (b, h, n_k, d), (b, h, n_k, d_v).
-        mask: only pairs that it keeps can be chosen.
-        keep: share of the usable keys or number of keys per query.
+        request: as in `AttentionMechanism.attend`; only pairs that its mask keeps can be chosen.
+        keep: fraction of the usable keys or number of keys per query.
         chunk_size: queries scored at once.
         estimate: (query, key) features (b, h, n_q, r) and (b, h, n_k, r) whose products choose the keys in
             place of the exact scores. They get no gradient.
-        scoring: with an estimate, compute exact scores of whole chunks (`dense`) or of chosen keys (`gather`).
-        dropout_p: probability of dropping a weight.
-        need_weights: also return the dense (b, h, n_q, n_k) weights.
     """
+    mask, scale, dropout_p, need_weights = request
     query, key, value = in_autocast_type(query, key, value)
     n_k = key.shape[-2]
     outputs, weights = [], []
     for start, stop, keys in query_chunks(query.shape[-2], n_k, chunk_size, mask.causal, mask.query_offset):
-        part = crop_keys(mask.queries(start, stop), keys)
+        part = mask.queries(start, stop).keys(0, keys)
         q, k, v = query[:, :, start:stop], key[:, :, :keys], value[:, :, :keys]
         if estimate is None:
             scores, index, is_open = choose(q, k, part, scale, keep, n_k)
         else:
             _, index, is_open = choose(estimate[0][:, :, start:stop], estimate[1][:, :, :keys], part, scale, keep, n_k)
-            scores = scores_at(q, k, part, scale, index, scoring)
+            scores = scores_at(q, k, part, scale, index)
         drop = apply_dropout(torch.ones_like(scores), dropout_p) if dropout_p > 0.0 else None
         output, applied = _SparseAttention.apply(q, k, v, part.finite_bias(), scores, index, is_open, drop, scale)
         outputs.append(output)
@@ -163,7 +124,7 @@ def choose(
     """The keys with the largest scores.
 
     Args:
-        n_k: number of keys that a share in `keep` refers to; `key` may hold fewer, the rest being closed to
+        n_k: number of keys that a fraction in `keep` refers to; `key` may hold fewer, the rest being closed to
             all these queries.
 
     Returns:
@@ -172,10 +133,7 @@ def choose(
         is_open: (b, h, n_q, k) bool, False where a query may use fewer than k keys.
     """
     n_q, n_seen = query.shape[-2], key.shape[-2]
-    scores = at_least_float32((query * scale) @ key.transpose(-2, -1))  # (b, h, n_q, n_seen)
-    bias = mask.finite_bias()
-    if bias is not None:
-        scores = scores + bias
+    scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_seen)
     allowed = mask.dense_keep(n_q, n_seen, query.device)
     if allowed is None:
         usable = torch.full((1, 1, 1, 1), n_seen, device=query.device)
@@ -190,22 +148,14 @@ def choose(
 
 
 @torch.no_grad()
-def scores_at(
-    query: Tensor, key: Tensor, mask: AttentionMask, scale: float, index: Tensor, scoring: str = "gather"
-) -> Tensor:
-    """Exact scores (b, h, n_q, k) of chosen keys (b, h, n_q, k).
+def scores_at(query: Tensor, key: Tensor, mask: AttentionMask, scale: float, index: Tensor) -> Tensor:
+    """Exact scores (b, h, n_q, k) of chosen keys (b, h, n_q, k), read from the scores of all keys.
 
-    `gather` computes n_q·k products; `dense` n_q·n_k, which is faster unless k is a very small share of n_k.
+    One dense product is faster than gathering k keys per query unless k is a very small fraction of them.
     """
     index = index.long()
     query = query * scale  # first: in 16 bits a product may overflow where its score does not
-    if scoring == "gather":
-        rows = index.flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1])  # (b, h, n_q·k, d)
-        chosen = key.gather(-2, rows).unflatten(2, index.shape[2:])  # (b, h, n_q, k, d)
-        products = (chosen @ query[..., None]).squeeze(-1)
-    else:
-        products = (query @ key.transpose(-2, -1)).gather(-1, index)
-    scores = at_least_float32(products)  # (b, h, n_q, k)
+    scores = at_least_float32((query @ key.transpose(-2, -1)).gather(-1, index))  # (b, h, n_q, k)
     bias = mask.finite_bias()
     if bias is not None:
         scores = scores + bias.expand(*index.shape[:3], key.shape[-2]).gather(-1, index)
@@ -222,7 +172,7 @@ class _SparseAttention(torch.autograd.Function):
 
     Takes the scores as computed, and gives the gradients of query, key and bias that they would have. The k
     weights of a query are scattered into a dense row of the chunk: one dense product with V is faster than
-    gathering k rows of V per query unless k is a very small share of n.
+    gathering k rows of V per query unless k is a very small fraction of n.
     """
 
     @staticmethod

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.baselines.linear import divide_or_zero
 from approx_attn.attention.baselines.positional import attention_from_scores
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 
 
@@ -25,32 +25,22 @@ class UniformAttention(AttentionMechanism):
     capabilities = Capabilities(window=True)
     cost_formula = "0 (n·d_v for the values)"
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        n_q, n_k = query.shape[-2], key.shape[-2]
-        if need_weights or not mask.is_structured:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, n_q, n_k = request.mask, query.shape[-2], key.shape[-2]
+        if request.need_weights or not mask.is_structured:
             scores = torch.zeros(1, self.num_heads, n_q, n_k, dtype=value.dtype, device=value.device)
-            output, weights = attention_from_scores(scores, value, mask, dropout_p)
-            return output, weights if need_weights else None
+            return attention_from_scores(scores, value, request)
         value = at_least_float32(value)  # sums over many keys
         counts = torch.ones_like(value[..., :1])  # (b, h, n_k, 1)
         if mask.key_keep is not None:
             counts = counts * mask.key_keep[:, None, :, None]
-        value = value * apply_dropout(torch.ones_like(value[..., :1]), dropout_p)
+        value = value * apply_dropout(torch.ones_like(value[..., :1]), request.dropout_p)
         columns = torch.cat((value, counts), dim=-1)
         totals = mask.sums_over_keys(columns, n_q).expand(-1, -1, n_q, -1)  # (b, h, n_q, d_v + 1)
         return divide_or_zero(totals[..., :-1], totals[..., -1:]), None
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
         return Cost(
             exact_pairs=0,
             total_pairs=self.num_heads * pairs,

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from approx_attn.attention.base import repeat_heads
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 
 
@@ -26,15 +27,9 @@ def grouped_matmul(left: Tensor, right: Tensor) -> Tensor:
     return (left.reshape(b, h_kv, h // h_kv * n, m) @ right).reshape(b, h, n, -1)
 
 
-def grouped_to_query_heads(tensor: Tensor, num_heads: int) -> Tensor:
-    """(b, h_kv, n, d) -> (b, num_heads, n, d)."""
-    groups = num_heads // tensor.shape[1]
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
-
-
 def mean_residual(query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor, keep: Tensor | None) -> Tensor:
     """Mean over the usable keys of q·k − (qA)·(zB), for any mask: (b, h, c, 1)."""
-    key = grouped_to_query_heads(key, query.shape[1])
+    key = repeat_heads(key, query.shape[1])
     both = torch.cat([key, key_low], dim=-1)
     if keep is None:
         mean = both.mean(-2, keepdim=True)
@@ -43,12 +38,6 @@ def mean_residual(query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor
         mean = (used @ both) / used.sum(-1, keepdim=True).clamp_min(1.0)
     mean_key, mean_low = mean.split([query.shape[-1], query_low.shape[-1]], dim=-1)
     return at_least_float32((query * mean_key).sum(-1, keepdim=True) - (query_low * mean_low).sum(-1, keepdim=True))
-
-
-def scatter_choice(index: Tensor, is_open: Tensor, seen: int) -> Tensor:
-    """Chosen keys (b, h, c, t) as a mask (b, h, c, seen)."""
-    empty = torch.zeros(*index.shape[:-1], seen, dtype=torch.bool, device=index.device)
-    return empty.scatter(-1, index, is_open.expand_as(index))
 
 
 @torch.library.custom_op("approx_attn::kth_largest", mutates_args=())
@@ -79,14 +68,6 @@ def kth_largest(values: Tensor, count: Tensor, most: int) -> Tensor:
 @kth_largest.register_fake
 def _(values: Tensor, count: Tensor, most: int) -> Tensor:
     return values.new_empty(*values.shape[:-1], 1)
-
-
-def scores_at(query: Tensor, key: Tensor, index: Tensor, scale: float) -> Tensor:
-    """Exact scores (b, h, c, t) of the chosen keys alone; key (b, h_kv, n, d)."""
-    key = grouped_to_query_heads(key, query.shape[1])
-    rows = index.flatten(2)[..., None].expand(-1, -1, -1, key.shape[-1])  # (b, h, c·t, d)
-    chosen = key.gather(-2, rows).unflatten(2, index.shape[2:])  # (b, h, c, t, d)
-    return at_least_float32((chosen @ (query * scale)[..., None]).squeeze(-1))
 
 
 def log_mean_exp(scores: Tensor, among: Tensor) -> Tensor:

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx_attn.attention.base import Capabilities, Cost, require_positive, require_share_or_count
+from approx_attn.attention.base import Capabilities, Cost, Request
+from approx_attn.attention.budget import require_budget
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count
 
 ORDERS = (0, 1, 2)
 
@@ -42,7 +46,7 @@ class EigenClusterAttention(HasContentBasis):
     cluster and finds clusters of little deviation.
 
     Args:
-        keep: exact keys of each query: a share of those that it may use, or a number, rounded up to clusters. Keys at
+        keep: exact keys of each query: a fraction of those it may use, or a number, rounded up to clusters. Keys at
             the edges of a causal mask or window count in it; where they alone are more, they are all. 1.0 is exact
             attention. A number keeps the exact work of a query the same at any length.
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
@@ -63,14 +67,8 @@ class EigenClusterAttention(HasContentBasis):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.125,
         cluster_size: int = 8,
         block_size: int = 64,
@@ -82,18 +80,10 @@ class EigenClusterAttention(HasContentBasis):
         train_basis: bool = True,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.block_size = require_positive("attention.block_size", block_size)
-        self.cluster_size = require_positive("attention.cluster_size", cluster_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.block_size = require_count("attention.block_size", block_size)
+        self.cluster_size = require_count("attention.cluster_size", cluster_size)
         halves, rest = divmod(self.block_size, self.cluster_size)
         if rest or halves & (halves - 1):
             raise ValueError(
@@ -104,31 +94,24 @@ class EigenClusterAttention(HasContentBasis):
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
         self.order = order
         self.basis = ContentBasis(
-            num_heads,
+            shape.num_heads,
             self.num_key_value_heads,
-            head_dim,
+            shape.head_dim,
             rank,
             share=share,
             init=basis_init,
             train_basis=train_basis and order > 0,
             seed=seed,
         )
-        self.load_basis_file(basis)
+        if basis is not None:
+            load_basis_into(self, basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
         return {"keep": 1.0, "cluster_size": 2, "block_size": 4}
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         # Exponentials of sums over clusters: float32 throughout, also under autocast.
         with torch.autocast(query.device.type, enabled=False):
             query, key, value = at_least_float32(query) * scale, at_least_float32(key), at_least_float32(value)
@@ -152,8 +135,7 @@ class EigenClusterAttention(HasContentBasis):
         return Layout(n_q, n_k, causal, offset, window or 0, self.block_size, self.cluster_size, self.order)
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         layout = self._layout(n_q, n_k, causal, n_k - n_q, None)
         plan = unpadded_plan(layout, self.keep)
         done = work(layout, plan)

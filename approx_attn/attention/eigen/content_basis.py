@@ -11,13 +11,16 @@ covariance C_k = E[(k−k̄)(k−k̄)ᵀ] the maps with the least mean squared s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, clamped_rank, require_choice, require_positive
+from approx_attn.attention.base import AttentionMechanism, clamped_rank
+from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.errors import require_count, require_one_of
 
 SHARES = ("head", "layer", "model")
 INITS = ("random", "calibrated")
@@ -62,7 +65,7 @@ def fit_content_basis(
         key_covariance: (..., h_kv, d, d), C_k; h_kv divides h, and each key head serves h/h_kv query heads.
         key_mean: (..., h_kv, d), k̄.
         rank: columns kept, 1 to d; all d if None.
-        regularisation: added to both diagonals as a share of their mean, so that directions which never
+        regularisation: added to both diagonals as a fraction of their mean, so that directions which never
             occur in the data stay invertible.
 
     Returns:
@@ -80,7 +83,7 @@ def fit_content_basis(
         )
     if not (query_second_moment.isfinite().all() and key_covariance.isfinite().all() and key_mean.isfinite().all()):
         raise ValueError("the statistics of a content basis must be finite, got NaN or infinity.")
-    rank = dim if rank is None else min(require_positive("rank", rank), dim)
+    rank = dim if rank is None else min(require_count("rank", rank), dim)
     query_factor = _cholesky(query_second_moment, regularisation)  # (..., h, d, d)
     key_factor = _cholesky(key_covariance, regularisation)  # (..., h_kv, d, d)
     key_factor = key_factor.repeat_interleave(heads // key_heads, dim=-3)  # (..., h, d, d)
@@ -141,8 +144,8 @@ class ContentBasis(nn.Module):
         super().__init__()
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, num_key_value_heads, head_dim
         self.rank = clamped_rank(rank, head_dim)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.is_ready = require_choice("attention.basis_init", init, INITS) == "random"
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.is_ready = require_one_of("attention.basis_init", init, INITS) == "random"
         maps = num_heads if share == "head" else 1
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         start = torch.linalg.qr(torch.randn(maps, head_dim, head_dim, generator=generator))[0][..., : self.rank]
@@ -235,10 +238,16 @@ class ContentBasis(nn.Module):
         return f"rank={self.rank}, share={self.share}"
 
 
-class HasContentBasis(AttentionMechanism):
+class HasContentBasis(BasisMechanism):
     """A mechanism with a content basis as its attribute `basis`: calibration and sharing between layers."""
 
+    basis_kind = "content"
+    fit_type = ContentFit
     basis: ContentBasis
+
+    @property
+    def share(self) -> str:  # type: ignore[override]
+        return self.basis.share
 
     def tie_to(self, first: AttentionMechanism) -> None:
         """With `share=model`, use the maps of the first layer's basis from now on."""
@@ -249,11 +258,7 @@ class HasContentBasis(AttentionMechanism):
         """Start from a fitted basis; see `ContentBasis.load`. Nothing but the basis changes."""
         self.basis.load(query_map, key_map, key_mean)
 
-    def load_basis_file(self, path: str | None) -> None:
-        """Start from the basis in a file of `approx_attn.calibrate`; None: nothing to do."""
-        if path is not None:
-            from approx_attn.conversion.calibration import (
-                load_basis_into,  # calibration knows the mechanisms, not they it
-            )
-
-            load_basis_into(self, path)
+    def load_fit(self, fitted: Callable[[str], ContentFit]) -> None:
+        maps = fitted(self.share)
+        # The mean key belongs to the layer, however widely the maps are shared.
+        self.load_content_basis(maps.query_map, maps.key_map, fitted("head").key_mean)

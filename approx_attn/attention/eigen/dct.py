@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from approx_attn.attention.eigen.row import EigenRowAttention
+from approx_attn.attention.eigen.row import RowAttention
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
 
 
 @register_attention("dct")
-class DctAttention(EigenRowAttention):
+class DctAttention(RowAttention):
     """`eigen_row` with a fixed cosine basis and nothing learned.
 
-    Smooth rows are interpolated from a share of the keys. After the idea of DCT-Former (arXiv 2203.01178), that a
+    Smooth rows are interpolated from a fraction of the keys. After the idea of DCT-Former (arXiv 2203.01178), that a
     cosine basis compresses attention; here it is the basis of `eigen_row`. Options as there.
     """
 
-    load_position_basis = None  # type: ignore[assignment]  # a fitted basis would no longer be the fixed one
-
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         rank: int | None = None,
         selection: str = "strided",
@@ -35,21 +28,12 @@ class DctAttention(EigenRowAttention):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
+            shape,
             keep=keep,
             rank=rank,
             selection=selection,
             window=window,
             global_tokens=global_tokens,
-            share="layer",
             lengths=lengths,
-            basis_init="dct",
-            train_basis=False,
             seed=seed,
         )

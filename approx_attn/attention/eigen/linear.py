@@ -8,25 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import select_positions
 from approx_attn.attention.eigen.position_basis import LENGTHS, full_precision
-from approx_attn.attention.mask import AttentionMask, at_least_float32
+from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("strided", "random")
 SHARES = ("head", "layer", "model")
-UNIFORM_SHARE = 0.05  # of each starting row of R, spread over all keys, so that every entry can grow
+UNIFORM_PART = 0.05  # of each starting row of R, spread over all keys, so that every entry can grow
 
 
 @register_attention("eigen_linear")
@@ -54,7 +48,7 @@ class EigenLinearAttention(AttentionMechanism):
     and 64 keys, where share="layer" is advised.
 
     Args:
-        num_keys: m, as a number or a share of `max_length`; clamps to the length.
+        num_keys: m, as a number or a fraction of `max_length`; clamps to the length.
         selection: "strided" or "random" (seeded).
         share: one R per "head", per "layer", or one for the "model" (through `tie_to`).
         lengths: "truncate" or "interpolate".
@@ -66,39 +60,24 @@ class EigenLinearAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         num_keys: float | int = 64,
         selection: str = "strided",
         share: str = "head",
         lengths: str = "truncate",
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        if self.max_length is None:
-            raise ValueError("attention=eigen_linear needs max_length: its reconstruction is laid out over positions.")
-        self.num_keys = resolve_count(require_share_or_count("attention.num_keys", num_keys), self.max_length)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        self.seed = require_at_least("attention.seed", seed, 0)
-        groups = num_heads if share == "head" else 1
-        start = interpolation_weights(self.max_length, self._select(self.max_length))
-        start = (1.0 - UNIFORM_SHARE) * start + UNIFORM_SHARE / self.num_keys
+        super().__init__(shape)
+        self.length = self._laid_out_length()
+        self.num_keys = resolve_count(require_budget("attention.num_keys", num_keys), self.length)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        self.seed = require_count("attention.seed", seed, 0)
+        groups = shape.num_heads if share == "head" else 1
+        start = interpolation_weights(self.length, self._select(self.length))
+        start = (1.0 - UNIFORM_PART) * start + UNIFORM_PART / self.num_keys
         self.log_reconstruction = nn.Parameter(start.log().expand(groups, -1, -1).clone())  # (g, L, m)
 
     def _select(self, length: int) -> tuple[int, ...]:
@@ -120,11 +99,10 @@ class EigenLinearAttention(AttentionMechanism):
             R (g, period, m) with unit rows at observed keys, and their m positions. The period is `max_length`
             (truncate) or the length itself (interpolate).
         """
-        assert self.max_length is not None
-        period = self.max_length if self.lengths == "truncate" else length
+        period = self.length if self.lengths == "truncate" else length
         observed = self._select(period)
         log_weights = self.log_reconstruction.to(dtype)
-        if period != self.max_length:
+        if period != self.length:
             log_weights = log_weights[..., : len(observed)].transpose(1, 2)  # fewer than m only if all are observed
             log_weights = F.interpolate(log_weights, size=period, mode="linear", align_corners=True).transpose(1, 2)
         index = torch.tensor(observed, device=log_weights.device)
@@ -135,16 +113,8 @@ class EigenLinearAttention(AttentionMechanism):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_k = key.shape[-2]
         dtype = at_least_float32(query[:0]).dtype
         with full_precision(query.device):
@@ -210,9 +180,8 @@ class EigenLinearAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Pooling counts among the values; the bias makes queries and keys one component wider."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        assert self.max_length is not None
-        period = self.max_length if self.lengths == "truncate" else n_k
+        n_q, n_k, pairs, _ = self._pairs(query_length, key_length, causal)
+        period = self.length if self.lengths == "truncate" else n_k
         per_period = self._select(period)
         periods = -(-n_k // period)
         m = periods * len(per_period)
@@ -262,9 +231,9 @@ def interpolation_weights(length: int, observed: tuple[int, ...]) -> Tensor:
     right = torch.searchsorted(known, position).clamp_min(min(1, len(observed) - 1))  # first observed >= position
     left = (right - 1).clamp_min(0)
     gap = (known[right] - known[left]).clamp_min(1.0)
-    share = (position - known[left]) / gap
+    fraction = (position - known[left]) / gap
     weights = torch.zeros(length, len(observed))
     rows = torch.arange(length)
-    weights[rows, left] = 1.0 - share
-    weights[rows, right] += share
+    weights[rows, left] = 1.0 - fraction
+    weights[rows, right] += fraction
     return weights

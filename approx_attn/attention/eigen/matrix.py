@@ -9,28 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.eigen.pair_selection import greedy_order
 from approx_attn.attention.eigen.position_basis import (
     INITIAL_NOISE,
     LENGTHS,
-    cholesky,
+    centred_products,
     dct_basis,
     full_precision,
-    posterior_precision,
+    posterior_covariance,
 )
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
+from approx_attn.attention.mask import at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of
 
 SELECTIONS = ("rows_and_columns", "random", "greedy")
 SHARES = ("head", "layer", "model")
@@ -59,10 +52,10 @@ class EigenMatrixAttention(AttentionMechanism):
     here and in `position_basis.py`.
 
     Args:
-        keep: pairs observed, as a share in (0, 1] or as keys per query.
+        keep: pairs observed, as a fraction in (0, 1] or as keys per query.
         rank: components r; None takes 8, or the number of observed pairs if that is smaller. 0: the mean matrix.
         factor_rank: rank of M and of each component; clamps to `max_length`.
-        selection: "rows_and_columns": an equal share of whole rows and columns at even gaps, found without any
+        selection: "rows_and_columns": an equal fraction of whole rows and columns at even gaps, found without any
             other pair; "random" (seeded) and "greedy" (largest posterior variance, chosen at build and at
             `select_greedily`, fixed in training) scatter, and compute the whole product to read the pairs from it.
         share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
@@ -78,14 +71,8 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         keep: float | int = 0.25,
         rank: int | None = None,
         factor_rank: int = 4,
@@ -95,28 +82,18 @@ class EigenMatrixAttention(AttentionMechanism):
         train_basis: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        if self.max_length is None:
-            raise ValueError("attention=eigen_matrix needs max_length: its basis is laid out over positions.")
-        length = self.max_length
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.pair_share = resolve_count(keep, length) / length if isinstance(keep, int) else keep
+        super().__init__(shape)
+        self.length = length = self._laid_out_length()
+        self.keep = require_budget("attention.keep", keep)
+        self.pair_fraction = resolve_count(keep, length) / length if isinstance(keep, int) else keep
         self.rank = self._checked_rank(rank)
-        self.factor_rank = min(require_positive("attention.factor_rank", factor_rank), length)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        self.seed = require_at_least("attention.seed", seed, 0)
+        self.factor_rank = min(require_count("attention.factor_rank", factor_rank), length)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        self.seed = require_count("attention.seed", seed, 0)
         left, right = starting_factors(length, self.rank, self.factor_rank, self.seed)
-        groups = num_heads if share == "head" else 1
+        groups = shape.num_heads if share == "head" else 1
         self.left = nn.Parameter(left.expand(groups, -1, -1, -1).clone())  # (g, r + 1, L, p), the last one for M
         self.right = nn.Parameter(right.expand(groups, -1, -1, -1).clone())
         eigenvalues = 1.0 / torch.arange(1, self.rank + 1, dtype=torch.get_default_dtype())
@@ -129,15 +106,14 @@ class EigenMatrixAttention(AttentionMechanism):
         self.select_greedily()
 
     def _checked_rank(self, rank: int | None) -> int:
-        assert self.max_length is not None
-        observed = resolve_count(float(self.pair_share), self.max_length**2)
+        observed = resolve_count(float(self.pair_fraction), self.length**2)
         if rank is None:
             return min(DEFAULT_RANK, observed)
-        require_at_least("attention.rank", rank, 0)
+        require_count("attention.rank", rank, 0)
         if rank > observed:
             raise ValueError(
                 f"attention.rank={rank} is more than the {observed} pairs that attention.keep={self.keep} observes at "
-                f"max_length={self.max_length}; lower attention.rank or raise attention.keep."
+                f"max_length={self.length}; lower attention.rank or raise attention.keep."
             )
         return rank
 
@@ -145,44 +121,40 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def _random_pattern(self) -> Tensor:
         """(L, L) bool."""
-        assert self.max_length is not None
-        pairs = self.max_length**2
+        pairs = self.length**2
         generator = torch.Generator().manual_seed(self.seed)
-        chosen = torch.randperm(pairs, generator=generator)[: resolve_count(float(self.pair_share), pairs)]
-        return torch.zeros(pairs, dtype=torch.bool).index_fill(0, chosen, True).view(self.max_length, -1)
+        chosen = torch.randperm(pairs, generator=generator)[: resolve_count(float(self.pair_fraction), pairs)]
+        return torch.zeros(pairs, dtype=torch.bool).index_fill(0, chosen, True).view(self.length, -1)
 
     @torch.no_grad()
     def select_greedily(self) -> None:
         """With selection="greedy", choose the pairs anew from the basis as it stands; else do nothing."""
         if self.selection != "greedy":
             return
-        assert self.max_length is not None
-        pairs = self.max_length**2
-        count = resolve_count(float(self.pair_share), pairs)
-        table, noise = self._basis(self.max_length, self.max_length, 0, torch.float64)
+        pairs = self.length**2
+        count = resolve_count(float(self.pair_fraction), pairs)
+        table, noise = self._components(self.length, self.length, 0, torch.float64)
         factor = table[..., :-1] - table[..., :-1].mean(2, keepdim=True)  # row offsets are free
-        at_once = -(-count // GREEDY_ROUNDS) if count > self.max_length else 1
+        at_once = -(-count // GREEDY_ROUNDS) if count > self.length else 1
         order = greedy_order(factor.flatten(1, 2), noise, count, free_offset=False, at_once=at_once)
         chosen = torch.tensor(order[:count], dtype=torch.long)
-        pattern = torch.zeros(pairs, dtype=torch.bool).index_fill(0, chosen, True).view(self.max_length, -1)
+        pattern = torch.zeros(pairs, dtype=torch.bool).index_fill(0, chosen, True).view(self.length, -1)
         self.pattern = pattern.to(self.left.device)
 
     def _learned_positions(self, start: int, stop: int, length: int) -> list[int]:
         """The learned position that each position of an input of `length` falls on."""
-        assert self.max_length is not None
         if self.lengths == "truncate" or length <= 1:
-            return [p % self.max_length for p in range(start, stop)]
-        return [round(p * (self.max_length - 1) / (length - 1)) for p in range(start, stop)]
+            return [p % self.length for p in range(start, stop)]
+        return [round(p * (self.length - 1) / (length - 1)) for p in range(start, stop)]
 
     def lines(self, n_q: int, n_k: int, query_offset: int = 0) -> tuple[list[int], list[int]]:
         """With selection="rows_and_columns": the queries and the keys all of whose pairs are observed."""
-        assert self.max_length is not None
         length = max(n_k, n_q + query_offset)
-        # Rows and columns of share α each cover 1 − (1 − α)² of the pairs.
-        count = resolve_count(1.0 - math.sqrt(1.0 - float(self.pair_share)), self.max_length)
+        # Rows and columns of fraction α each cover 1 − (1 − α)² of the pairs.
+        count = resolve_count(1.0 - math.sqrt(1.0 - float(self.pair_fraction)), self.length)
         # Columns start at the first key, which all rows can see; rows lie amid their stretch: the first see little.
-        chosen_columns = {k * self.max_length // count for k in range(count)}
-        chosen_rows = {(2 * k + 1) * self.max_length // (2 * count) for k in range(count)}
+        chosen_columns = {k * self.length // count for k in range(count)}
+        chosen_rows = {(2 * k + 1) * self.length // (2 * count) for k in range(count)}
         rows = self._learned_positions(query_offset, query_offset + n_q, length)
         columns = self._learned_positions(0, n_k, length)
         return (
@@ -216,16 +188,8 @@ class EigenMatrixAttention(AttentionMechanism):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         if mask.query_keep is not None:  # whatever stands there must not reach the system, not even as 0 · NaN
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
@@ -239,7 +203,7 @@ class EigenMatrixAttention(AttentionMechanism):
             real = mask.real_queries(n_q)
             if real is not None:
                 evidence = evidence & real[:, None, :, None]
-            table, noise = self._basis(n_q, n_k, mask.query_offset, exact.dtype)  # (g, n_q, n_k, r + 1)
+            table, noise = self._components(n_q, n_k, mask.query_offset, exact.dtype)  # (g, n_q, n_k, r + 1)
             estimate = reconstruct_matrix(exact, evidence.to(exact.dtype), table, noise, mask.causal)
             weights = masked_softmax(torch.where(observed, exact, estimate), keep)
         weights = apply_dropout(weights, dropout_p).to(value.dtype)
@@ -259,7 +223,7 @@ class EigenMatrixAttention(AttentionMechanism):
         scores = by_column.new_zeros(*query.shape[:-1], key.shape[-2])
         return scores.index_copy(-1, columns, by_column).index_copy(-2, rows, by_row)
 
-    def _basis(self, n_q: int, n_k: int, query_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _components(self, n_q: int, n_k: int, query_offset: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Whitened components and mean (g, n_q, n_k, r + 1), and noise (g,)."""
         length = max(n_k, n_q + query_offset)
         left = self._along_positions(self.left.to(dtype), length)
@@ -272,11 +236,10 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def _along_positions(self, factors: Tensor, length: int) -> Tensor:
         """(g, r + 1, L, p) -> (g, r + 1, length, p)."""
-        assert self.max_length is not None
-        if length == self.max_length:
+        if length == self.length:
             return factors
         if self.lengths == "truncate":
-            return F.pad(factors, (0, 0, 0, length - self.max_length))  # a negative pad crops
+            return F.pad(factors, (0, 0, 0, length - self.length))  # a negative pad crops
         flat = factors.flatten(0, 1).transpose(1, 2)  # (g·(r + 1), p, L)
         flat = F.interpolate(flat, size=length, mode="linear", align_corners=True)
         return flat.transpose(1, 2).unflatten(0, factors.shape[:2])
@@ -289,8 +252,7 @@ class EigenMatrixAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Products without padding; a solve counts r³."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, g, r, p = self.num_heads, self.left.shape[0], self.rank, self.factor_rank
         offset = n_k - n_q if causal else 0
         observed = self.observed(n_q, n_k, offset)
@@ -333,7 +295,7 @@ def reconstruct_matrix(exact: Tensor, evidence: Tensor, table: Tensor, noise: Te
     centre = torch.einsum("bhij,hijr->bhir", evidence, factor) / count  # of each row's evidence
     outer = factor[..., :, None] * factor[..., None, :]  # (g, n_q, n_k, r, r)
     second = torch.einsum("bhij,hijrs->bhirs", evidence, outer)
-    second = second - count[..., None] * centre[..., :, None] * centre[..., None, :]  # (b | 1, g, n_q, r, r)
+    second = centred_products(second, centre, count)  # (b | 1, g, n_q, r, r)
     residual = evidence * (exact - mean)  # (b, h, n_q, n_k)
     average = residual.sum(-1, keepdim=True) / count
     moment = torch.einsum("bhij,hijr->bhir", residual, factor) - count * average * centre  # (b, h, n_q, r)
@@ -341,8 +303,8 @@ def reconstruct_matrix(exact: Tensor, evidence: Tensor, table: Tensor, noise: Te
         second, moment = second.cumsum(2), moment.cumsum(2)
     else:
         second, moment = second.sum(2, keepdim=True), moment.sum(2, keepdim=True)
-    inverse = torch.cholesky_inverse(cholesky(posterior_precision(second, noise[:, None])))
-    coefficients = torch.einsum("bhirs,bhis->bhir", inverse, moment)  # (b, h, n_q | 1, r)
+    covariance = posterior_covariance(second, noise[:, None])
+    coefficients = torch.einsum("bhirs,bhis->bhir", covariance, moment)  # (b, h, n_q | 1, r)
     offset = average - (centre * coefficients).sum(-1, keepdim=True)
     # A row without evidence has no offset to match.
     offset = offset.masked_fill(evidence.sum(-1, keepdim=True) == 0.0, 0.0)

@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_choice
 from approx_attn.attention.mask import at_least_float32
+from approx_attn.errors import require_one_of
 
 BASIS_INITS = ("dct", "random", "calibrated")
 LENGTHS = ("truncate", "interpolate")
-ALIGNMENTS = ("absolute", "relative")
 
 # Start of the noise variance σ²; the leading component starts at variance 1, component k at 1/k. With a
 # quarter of 64 positions observed the prior then halves the eighth component and hardly touches the first.
@@ -58,9 +57,8 @@ class PositionBasis(nn.Module):
 
     Args:
         groups: how many bases: the number of heads, or 1 if heads share.
-        length: positions L of the axis (absolute), or the longest input L (relative, 2L − 1 offsets).
+        length: positions L of the axis.
         rank: basis columns r; clamps to the number of positions.
-        alignment: "absolute" (index = key position) or "relative" (index = key − query position).
         lengths: how an input of another length uses the basis. "truncate": position p is entry p, and
             positions never learned have mean and basis zero, so their estimate is the row's offset.
             "interpolate": the whole axis is stretched or squeezed linearly to the input.
@@ -68,7 +66,7 @@ class PositionBasis(nn.Module):
         seed: of the random start.
 
     Attributes:
-        mean: (g, P), basis: (g, P, r), log_eigenvalues: (g, r), log_noise: (g,), with P positions.
+        mean: (g, L), basis: (g, L, r), log_eigenvalues: (g, r), log_noise: (g,).
     """
 
     def __init__(
@@ -77,27 +75,24 @@ class PositionBasis(nn.Module):
         length: int,
         rank: int,
         *,
-        alignment: str = "absolute",
         lengths: str = "truncate",
         init: str = "dct",
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.length = length
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        require_choice("attention.basis_init", init, BASIS_INITS)
-        positions = length if alignment == "absolute" else 2 * length - 1
-        self.rank = min(rank, positions)
-        columns = random_basis(positions, self.rank, seed) if init == "random" else dct_basis(positions, self.rank)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        require_one_of("attention.basis_init", init, BASIS_INITS)
+        self.rank = min(rank, length)
+        columns = random_basis(length, self.rank, seed) if init == "random" else dct_basis(length, self.rank)
         eigenvalues = 1.0 / torch.arange(1, self.rank + 1, dtype=torch.get_default_dtype())
-        self.mean = nn.Parameter(torch.zeros(groups, positions))
+        self.mean = nn.Parameter(torch.zeros(groups, length))
         self.basis = nn.Parameter(columns.to(self.mean.dtype).expand(groups, -1, -1).clone())
         self.log_eigenvalues = nn.Parameter(eigenvalues.log().expand(groups, -1).clone())
         self.log_noise = nn.Parameter(torch.full((groups,), math.log(INITIAL_NOISE)))
 
     def prior(self, length: int, dtype: torch.dtype | None = None) -> PositionPrior:
-        """The prior at positions 0 … length − 1 (absolute) or offsets −(length − 1) … length − 1 (relative).
+        """The prior at positions 0 … length − 1.
 
         Args:
             dtype: type to compute in; that of the parameters, but at least float32, if None.
@@ -111,22 +106,18 @@ class PositionBasis(nn.Module):
         return PositionPrior(mean, factor, log_noise.exp())
 
     def _resized(self, table: Tensor, length: int) -> Tensor:
-        """(g, P, r) learned at `self.length` -> (g, P', r) for an input of `length`."""
-        relative = self.alignment == "relative"
-        if self.lengths == "interpolate" and length > 1:  # at length 1 the only offset is zero
-            positions = 2 * length - 1 if relative else length
-            resized = F.interpolate(table.transpose(1, 2), size=positions, mode="linear", align_corners=True)
-            return resized.transpose(1, 2)
-        extra = length - self.length  # a negative pad crops
-        return F.pad(table, (0, 0, extra if relative else 0, extra))
+        """(g, L, r) -> (g, length, r)."""
+        if self.lengths == "truncate" or length <= 1:
+            return F.pad(table, (0, 0, 0, length - self.length))  # a negative pad crops
+        return F.interpolate(table.transpose(1, 2), size=length, mode="linear", align_corners=True).transpose(1, 2)
 
     @torch.no_grad()
     def load(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
         """Start from a fitted basis.
 
         Args:
-            mean: (g | 1, P).
-            basis: (g | 1, P, r), columns in the order of their eigenvalues.
+            mean: (g | 1, L).
+            basis: (g | 1, L, r), columns in the order of their eigenvalues.
             eigenvalues: (g | 1, r), positive variances of the coefficients.
             noise: (g | 1,), positive variance of the residual.
 
@@ -152,7 +143,7 @@ class PositionBasis(nn.Module):
 
     def extra_repr(self) -> str:
         groups, positions, rank = self.basis.shape
-        return f"groups={groups}, positions={positions}, rank={rank}, alignment={self.alignment}"
+        return f"groups={groups}, positions={positions}, rank={rank}"
 
 
 def dct_basis(length: int, rank: int) -> Tensor:
@@ -172,8 +163,13 @@ def random_basis(length: int, rank: int, seed: int) -> Tensor:
     return torch.randn(length, rank, generator=generator, dtype=torch.float64)
 
 
-def posterior_precision(second: Tensor, noise: Tensor) -> Tensor:
-    """F_cᵀ W F_c + σ² I with what rounding needs to stay positive definite.
+def centred_products(second: Tensor, centre: Tensor, count: Tensor) -> Tensor:
+    """F_cᵀ W F_c from FᵀWF (..., r, r), the mean row b̄ of F (..., r) and the number of observed entries (..., 1)."""
+    return second - count[..., None] * centre[..., :, None] * centre[..., None, :]
+
+
+def posterior_covariance(second: Tensor, noise: Tensor) -> Tensor:
+    """(F_cᵀ W F_c + σ² I)⁻¹ with what rounding needs to stay positive definite.
 
     Args:
         second: (..., r, r) F_cᵀ W F_c.
@@ -184,12 +180,9 @@ def posterior_precision(second: Tensor, noise: Tensor) -> Tensor:
     rank = second.shape[-1]
     jitter = 8.0 * torch.finfo(second.dtype).eps * second.diagonal(dim1=-2, dim2=-1).sum(-1)
     identity = torch.eye(rank, dtype=second.dtype, device=second.device)
-    return second + (noise + jitter)[..., None, None] * identity
-
-
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor without the check that would wait for the device."""
-    return torch.linalg.cholesky_ex(matrix, check_errors=False).L
+    precision = second + (noise + jitter)[..., None, None] * identity
+    # Without the check of the factorisation, which would wait for the device.
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(precision, check_errors=False).L)
 
 
 @contextmanager

@@ -2,165 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import (
-    AttentionMechanism,
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_share_or_count,
-    require_weight,
-    resolve_count,
-)
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
+from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import SELECTIONS, greedy_order, repeat_positions, select_positions
-from approx_attn.attention.eigen.position_basis import ALIGNMENTS, BASIS_INITS, LENGTHS, PositionBasis, full_precision
+from approx_attn.attention.eigen.position_basis import LENGTHS, PositionBasis, full_precision
+from approx_attn.attention.eigen.position_fit import PositionFit
 from approx_attn.attention.eigen.row_scores import (
     QueryBlock,
     block_scores,
     interpolated_keys,
-    pair_keep,
     prior_table,
-    random_pairs,
-    squared_error,
+    sampled_errors,
 )
 from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of, require_weight
 
 SHARES = ("head", "layer", "model")
 DEFAULT_RANK = 8
-GREEDY_QUERIES = 16  # query positions over which a relative basis is averaged to choose columns
 
 
-@register_attention("eigen_row")
-class EigenRowAttention(AttentionMechanism):
+class RowAttention(AttentionMechanism):
     """Scores for a subset of the keys; the rest of each row estimated under a low-rank Gaussian model.
 
     Every query computes its scores with the same columns of keys, and with a window if asked. The rest of its
-    row is the posterior mean given these, under the position basis (`position_basis.py`): learned mean,
-    basis, eigenvalues and noise, trained end to end. A masked key is never evidence; observed pairs keep their
-    exact score; a row with no usable evidence falls back to the mean.
+    row is the posterior mean given these, under the position basis (`position_basis.py`). A masked key is never
+    evidence; observed pairs keep their exact score; a row with no usable evidence falls back to the mean.
 
     Because the estimate is linear in the observed keys, with common columns and no causal mask it *is* attention
     with interpolated keys R·K_Ω and a bias per key, and runs as one call of `scaled_dot_product_attention`.
-    Under a causal mask, a window or relative alignment every row has its own r × r system.
+    Under a causal mask or a window every row has its own r × r system.
 
     With `lengths="truncate"` the columns are those chosen at `max_length`, repeated with that period: neither
     padding nor keys appended change a row, so decoding with a cache equals one pass. With "interpolate" basis
     and columns follow the number of keys given, padding included.
 
-    Source: after arXiv 2106.08823, whose abstract describes the idea; the estimator is derived in
-    `position_basis.py`.
-
     Args:
-        keep: keys that every query observes: share in (0, 1], or number of the `max_length` keys.
-        rank: basis columns r; None takes 8, or the number of observed keys if that is smaller. 0: the mean row.
-        selection: "strided", "random" (seeded) or "greedy" (pivoted Cholesky of the prior covariance; chosen at
-            build and at `load_position_basis`, fixed during training).
-        window: keys at most this far from the query are observed as well; 0 for none.
-        global_tokens: this many leading keys are observed by every query as well.
-        alignment: the basis is indexed by key position ("absolute") or key − query position ("relative").
-        share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
-        lengths: "truncate" or "interpolate" the basis at lengths other than `max_length`.
-        basis_init: "dct", "random", or "calibrated", which needs `basis`.
-        basis: path of a calibration file to start from.
-        train_basis: learn mean, basis, eigenvalues and noise; else they stay as they start.
-        seed: of random columns and a random basis.
-        auxiliary_loss_weight: weight of the mean squared error between exact and estimated scores on random
-            pairs. The exact score is the target and gets no gradient. `auxiliary_loss` includes the weight.
+        keep, rank, selection, window, global_tokens, share, lengths, basis_init, train_basis, seed,
+            auxiliary_loss_weight: as in `EigenRowAttention`.
 
     Raises:
         ValueError: no `max_length`, an impossible option, or `rank` above the number of observed keys.
     """
 
     capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
-    cost_formula = "n²·d + n·r·d (common columns); n·m·(d + r²) + n²·r (causal, window, relative)"
+    cost_formula = "n²·d + n·r·d (common columns); n·m·(d + r²) + n²·r (causal, window)"
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
-        keep: float | int = 0.25,
-        rank: int | None = None,
-        selection: str = "strided",
-        window: int = 0,
-        global_tokens: int = 0,
-        alignment: str = "absolute",
-        share: str = "head",
-        lengths: str = "truncate",
+        keep: float | int,
+        rank: int | None,
+        selection: str,
+        window: int,
+        global_tokens: int,
+        lengths: str,
+        seed: int,
+        share: str = "layer",
         basis_init: str = "dct",
-        basis: str | None = None,
-        train_basis: bool = True,
-        seed: int = 0,
+        train_basis: bool = False,
         auxiliary_loss_weight: float = 0.0,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        if self.max_length is None:
-            raise ValueError(f"attention={self.name} needs max_length: its basis is laid out over positions.")
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.selection = require_choice("attention.selection", selection, SELECTIONS)
-        self.window = require_at_least("attention.window", window, 0)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        self.alignment = require_choice("attention.alignment", alignment, ALIGNMENTS)
-        self.share = require_choice("attention.share", share, SHARES)
-        self.lengths = require_choice("attention.lengths", lengths, LENGTHS)
-        if require_choice("attention.basis_init", basis_init, BASIS_INITS) == "calibrated" and basis is None:
-            raise ValueError("attention.basis_init=calibrated needs attention.basis, the path of a calibration file.")
-        self.seed = require_at_least("attention.seed", seed, 0)
-        self.train_basis = train_basis
+        super().__init__(shape)
+        self.length = self._laid_out_length()
+        self.keep = require_budget("attention.keep", keep)
+        self.selection = require_one_of("attention.selection", selection, SELECTIONS)
+        self.window = require_count("attention.window", window, 0)
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        self.share = require_one_of("attention.share", share, SHARES)
+        self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
+        self.seed = require_count("attention.seed", seed, 0)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.rank = self._checked_rank(rank)
-        self.position = PositionBasis(
-            num_heads if share == "head" else 1,
-            self.max_length,
-            self.rank,
-            alignment=alignment,
-            lengths=lengths,
-            init=basis_init,
-            seed=seed,
-        ).requires_grad_(train_basis)
+        groups = shape.num_heads if share == "head" else 1
+        basis = PositionBasis(groups, self.length, self.rank, lengths=lengths, init=basis_init, seed=seed)
+        self.position = basis.requires_grad_(train_basis)
         self._order: tuple[int, ...] = ()
         self.column_order: Tensor | None
         self.register_buffer("column_order", None)
         self.select_greedily()
-        if basis is not None:
-            from approx_attn.conversion.calibration import load_basis_into
-
-            load_basis_into(self, basis)
 
     def _checked_rank(self, rank: int | None) -> int:
-        assert self.max_length is not None
-        columns = max(resolve_count(self.keep, self.max_length), min(self.global_tokens, self.max_length))
-        observed = min(columns + (2 * self.window + 1 if self.window else 0), self.max_length)
+        columns = max(resolve_count(self.keep, self.length), min(self.global_tokens, self.length))
+        observed = min(columns + (2 * self.window + 1 if self.window else 0), self.length)
         if rank is None:
             return min(DEFAULT_RANK, observed)
-        require_at_least("attention.rank", rank, 0)
+        require_count("attention.rank", rank, 0)
         if rank > observed:
             raise ValueError(
                 f"attention.rank={rank} is more than the {observed} keys that attention.keep={self.keep} observes at "
-                f"max_length={self.max_length}; lower attention.rank or raise attention.keep."
+                f"max_length={self.length}; lower attention.rank or raise attention.keep."
             )
         return rank
 
@@ -168,10 +111,9 @@ class EigenRowAttention(AttentionMechanism):
 
     def columns(self, key_length: int) -> tuple[int, ...]:
         """Positions of the keys that every query observes, ascending, at a number of keys."""
-        assert self.max_length is not None
         key_length = len(range(key_length))  # a constant to the compiler, which may have it as a symbol
         if self.lengths == "truncate":
-            chosen = repeat_positions(self._select(self.max_length), self.max_length, key_length)
+            chosen = repeat_positions(self._select(self.length), self.length, key_length)
         else:
             chosen = self._select(key_length)
         return tuple(sorted({*chosen, *range(min(self.global_tokens, key_length))}))
@@ -183,17 +125,10 @@ class EigenRowAttention(AttentionMechanism):
         """With selection="greedy", choose the columns anew from the basis as it stands; else do nothing."""
         if self.selection != "greedy":
             return
-        assert self.max_length is not None
         with torch.no_grad():
-            prior = self.position.prior(self.max_length)
-            factor, noise = prior.factor, prior.noise
-            if self.alignment == "relative":
-                step = max(1, self.max_length // GREEDY_QUERIES)
-                starts = range(self.max_length - 1, -1, -step)  # row i sees offsets −i … L − 1 − i
-                factor = torch.cat([factor[:, s : s + self.max_length] for s in starts])
-                noise = noise.repeat(len(starts))
-            count = resolve_count(self.keep, self.max_length)
-            order = greedy_order(factor, noise, count if count < self.max_length else 0)
+            prior = self.position.prior(self.length)
+            count = resolve_count(self.keep, self.length)
+            order = greedy_order(prior.factor, prior.noise, count if count < self.length else 0)
         self._order = order
         self.column_order = torch.tensor(order, device=self.position.mean.device)
 
@@ -202,114 +137,57 @@ class EigenRowAttention(AttentionMechanism):
         if self.column_order is not None:
             self._order = tuple(self.column_order.tolist())
 
-    # -- the learned basis -------------------------------------------------------------------------
-
-    def load_position_basis(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
-        """Start from a fitted basis; with selection="greedy" the columns are chosen anew.
-
-        Args:
-            mean: (heads | 1, P) with P = max_length positions, or 2·max_length − 1 offsets if relative.
-            basis: (heads | 1, P, rank).
-            eigenvalues: (heads | 1, rank).
-            noise: (heads | 1,).
-
-        Raises:
-            ValueError: another shape (the message names both), or values no model can have; nothing is copied.
-        """
-        self.position.load(mean, basis, eigenvalues, noise)
-        self.select_greedily()
-
-    def tie_to(self, first: AttentionMechanism) -> None:
-        """Share the basis (and greedy columns) of `first` if `share="model"`."""
-        if self.share != "model":
-            return
-        if not isinstance(first, EigenRowAttention) or first.position.basis.shape != self.position.basis.shape:
-            raise ValueError("attention.share=model needs the same mechanism, rank and max_length in every layer.")
-        self.position = first.position
-        self._order, self.column_order = first._order, first.column_order
-
     # -- attention ---------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        self.auxiliary_loss = None
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, self.auxiliary_loss = request.mask, None
         columns = self.columns(key.shape[-2])
-        if self._rows_share(mask) and not mask.causal and not need_weights:
-            return self._attend_to_interpolated_keys(query, key, value, mask, scale, dropout_p, columns), None
-        return self._attend_by_rows(query, key, value, mask, scale, dropout_p, need_weights, columns)
-
-    @property
-    def _has_common_rows(self) -> bool:
-        """Without a causal mask, every row is reconstructed by the same linear map."""
-        return self.alignment == "absolute" and self.window == 0
+        if self._rows_share(mask) and not mask.causal and not request.need_weights:
+            return self._attend_to_interpolated_keys(query, key, value, request, columns), None
+        return self._attend_by_rows(query, key, value, request, columns)
 
     def _rows_share(self, mask: AttentionMask) -> bool:
-        """Rows that see equally many of the columns see the same ones, so that they have the same system."""
-        return self._has_common_rows and mask.is_structured and mask.window is None
+        """Whether rows that see equally many of the columns see the same ones, so that they have the same system."""
+        return self.window == 0 and mask.is_structured and mask.window is None
 
     def _attend_to_interpolated_keys(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        columns: tuple[int, ...],
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request, columns: tuple[int, ...]
     ) -> Tensor:
+        mask, scale, dropout_p, _ = request
         with full_precision(query.device):
             prior = self.position.prior(key.shape[-2], at_least_float32(query[:0]).dtype)
             keys, bias = interpolated_keys(key, mask.key_keep, prior, columns)
             if self.training and self.auxiliary_loss_weight > 0.0:
-                self._set_auxiliary_loss([self._key_errors(query, key, keys, bias, mask, scale)])
+                queries = at_least_float32(query)
+
+                def estimate(i: Tensor, j: Tensor) -> Tensor:
+                    return (queries[..., i, :] * keys[..., j, :]).sum(-1) * scale + bias[..., j]
+
+                self._set_auxiliary_loss([sampled_errors(estimate, query, key, None, mask, scale)])
         return attend_with_key_bias(query, keys, bias, value, scale, dropout_p)
 
     def _attend_by_rows(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-        columns: tuple[int, ...],
+        self, query: Tensor, key: Tensor, value: Tensor, request: Request, columns: tuple[int, ...]
     ) -> tuple[Tensor, Tensor | None]:
         """A block of queries at a time, each row with its own system."""
+        mask, scale, dropout_p, need_weights = request
         n_k = key.shape[-2]
         outputs: list[Tensor] = []
         all_weights: list[Tensor] = []
         errors: list[tuple[Tensor, Tensor]] = []
         with full_precision(query.device):
-            length = self._axis_length(query.shape[-2], n_k, mask.query_offset)
-            prior = self.position.prior(length, at_least_float32(query[:0]).dtype)
-            table = prior_table(prior)  # (g, P, r + 2)
+            prior = self.position.prior(n_k, at_least_float32(query[:0]).dtype)
+            table = prior_table(prior)  # (g, n_k, r + 2)
         rows_share = self._rows_share(mask)
         for block in self._blocks(query.shape[-2], n_k, mask.causal, mask.query_offset, columns):
-            rows = mask.queries(block.start, block.stop)
-            keep = rows.dense_keep(block.stop - block.start, n_k, query.device)
-            if keep is not None:
-                keep = keep.expand(*keep.shape[:-1], n_k)[..., : block.n_k]  # (b | 1, h | 1, c | 1, n)
-            block_query, block_key = query[..., block.start : block.stop, :], key[..., : block.n_k, :]
+            part = mask.queries(block.start, block.stop).keys(0, block.n_k)
+            q, k = query[..., block.start : block.stop, :], key[..., : block.n_k, :]
+            keep = part.dense_keep(q.shape[-2], block.n_k, query.device)  # (b | 1, h | 1, c | 1, n)
             with full_precision(query.device):
-                local = self._local_table(table, block, n_k, mask.query_offset)  # (g, c | 1, n, r + 2)
-                scores = block_scores(
-                    block_query, block_key, keep, local, prior.noise, block, self.window, scale, rows_share
-                )
+                scores = block_scores(q, k, keep, table[:, : block.n_k], prior.noise, block, scale, rows_share)
                 if self.training and self.auxiliary_loss_weight > 0.0:
-                    errors.append(self._score_errors(block_query, block_key, scores, keep, rows, scale))
-                bias = rows.finite_bias()
-                if bias is not None:
-                    scores = scores + bias[..., : block.n_k]
-                weights = masked_softmax(scores, keep)  # (b, h, c, n)
+                    errors.append(sampled_errors(lambda i, j, x=scores: x[..., i, j], q, k, keep, part, scale))
+                weights = masked_softmax(part.add_bias(scores), keep)  # (b, h, c, n)
             weights = apply_dropout(weights, dropout_p).to(value.dtype)
             outputs.append(weights @ value[..., : block.n_k, :])
             if need_weights:
@@ -322,7 +200,7 @@ class EigenRowAttention(AttentionMechanism):
         self, n_q: int, n_k: int, causal: bool, query_offset: int, columns: tuple[int, ...]
     ) -> Iterator[QueryBlock]:
         """Blocks of queries: wide enough for large products, narrow enough to waste little beside a window."""
-        size = 64 if causal or self.alignment == "relative" else 256
+        size = 64 if causal else 256
         if self.window:
             size = min(size, max(32, 2 * self.window))
         for start in range(0, n_q, size):
@@ -332,37 +210,7 @@ class EigenRowAttention(AttentionMechanism):
             observed = {j for j in columns if j < visible}
             if self.window:
                 observed.update(range(max(0, first - self.window), min(visible, last + self.window + 1)))
-            yield QueryBlock(start, stop, visible, columns, tuple(sorted(observed)), query_offset)
-
-    def _axis_length(self, n_q: int, n_k: int, query_offset: int) -> int:
-        return n_k if self.alignment == "absolute" else max(n_k, n_q + query_offset, n_k - query_offset)
-
-    def _local_table(self, table: Tensor, block: QueryBlock, n_k: int, query_offset: int) -> Tensor:
-        """(g, 1, n, r + 2) for all rows of a block alike (absolute), or (g, c, n, r + 2) (relative)."""
-        if self.alignment == "absolute":
-            return table[:, None, : block.n_k]
-        middle = (table.shape[1] - 1) // 2  # the entry of offset zero
-        query_positions = torch.arange(block.start, block.stop, device=table.device) + query_offset
-        offsets = torch.arange(block.n_k, device=table.device) - query_positions[:, None]  # (c, n)
-        return table[:, offsets + middle]
-
-    # -- auxiliary loss ----------------------------------------------------------------------------
-
-    def _key_errors(
-        self, query: Tensor, key: Tensor, keys: Tensor, bias: Tensor, mask: AttentionMask, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        i, j = random_pairs(query.shape[-2], key.shape[-2], query.device)
-        query_i = at_least_float32(query[..., i, :])
-        exact = (query_i * at_least_float32(key[..., j, :])).sum(-1) * scale  # (b, h, pairs)
-        estimate = (query_i * keys[..., j, :]).sum(-1) * scale + bias[..., j]
-        return squared_error(estimate, exact, pair_keep(None, mask, i, j))
-
-    def _score_errors(
-        self, query: Tensor, key: Tensor, scores: Tensor, keep: Tensor | None, rows: AttentionMask, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        i, j = random_pairs(query.shape[-2], key.shape[-2], query.device)
-        exact = (at_least_float32(query[..., i, :]) * at_least_float32(key[..., j, :])).sum(-1) * scale
-        return squared_error(scores[..., i, j], exact, pair_keep(keep, rows, i, j))
+            yield QueryBlock(start, stop, visible, columns, tuple(sorted(observed)), query_offset, self.window)
 
     def _set_auxiliary_loss(self, errors: list[tuple[Tensor, Tensor]]) -> None:
         total, count = (torch.stack(parts).sum() for parts in zip(*errors, strict=True))
@@ -376,12 +224,11 @@ class EigenRowAttention(AttentionMechanism):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         """Products of the path that is taken without padding; the solves count r³ each."""
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
-        causal = self.causal if causal is None else causal
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, g, r, d, d_v = self.num_heads, self.position.mean.shape[0], self.rank, self.head_dim, self.value_dim
         columns = self.columns(n_k)
         parameters = sum(p.numel() for p in self.position.parameters())
-        if self._has_common_rows and not causal:
+        if self.window == 0 and not causal:
             m, width = len(columns), max(d + 1, d_v)
             gain = g * (m * r + 2 * m * r * r + r**3)
             interpolation = h * (m * r + r + n_k * (r + 2)) * (d + 1)
@@ -396,12 +243,93 @@ class EigenRowAttention(AttentionMechanism):
         exact = scores = values = largest = 0
         for block in self._blocks(n_q, n_k, causal, offset, columns):
             c, m = block.stop - block.start, len(block.observed)
-            exact += h * block.count_exact(self.window, causal)
-            systems = len(block.systems()[0]) if self._has_common_rows else c
+            exact += h * block.count_exact(causal)
+            systems = len(block.systems()[0]) if self.window == 0 else c
             per_row = g * systems * (m * r + m * r * r + r**3)
             per_head = h * c * (m * d + m * r + r * r + r + block.n_k * (r + 2))
             scores += per_row + per_head
             values += h * c * block.n_k * d_v
-            tables = g * (c if self.alignment == "relative" else 1) * (block.n_k * (r + 2) + m * r * r)
+            tables = g * (block.n_k * (r + 2) + m * r * r)
             largest = max(largest, h * c * (block.n_k + m) + g * c * r * r + tables)
         return Cost(exact, h * pairs, scores, values, parameters + largest)
+
+
+@register_attention("eigen_row")
+class EigenRowAttention(RowAttention, BasisMechanism):
+    """`RowAttention` whose mean, basis, eigenvalues and noise are calibrated or trained end to end.
+
+    Source: after arXiv 2106.08823, whose abstract describes the idea; the estimator is derived in
+    `position_basis.py`.
+
+    Args:
+        keep: keys that every query observes: fraction in (0, 1], or number of the `max_length` keys.
+        rank: basis columns r; None takes 8, or the number of observed keys if that is smaller. 0: the mean row.
+        selection: "strided", "random" (seeded) or "greedy" (pivoted Cholesky of the prior covariance; chosen at
+            build and at `load_position_basis`, fixed during training).
+        window: keys at most this far from the query are observed as well; 0 for none.
+        global_tokens: this many leading keys are observed by every query as well.
+        share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
+        lengths: "truncate" or "interpolate" the basis at lengths other than `max_length`.
+        basis_init: "dct", "random", or "calibrated", which needs `basis`.
+        basis: path of a calibration file to start from.
+        train_basis: learn mean, basis, eigenvalues and noise; else they stay as they start.
+        seed: of random columns and a random basis.
+        auxiliary_loss_weight: weight of the mean squared error between exact and estimated scores on random
+            pairs. The exact score is the target and gets no gradient. `auxiliary_loss` includes the weight.
+    """
+
+    basis_kind = "absolute"
+    fit_type = PositionFit
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        keep: float | int = 0.25,
+        rank: int | None = None,
+        selection: str = "strided",
+        window: int = 0,
+        global_tokens: int = 0,
+        share: str = "head",
+        lengths: str = "truncate",
+        basis_init: str = "dct",
+        basis: str | None = None,
+        train_basis: bool = True,
+        seed: int = 0,
+        auxiliary_loss_weight: float = 0.0,
+    ) -> None:
+        if basis_init == "calibrated" and basis is None:
+            raise ValueError("attention.basis_init=calibrated needs attention.basis, the path of a calibration file.")
+        super().__init__(
+            shape,
+            keep=keep,
+            rank=rank,
+            selection=selection,
+            window=window,
+            global_tokens=global_tokens,
+            lengths=lengths,
+            seed=seed,
+            share=share,
+            basis_init=basis_init,
+            train_basis=train_basis,
+            auxiliary_loss_weight=auxiliary_loss_weight,
+        )
+        if basis is not None:
+            load_basis_into(self, basis)
+
+    def load_fit(self, fitted: Callable[[str], PositionFit]) -> None:
+        self.load_position_basis(*fitted(self.share).cut(self.rank))
+
+    def load_position_basis(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
+        """Start from a fitted basis, as `PositionBasis.load`; with selection="greedy" the columns are chosen anew."""
+        self.position.load(mean, basis, eigenvalues, noise)
+        self.select_greedily()
+
+    def tie_to(self, first: AttentionMechanism) -> None:
+        """Share the basis (and greedy columns) of `first` if `share="model"`."""
+        if self.share != "model":
+            return
+        if not isinstance(first, EigenRowAttention) or first.position.basis.shape != self.position.basis.shape:
+            raise ValueError("attention.share=model needs the same mechanism, rank and max_length in every layer.")
+        self.position = first.position
+        self._order, self.column_order = first._order, first.column_order

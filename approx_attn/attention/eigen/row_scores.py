@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.eigen.position_basis import PositionPrior, cholesky, posterior_precision
+from approx_attn.attention.eigen.position_basis import PositionPrior, centred_products, posterior_covariance
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 
 AUXILIARY_PAIRS = 256  # pairs sampled per head and block of queries for the auxiliary loss
@@ -24,6 +25,7 @@ class QueryBlock:
         columns: keys that every query observes (those below n_k count).
         observed: keys whose scores are computed for the block: columns and the window around it.
         query_offset: position of query 0 among the keys.
+        window: keys at most this far from a query are observed by it; 0 for none.
     """
 
     start: int
@@ -32,20 +34,21 @@ class QueryBlock:
     columns: tuple[int, ...]
     observed: tuple[int, ...]
     query_offset: int
+    window: int
 
-    def observed_by(self, window: int, index: Tensor) -> Tensor | None:
+    def observed_by(self, index: Tensor) -> Tensor | None:
         """(c, m) bool: which of the observed keys belong to which row; None if all to all."""
-        if window == 0:
+        if self.window == 0:
             return None
         columns = set(self.columns)
         is_column = torch.tensor([j in columns for j in self.observed], dtype=torch.bool, device=index.device)
         positions = torch.arange(self.start, self.stop, device=index.device) + self.query_offset
-        return is_column | ((index - positions[:, None]).abs() <= window)
+        return is_column | ((index - positions[:, None]).abs() <= self.window)
 
-    def count_exact(self, window: int, causal: bool) -> int:
+    def count_exact(self, causal: bool) -> int:
         """Pairs of one head whose exact score can enter the result."""
         index = torch.tensor(self.observed, dtype=torch.long)
-        observed = self.observed_by(window, index)
+        observed = self.observed_by(index)
         rows = self.stop - self.start
         observed = torch.ones(rows, len(self.observed), dtype=torch.bool) if observed is None else observed
         if causal:
@@ -96,8 +99,8 @@ def interpolated_keys(
     count = evidence.sum(-1, keepdim=True).clamp_min(1.0)[..., None]  # (b | 1, 1, 1, 1)
     centre = (evidence[:, :, None] @ factor) / count  # (b | 1, g, 1, r)
     centred = (factor - centre) * evidence[..., None]  # (b | 1, g, m, r)
-    precision = posterior_precision(centred.transpose(-2, -1) @ centred, prior.noise)  # (b | 1, g, r, r)
-    gain = torch.cholesky_inverse(cholesky(precision)) @ centred.transpose(-2, -1)  # (b | 1, g, r, m)
+    covariance = posterior_covariance(centred.transpose(-2, -1) @ centred, prior.noise)  # (b | 1, g, r, r)
+    gain = covariance @ centred.transpose(-2, -1)  # (b | 1, g, r, m)
 
     # A row of scores is linear in its observed keys and in the mean: interpolate both side by side.
     mean = prior.mean.index_select(1, index)[None, :, :, None].expand(b, h, -1, 1)
@@ -122,7 +125,6 @@ def block_scores(
     table: Tensor,
     noise: Tensor,
     block: QueryBlock,
-    window: int,
     scale: float,
     rows_share: bool,
 ) -> Tensor:
@@ -132,7 +134,7 @@ def block_scores(
         query: (b, h, c, d).
         key: (b, h, n, d).
         keep: (b | 1, h | 1, c | 1, n) bool or None; what is not kept is no evidence.
-        table: (g, c | 1, n, r + 2) whitened basis, one and mean.
+        table: (g, n, r + 2) whitened basis, one and mean.
         noise: (g,).
         rows_share: rows that see equally many of the columns have the same system (`QueryBlock.systems`).
 
@@ -141,14 +143,14 @@ def block_scores(
     """
     index = torch.tensor(block.observed, dtype=torch.long, device=query.device)
     exact = at_least_float32((query * scale) @ key.index_select(-2, index).transpose(-2, -1))  # (b, h, c, m)
-    observed = block.observed_by(window, index)  # (c, m)
+    observed = block.observed_by(index)  # (c, m)
     evidence = (
         exact.new_ones(1, 1, 1, len(block.observed)) if observed is None else observed.to(exact.dtype)[None, None]
     )
     if keep is not None:
         evidence = evidence * keep.index_select(-1, index)  # (b | 1, h | 1, c | 1, m)
-    at_observed = table.index_select(2, index)  # (g, c | 1, m, r + 2)
-    factor, mean = at_observed[..., :-2], at_observed[..., -1]
+    at_observed = table.index_select(1, index)  # (g, m, r + 2)
+    factor, mean = at_observed[..., :-2], at_observed[:, None, :, -1]
 
     group: Tensor | None = None
     distinct = evidence
@@ -157,40 +159,50 @@ def block_scores(
         group = torch.tensor(group_of_row, device=query.device)
         distinct = evidence.index_select(2, torch.tensor(rows, device=query.device))  # (b | 1, h | 1, c', m)
     count = distinct.sum(-1, keepdim=True).clamp_min(1.0)  # (b | 1, h | 1, c' | 1, 1)
-    centre = _per_row(distinct, factor) / count
-    outer = (factor[..., :, None] * factor[..., None, :]).flatten(-2)  # (g, c | 1, m, r²)
-    second = _per_row(distinct, outer).unflatten(-1, (factor.shape[-1], -1) if factor.shape[-1] else (0, 0))
-    second = second - count[..., None] * centre[..., :, None] * centre[..., None, :]
-    inverse = torch.cholesky_inverse(
-        cholesky(posterior_precision(second, noise[:, None]))
-    )  # (b | 1, g | h, c' | 1, r, r)
+    centre = distinct @ factor / count
+    rank = factor.shape[-1]
+    outer = (factor[..., :, None] * factor[..., None, :]).flatten(-2)  # (g, m, r²)
+    second = (distinct @ outer).unflatten(-1, (rank, rank))
+    covariance = posterior_covariance(
+        centred_products(second, centre, count), noise[:, None]
+    )  # (b | 1, g | h, c', r, r)
     if group is not None:
-        count, centre, inverse = (part.index_select(2, group) for part in (count, centre, inverse))
+        count, centre, covariance = (part.index_select(2, group) for part in (count, centre, covariance))
 
     residual = evidence * (exact - mean)  # (b, h, c, m)
     average = residual.sum(-1, keepdim=True) / count
-    moment = _per_row(residual, factor) - count * average * centre
-    coefficients = torch.einsum("bhcrs,bhcs->bhcr", inverse, moment)
+    moment = residual @ factor - count * average * centre
+    coefficients = torch.einsum("bhcrs,bhcs->bhcr", covariance, moment)
     shift = average - (centre * coefficients).sum(-1, keepdim=True)
     coefficients = torch.cat([coefficients, shift, torch.ones_like(shift)], dim=-1)  # (b, h, c, r + 2)
-    scores = _per_row(coefficients, table.transpose(-2, -1))
+    scores = coefficients @ table.transpose(-2, -1)
     if observed is not None:
         exact = torch.where(observed, exact, scores.index_select(-1, index))
     return scores.index_copy(-1, index, exact)
 
 
-def _per_row(rows: Tensor, matrices: Tensor) -> Tensor:
-    """Each row times its matrix: (b, h, c, m) and (g, c | 1, m, r) -> (b, h, c, r)."""
-    if matrices.shape[1] == 1:  # one matrix for all rows: keeps the layout of the rows, which einsum does not
-        return rows @ matrices[:, 0]
-    return torch.einsum("bhcm,hcmr->bhcr", rows, matrices)
+def sampled_errors(
+    estimate: Callable[[Tensor, Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    keep: Tensor | None,
+    mask: AttentionMask,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Sum of the squared errors of estimated scores on random pairs that may be used, and their number.
 
-
-def random_pairs(n_q: int, n_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.randint(n_q, (AUXILIARY_PAIRS,), device=device),
-        torch.randint(n_k, (AUXILIARY_PAIRS,), device=device),
-    )
+    Args:
+        estimate: gives (b, h, pairs) estimated scores of queries i and keys j, (pairs,) int64 each.
+        query: (b, h, n_q, d).
+        key: (b, h, n_k, d).
+        keep: what the mask says of pairs, (b | 1, h | 1, n_q | 1, n_k) bool; None where it closes keys alone.
+        mask: of these queries and keys.
+        scale: factor on query-key products.
+    """
+    i = torch.randint(query.shape[-2], (AUXILIARY_PAIRS,), device=query.device)
+    j = torch.randint(key.shape[-2], (AUXILIARY_PAIRS,), device=query.device)
+    exact = (at_least_float32(query[..., i, :]) * at_least_float32(key[..., j, :])).sum(-1) * scale  # (b, h, pairs)
+    return squared_error(estimate(i, j), exact, pair_keep(keep, mask, i, j))
 
 
 def pair_keep(keep: Tensor | None, mask: AttentionMask, i: Tensor, j: Tensor) -> Tensor | None:

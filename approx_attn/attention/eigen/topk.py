@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_attn.attention.base import (
-    Capabilities,
-    Cost,
-    apply_dropout,
-    require_at_least,
-    require_choice,
-    require_positive,
-    require_share_or_count,
-    require_weight,
-    resolve_count,
-)
+from approx_attn.attention.base import Capabilities, Cost, Request, apply_dropout, repeat_heads
+from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
     log_mean_exp,
-    scatter_choice,
-    scores_at,
+    mean_residual,
+    sampled_keep,
 )
-from approx_attn.attention.eigen.content_basis import ContentBasis
-from approx_attn.attention.eigen.estimated_scores import EstimatedScores, ScoreInputs
-from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax
-from approx_attn.attention.query_chunks import keys_per_query, query_chunks
+from approx_attn.attention.eigen.content_basis import ContentBasis, HasContentBasis
+from approx_attn.attention.mask import AttentionMask, at_least_float32, masked_softmax, query_chunks
 from approx_attn.attention.registry import register_attention
+from approx_attn.attention.shape import AttentionShape
+from approx_attn.errors import require_count, require_one_of, require_weight
 
 RESTS = ("keep", "drop", "mean")
 SELECTS = ("error", "estimate")
-SCORINGS = ("dense", "gather")
 POSITION_PRIORS = ("none", "absolute", "relative")
+SAMPLED_TOKENS = 32  # queries and keys sampled per sequence for the auxiliary loss: 32² pairs per head
 
 
 @register_attention("eigen_topk")
-class EigenTopKAttention(EstimatedScores):
+class EigenTopKAttention(HasContentBasis):
     """Every pair gets a rank-r estimate of its score; the chosen pairs get the exact one; one softmax over both.
 
     With query map A, key map B (`ContentBasis`) and k̄_i the mean of the keys that query i may use,
@@ -56,7 +48,7 @@ class EigenTopKAttention(EstimatedScores):
 
     Args:
         rank: r, clamped to head_dim.
-        keep: exact pairs of each query: a share of the keys that it may use (under a causal mask: of those up to
+        keep: exact pairs of each query: a fraction of the keys that it may use (under a causal mask: of those up to
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
             alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
         window: keys at a distance of at most this from the query are exact; 0 for no window at all.
@@ -65,8 +57,6 @@ class EigenTopKAttention(EstimatedScores):
             all of them in the row, so that their total weight stays. `drop`: nothing.
         select: `error` chooses by ŝ_ij + log ‖(k_j − k̄)(I − B Aᵀ)‖, the expected error of leaving the pair at its
             estimate: the part of a key that the basis cannot see is one number per key. `estimate` chooses by ŝ_ij.
-        scoring: `dense` computes whole chunks of exact scores and uses those that were chosen, which is fastest
-            where matrix products are; `gather` computes only the chosen ones. `cost` counts what is performed.
         position_prior: a learned score by key position (`absolute`) or by key minus query position (`relative`)
             added to the estimate; needs `max_length`, and is zero beyond it and at the start.
         share: maps per `head`, per `layer`, or one pair for the `model`.
@@ -81,25 +71,18 @@ class EigenTopKAttention(EstimatedScores):
     """
 
     capabilities = Capabilities(needs_calibration=True, has_parameters=True, grouped_query=True, window=True)
-    cost_formula = "n²·(r + d), with scoring=gather n²·r + n·t·d"
+    cost_formula = "n²·(r + d)"
 
     def __init__(
         self,
-        num_heads: int,
-        head_dim: int,
+        shape: AttentionShape,
         *,
-        value_dim: int | None = None,
-        num_key_value_heads: int | None = None,
-        max_length: int | None = None,
-        causal: bool = False,
-        layer_index: int = 0,
         rank: int = 8,
         keep: float | int = 0.25,
         window: int = 0,
         global_tokens: int = 0,
         rest: str = "keep",
         select: str = "error",
-        scoring: str = "dense",
         position_prior: str = "none",
         share: str = "head",
         basis_init: str = "random",
@@ -109,40 +92,34 @@ class EigenTopKAttention(EstimatedScores):
         chunk_size: int = 64,
         seed: int | None = None,
     ) -> None:
-        super().__init__(
-            num_heads,
-            head_dim,
-            value_dim=value_dim,
-            num_key_value_heads=num_key_value_heads,
-            max_length=max_length,
-            causal=causal,
-            layer_index=layer_index,
-        )
-        self.keep = require_share_or_count("attention.keep", keep)
-        self.window = require_at_least("attention.window", window, 0)
-        self.global_tokens = require_at_least("attention.global_tokens", global_tokens, 0)
-        self.rest = require_choice("attention.rest", rest, RESTS)
-        self.select = require_choice("attention.select", select, SELECTS)
-        self.scoring = require_choice("attention.scoring", scoring, SCORINGS)
-        self.chunk_size = require_positive("attention.chunk_size", chunk_size)
+        super().__init__(shape)
+        self.keep = require_budget("attention.keep", keep)
+        self.window = require_count("attention.window", window, 0)
+        self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
+        self.rest = require_one_of("attention.rest", rest, RESTS)
+        self.select = require_one_of("attention.select", select, SELECTS)
+        self.chunk_size = require_count("attention.chunk_size", chunk_size)
         self.auxiliary_loss_weight = require_weight("attention.auxiliary_loss_weight", auxiliary_loss_weight)
         self.basis = ContentBasis(
-            num_heads,
+            shape.num_heads,
             self.num_key_value_heads,
-            head_dim,
+            shape.head_dim,
             rank,
             share=share,
             init=basis_init,
             train_basis=train_basis,
             seed=seed,
         )
-        self.position_prior = require_choice("attention.position_prior", position_prior, POSITION_PRIORS)
-        if position_prior != "none" and max_length is None:
+        self.position_prior = require_one_of("attention.position_prior", position_prior, POSITION_PRIORS)
+        if position_prior != "none" and shape.max_length is None:
             raise ValueError(f"attention.position_prior={position_prior} needs max_length, got None; or use none.")
-        entries = {"none": 0, "absolute": max_length or 0, "relative": 2 * (max_length or 0) - 1}[position_prior]
-        table = torch.zeros(num_heads, entries)
+        entries = {"none": 0, "absolute": shape.max_length or 0, "relative": 2 * (shape.max_length or 0) - 1}[
+            position_prior
+        ]
+        table = torch.zeros(shape.num_heads, entries)
         self.prior = nn.Parameter(table, requires_grad=train_basis) if entries > 0 else None  # (h, L | 2L - 1)
-        self.load_basis_file(basis)
+        if basis is not None:
+            load_basis_into(self, basis)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -150,16 +127,8 @@ class EigenTopKAttention(EstimatedScores):
 
     # -- the computation -------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         n_q, n_k = query.shape[-2], key.shape[-2]
         inputs = self._score_inputs(query, key, value, mask, hides=self.select == "error")
         self.auxiliary_loss = self._auxiliary_loss(query, key, mask, scale)
@@ -187,26 +156,18 @@ class EigenTopKAttention(EstimatedScores):
         query, key, mask = inputs.query, inputs.key, inputs.mask
         c, seen = query.shape[-2], key.shape[-2]
         keep = mask.dense_keep(c, seen, query.device)
-        bias = mask.finite_bias()
         estimate = self._estimate(inputs, keep, scale)
         rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
-        if self.scoring == "dense":
-            selected = self._chosen_pairs(rank_by, keep, n_k)
-            exact = at_least_float32(grouped_matmul(query * scale, key.mT))
-            exact = exact if bias is None else exact + bias
-            scores = exact if selected is None else torch.where(selected, exact, estimate)
-        else:
-            index, is_open = self._chosen_keys(rank_by, keep, n_k)
-            exact = scores_at(query, key, index, scale)  # (b, h, c, t)
-            exact = exact if bias is None else exact + bias.expand_as(estimate).gather(-1, index)
-            scores = estimate.scatter(-1, index, torch.where(is_open, exact, estimate.gather(-1, index)))
-            selected = scatter_choice(index, is_open, seen)
+        selected = self._chosen_pairs(rank_by, keep, n_k)
+        # All exact scores of the chunk: one dense product is faster than gathering the keys of each query.
+        exact = mask.add_bias(at_least_float32(grouped_matmul(query * scale, key.mT)))
+        scores = exact if selected is None else torch.where(selected, exact, estimate)
         return self._weigh(scores, selected, keep, inputs.value, dropout_p)
 
     def _weigh(
         self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float
     ) -> tuple[Tensor, Tensor]:
-        """Output and weights from scores that are exact where `selected` (None: what is not does not matter)."""
+        """Output and weights from scores that are exact where `selected` is True (None: everywhere)."""
         if selected is not None and self.rest == "drop":
             keep = selected if keep is None else keep & selected
         elif selected is not None and self.rest == "mean":
@@ -237,17 +198,8 @@ class EigenTopKAttention(EstimatedScores):
             return None
         seen = rank_by.shape[-1]
         budget, most = self._budget(keep, seen, rank_by.device), min(resolve_count(self.keep, n_k), seen)
-        # Where more pairs come first than the budget has, its last place is infinite and they all reach it.
+        # Window and global tokens rank as infinite: where they exceed the budget, so is the threshold, and all pass.
         return rank_by >= kth_largest(rank_by, budget, most)
-
-    @torch.no_grad()
-    def _chosen_keys(self, rank_by: Tensor, keep: Tensor | None, n_k: int) -> tuple[Tensor, Tensor]:
-        """The keys of a chunk that are exact, as an index (b, h, c, t) and which of its places count, alike."""
-        first = (rank_by == float("inf")).sum(dim=-1, keepdim=True)
-        count = torch.maximum(self._budget(keep, rank_by.shape[-1], rank_by.device), first)
-        index = rank_by.topk(min(self._most_exact(n_k), rank_by.shape[-1]), dim=-1).indices
-        is_open = torch.arange(index.shape[-1], device=index.device) < count
-        return index, is_open & (rank_by.gather(-1, index) > float("-inf"))
 
     def _budget(self, keep: Tensor | None, seen: int, device: torch.device) -> Tensor:
         """Exact pairs of each query before window and global tokens: (b | 1, h | 1, c | 1, 1)."""
@@ -255,32 +207,108 @@ class EigenTopKAttention(EstimatedScores):
             return keys_per_query(self.keep, torch.full((1, 1, 1, 1), seen, device=device))
         return keys_per_query(self.keep, keep.sum(dim=-1, keepdim=True))
 
-    def _most_exact(self, n_k: int) -> int:
-        """The most exact pairs that any query over `n_k` keys can have (may exceed the keys there are)."""
-        in_window = 2 * self.window + 1 if self.window > 0 else 0
-        return max(resolve_count(self.keep, n_k), in_window + self.global_tokens)
+    # -- estimates ----------------------------------------------------------------------------------------
+
+    def _score_inputs(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, hides: bool) -> ScoreInputs:
+        """What all scores are estimated from; `hides`: and what a choice by expected error needs."""
+        query_low = self.basis.query_coordinates(query)  # (b, h, n_q, r)
+        key_low = self.basis.key_coordinates(key)  # (b, h, n_k, r)
+        offset = self._row_offset(query, key, query_low, key_low, mask) if mask.is_structured else None
+        hidden = self._hidden_part(key, key_low) if hides else None
+        return ScoreInputs(query, query_low, offset, key, key_low, hidden, value, mask)
+
+    def _estimate(self, inputs: ScoreInputs, keep: Tensor | None, scale: float) -> Tensor:
+        """Estimated scores with prior and bias: (b, h, n_q, n_k)."""
+        estimate = at_least_float32(inputs.query_low @ inputs.key_low.mT)
+        offset = inputs.offset
+        if offset is None:
+            offset = mean_residual(inputs.query, inputs.key, inputs.query_low, inputs.key_low, keep)
+        estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
+        if self.prior is not None:
+            estimate = estimate + self._prior_scores(inputs.mask, *estimate.shape[-2:])
+        return inputs.mask.add_bias(estimate)
+
+    def _row_offset(
+        self, query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor, mask: AttentionMask
+    ) -> Tensor:
+        """What makes the row mean of the estimates exact, for padding, causality and a window: (b, h, n_q, 1)."""
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        both = torch.cat([repeat_heads(key, self.num_heads), key_low], dim=-1)  # (b, h, n_k, d + r)
+        both = at_least_float32(both)
+        used = both.new_ones(1, 1, n_k, 1) if mask.key_keep is None else mask.key_keep[:, None, :, None].to(both.dtype)
+        total, count = (
+            mask.sums_over_keys(both * used, n_q),
+            mask.sums_over_keys(used, n_q),
+        )  # (b, h, n_q | 1, d + r | 1)
+        mean_key, mean_low = (total / count.clamp_min(1.0)).split([self.head_dim, key_low.shape[-1]], dim=-1)
+        return (query * mean_key).sum(-1, keepdim=True) - (query_low * mean_low).sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def _hidden_part(self, key: Tensor, key_low: Tensor) -> Tensor:
+        """log ‖(k − k̄)(I − B Aᵀ)‖, with the calibrated k̄ so that no key tells of another: (b, h, 1, n_k)."""
+        explained = key_low @ self.basis.query_map.to(key_low.dtype).mT  # (b, h, n_k, d)
+        centred = key - self.basis.key_mean.to(key.dtype)[:, None]
+        norm = at_least_float32(repeat_heads(centred, self.num_heads) - explained).norm(dim=-1)
+        # A key that the basis explains entirely is known already; the floor keeps such rows comparable.
+        return norm.clamp_min(torch.finfo(norm.dtype).eps).log()[:, :, None]
+
+    def _prior_scores(self, mask: AttentionMask, c: int, seen: int) -> Tensor:
+        """(h, c | 1, seen) position prior, zero outside the range it was laid out for."""
+        assert self.prior is not None
+        positions = torch.arange(seen, device=self.prior.device)
+        if self.position_prior == "relative":
+            centre = (self.prior.shape[-1] - 1) // 2
+            positions = positions - mask.query_positions(c, self.prior.device)[:, None] + centre  # (c, seen)
+        else:
+            positions = positions[None]
+        inside = (positions >= 0) & (positions < self.prior.shape[-1])
+        return self.prior[:, positions.clamp(0, self.prior.shape[-1] - 1)] * inside
+
+    def _auxiliary_loss(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float) -> Tensor | None:
+        """Weighted mean squared error of estimated scores on random pairs, gradient to the basis only."""
+        if not self.training or self.auxiliary_loss_weight == 0.0:
+            return None
+        n_q, n_k = query.shape[-2], key.shape[-2]
+        i = torch.randint(n_q, (min(n_q, SAMPLED_TOKENS),), device=query.device)
+        j = torch.randint(n_k, (min(n_k, SAMPLED_TOKENS),), device=query.device)
+        # Queries against keys in float32 and outside autocast: squared errors are small differences.
+        with torch.autocast(query.device.type, enabled=False):
+            q, k = at_least_float32(query.detach()), at_least_float32(key.detach())
+            if mask.query_keep is not None:  # whatever stands there must not reach the sum, not even as 0 · NaN
+                q = q.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
+            q_low, k_low = self.basis.query_coordinates(q), self.basis.key_coordinates(k)
+            if mask.is_structured:
+                offset = self._row_offset(q, k, q_low, k_low, mask).expand(-1, -1, n_q, 1)[:, :, i]
+            else:
+                offset = self.basis.row_offset(q[:, :, i])
+            estimate = (q_low[:, :, i] @ k_low[:, :, j].mT + offset) * scale  # (b, h, i, j)
+            if self.prior is not None:
+                estimate = estimate + self._prior_scores(mask, n_q, n_k).expand(-1, n_q, -1)[:, i][..., j]
+            exact = grouped_matmul(q[:, :, i], k[:, :, j].mT) * scale
+            error = (exact - estimate).square()
+            usable = sampled_keep(mask, i, j, error)
+            return self.auxiliary_loss_weight * (error * usable).sum() / usable.sum().clamp_min(1.0)
 
     # -- the cost --------------------------------------------------------------------------------------
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
-        causal = self.causal if causal is None else causal
-        n_q, n_k, pairs = self._pairs(query_length, key_length, causal)
+        n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
         h, d, r, offset = self.num_heads, self.head_dim, self.basis.rank, n_k - n_q if causal else 0
-        exact, scored, seen = self._count_pairs(n_q, n_k, causal, offset)
+        exact, seen = self._count_pairs(n_q, n_k, causal, offset)
         hidden = n_k * r * d if self.select == "error" else 0
         parameters = sum(parameter.numel() for parameter in self.parameters())
         maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
         return Cost(
             exact_pairs=h * min(exact, pairs),
             total_pairs=h * pairs,
-            score_multiply_adds=h * (seen * r + scored * d + maps),
+            score_multiply_adds=h * (seen * (r + d) + maps),
             value_multiply_adds=h * seen * self.value_dim,
             state=parameters + h * ((n_q + n_k) * r + 4 * min(self.chunk_size, n_q) * n_k),
-            computed_pairs=h * scored,
+            computed_pairs=h * seen,
         )
 
-    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int, int]:
-        """Exact pairs, computed exact scores, and pairs that are estimated and weighed, of one head."""
+    def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int]:
+        """Exact pairs, and pairs that are computed, estimated and weighed, of one head."""
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         seen = sum((stop - start) * keys for start, stop, keys in chunks)
         exact = 0
@@ -288,9 +316,7 @@ class EigenTopKAttention(EstimatedScores):
             usable = min(max(i + offset + 1, 0), n_k) if causal else n_k
             first = self._count_first(i + offset, n_k, usable)
             exact += min(usable, max(resolve_count(self.keep, max(usable, 1)), first))
-        most = self._most_exact(n_k)
-        scored = seen if self.scoring == "dense" else sum((stop - start) * min(most, k) for start, stop, k in chunks)
-        return exact, scored, seen
+        return exact, seen
 
     def _count_first(self, position: int, n_k: int, usable: int) -> int:
         """Keys of the window and global tokens that a query at this position may use."""
@@ -299,3 +325,39 @@ class EigenTopKAttention(EstimatedScores):
         low, high = max(0, position - self.window), min(usable - 1, position + self.window)
         in_window = max(0, high - low + 1)
         return in_window + min(self.global_tokens, usable, low)
+
+
+class ScoreInputs(NamedTuple):
+    """What the scores of some queries with some keys are computed and estimated from, the values with it.
+
+    Attributes:
+        query: (b, h, n_q, d). query_low: (b, h, n_q, r), its coordinates.
+        offset: (b, h, n_q | 1, 1), what makes row means of estimates exact; None where the mask decides it by chunk.
+        key: (b, h_kv, n_k, d). key_low: (b, h, n_k, r), its coordinates.
+        hidden: (b, h, 1, n_k), log norm of what the basis cannot see of a key; None where nothing asks for it.
+        value: (b, h_kv, n_k, d_v).
+        mask: of these queries and keys.
+    """
+
+    query: Tensor
+    query_low: Tensor
+    offset: Tensor | None
+    key: Tensor
+    key_low: Tensor
+    hidden: Tensor | None
+    value: Tensor
+    mask: AttentionMask
+
+    def part(self, start: int, stop: int, seen: int) -> ScoreInputs:
+        """Those of queries start..stop-1 with the first `seen` keys."""
+        varies = self.offset is not None and self.offset.shape[-2] > 1
+        return ScoreInputs(
+            query=self.query[:, :, start:stop],
+            query_low=self.query_low[:, :, start:stop],
+            offset=self.offset[:, :, start:stop] if self.offset is not None and varies else self.offset,
+            key=self.key[:, :, :seen],
+            key_low=self.key_low[:, :, :seen],
+            hidden=None if self.hidden is None else self.hidden[..., :seen],
+            value=self.value[:, :, :seen],
+            mask=self.mask.queries(start, stop).keys(0, seen),
+        )

@@ -3,12 +3,12 @@
 Queries are cut into blocks of `block` consecutive ones. All keys that any query of a block can see in
 the band are laid beside it as one slice of `span = block + before + after` keys, so scores of a band are
 an array (b, h, n_blocks, block, span): linear in the number of queries, no n_q x n_k array anywhere.
-Slices overlap; a slice that hangs over the ends of the sequence holds zeros there, and `Band.keep` is
+Slices overlap; a slice that hangs over the ends of the sequence holds zeros there, and `Band.allowed` is
 False there.
 
     band = Band.around(n_q, n_k, before=w, after=w, query_offset=mask.query_offset)
     scores = band.query_blocks(query) @ band.key_blocks(key).transpose(-2, -1)  # (b, h, n_blocks, block, span)
-    weights = masked_softmax(scale * scores, band.keep(mask, query.device))
+    weights = masked_softmax(scale * scores, band.allowed(mask, query.device))
     output = band.merge_queries(weights @ band.key_blocks(value))  # (b, h, n_q, d_v)
 """
 
@@ -106,28 +106,28 @@ class Band:
     def pair_blocks(self, x: Tensor) -> Tensor:
         """(..., n_q | 1, n_k | 1) -> (..., n_blocks, block, span): the band of a dense array over pairs.
 
-        Where a slice hangs over the ends it repeats entries of the ends, which `keep` closes.
+        Where a slice hangs over the ends it repeats entries of the ends, which `allowed` closes.
         """
         x = x.expand(*x.shape[:-2], self.n_q, self.n_k)
         positions = self.key_positions(x.device).clamp(0, self.n_k - 1)  # (n_blocks, span)
         return pairs_at(self, x, positions)
 
     def dense(self, x: Tensor) -> Tensor:
-        """(..., n_blocks, block, span) -> (..., n_q, n_k), zeros outside the band; `x` must be zero outside `keep`."""
+        """(..., n_blocks, block, span), zero outside `allowed` -> (..., n_q, n_k), zeros outside the band."""
         out = x.new_zeros(*x.shape[:-3], self.n_blocks, self.block, self.n_k)
         positions = self.key_positions(x.device).clamp(0, self.n_k - 1)[:, None, :].expand_as(x)
         return self.merge_queries(out.scatter_add(-1, positions, x))
 
     # -- which pairs count ----------------------------------------------------------------------------
 
-    def keep(self, mask: AttentionMask, device: torch.device) -> Tensor:
+    def allowed(self, mask: AttentionMask, device: torch.device) -> Tensor:
         """(b | 1, h | 1, n_blocks, block, span) bool: in the band, not over the ends, and kept by the mask."""
         key_positions = self.key_positions(device)  # (n_blocks, span)
         distance = key_positions[:, None, :] - self.query_positions(device)[:, :, None]  # (n_blocks, block, span)
         after = 0 if mask.causal else self.after
         inside = (key_positions >= 0) & (key_positions < self.n_k)
         keep = (distance >= -self.before) & (distance <= after) & inside[:, None, :]
-        return keep & kept_at(self, mask, key_positions)
+        return keep & allowed_in_blocks(self, mask, key_positions)
 
     def bias(self, mask: AttentionMask) -> Tensor | None:
         """(b | 1, h | 1, n_blocks, block, span) finite additive bias, or None."""
@@ -159,7 +159,7 @@ def pairs_at(band: Band, x: Tensor, positions: Tensor) -> Tensor:
     return blocks.gather(-1, index)
 
 
-def kept_at(band: Band, mask: AttentionMask, positions: Tensor) -> Tensor:
+def allowed_in_blocks(band: Band, mask: AttentionMask, positions: Tensor) -> Tensor:
     """What a mask says of given keys of each block of queries, whether in the band or not.
 
     Args:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_at_least, require_positive
 from approx_attn.attention.mask import AttentionMask
+from approx_attn.errors import require_count
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class RandomBlocks:
     seed: int
 
     def __post_init__(self) -> None:
-        require_at_least("attention.random_blocks", self.count, 0)
-        require_positive("attention.block_size", self.block_size)
-        require_at_least("attention.seed", self.seed, 0)
+        require_count("attention.random_blocks", self.count, 0)
+        require_count("attention.block_size", self.block_size)
+        require_count("attention.seed", self.seed, 0)
 
     @property
     def width(self) -> int:
@@ -96,7 +96,7 @@ class RandomBlocks:
         rows = keys[..., None, :].expand(*keys.shape[:-1], self.block_size, -1)
         return self.merge_queries(rows, n_q, query_offset)
 
-    def keep(self, positions: Tensor, is_open: Tensor, n_k: int, mask: AttentionMask) -> Tensor:
+    def allowed(self, positions: Tensor, is_open: Tensor, n_k: int, mask: AttentionMask) -> Tensor:
         """(b | 1, h, n_q, e) bool: which random keys of each query exist and are kept by the mask."""
         n_q = positions.shape[-2]
         rows = is_open.repeat_interleave(self.block_size, dim=-1)[..., None, :]  # (b | 1, h, n_query_blocks, 1, e)

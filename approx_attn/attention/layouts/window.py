@@ -9,39 +9,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention.base import require_at_least, require_share_or_count, resolve_count
+from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
 from approx_attn.attention.layouts.band import Band
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.attention.query_chunks import keys_per_query
+from approx_attn.errors import require_count
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window around each query, by a share of the pairs, by keys per query, or by a half-width.
+    """A window around each query, by a fraction of the pairs, by keys per query, or by a half-width.
 
     Attributes:
-        share_or_count: the option `keep`.
+        budget: the option `keep`.
         half_width: the option `window`, in place of `keep` unless None.
     """
 
-    share_or_count: float | int
+    budget: float | int
     half_width: int | None = None
 
     def __post_init__(self) -> None:
-        require_share_or_count("attention.keep", self.share_or_count)
+        require_budget("attention.keep", self.budget)
         if self.half_width is not None:
-            require_at_least("attention.window", self.half_width, 0)
+            require_count("attention.window", self.half_width, 0)
 
     def reach(self, usable: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Positions before and after itself that a query sees when the mask leaves it `usable` keys (int64)."""
         if self.half_width is not None:
             before = after = torch.full_like(usable, self.half_width)
         elif causal:
-            before = after = keys_per_query(self.share_or_count, usable) - 1
-        elif isinstance(self.share_or_count, int):
-            before = after = torch.full_like(usable, (self.share_or_count - 1) // 2)
+            before = after = keys_per_query(self.budget, usable) - 1
+        elif isinstance(self.budget, int):
+            before = after = torch.full_like(usable, (self.budget - 1) // 2)
         else:
-            before = after = widest_half(self.share_or_count, usable)
+            before = after = widest_half(self.budget, usable)
         return before, torch.zeros_like(after) if causal else after
 
     def widest(self, usable: int, causal: bool) -> tuple[int, int]:
@@ -49,11 +49,11 @@ class Window:
         if self.half_width is not None:
             half = self.half_width
         elif causal:
-            half = resolve_count(self.share_or_count, usable) - 1
-        elif isinstance(self.share_or_count, int):
-            half = (self.share_or_count - 1) // 2
+            half = resolve_count(self.budget, usable) - 1
+        elif isinstance(self.budget, int):
+            half = (self.budget - 1) // 2
         else:
-            root = usable - 0.5 - math.sqrt((1.0 - self.share_or_count) * usable * usable + 0.25)
+            root = usable - 0.5 - math.sqrt((1.0 - self.budget) * usable * usable + 0.25)
             half = max(0, math.floor(root + 1e-9))
         return half, 0 if causal else half
 
@@ -66,12 +66,12 @@ class Window:
             before, after = min(before, limit - 1), min(after, limit - 1)
         return Band.around(n_q, n_k, before, after, query_offset=query_offset, block=block)
 
-    def keep(self, band: Band, mask: AttentionMask, device: torch.device) -> Tensor:
+    def allowed(self, band: Band, mask: AttentionMask, device: torch.device) -> Tensor:
         """(b | 1, h | 1, n_blocks, block, span) bool: the keys of the band in each query's own window, and masked."""
         positions = band.query_positions(device)  # (n_blocks, block)
         before, after = (x[:, None, :, :, None] for x in self.reach_at(positions, mask, band.n_k))
         distance = band.key_positions(device)[:, None, :] - positions[:, :, None]  # (n_blocks, block, span)
-        return band.keep(mask, device) & (distance >= -before) & (distance <= after)
+        return band.allowed(mask, device) & (distance >= -before) & (distance <= after)
 
     def reach_at(self, positions: Tensor, mask: AttentionMask, n_k: int) -> tuple[Tensor, Tensor]:
         """`reach` of queries at positions (x, y), as the mask leaves them keys: twice (b | 1, x | 1, y | 1)."""
@@ -99,13 +99,13 @@ class Window:
 
 
 def widest_half(keep: float, usable: Tensor) -> Tensor:
-    """Largest half-width w at which the band over n keys holds at most the share `keep` of n² pairs.
+    """Largest half-width w at which the band over n keys holds at most the fraction `keep` of n² pairs.
 
     The band holds n(2w + 1) - w(w + 1) pairs, the corners being cut off. Solved for w, and at least 0:
     a query always sees its own position.
 
     Args:
-        keep: share in (0, 1]; 1 gives n - 1, the whole.
+        keep: fraction in (0, 1]; 1 gives n - 1, the whole.
         usable: n, int64, any shape.
     """
     n = usable.double()

@@ -1,9 +1,9 @@
 """Calibration: streaming statistics of a live model, fitted to bases that mechanisms start from."""
 
-from approx_attn.conversion.calibration.basis_file import STATISTICS, Calibration, LayerShape, load_basis_into
+from approx_attn.attention.eigen.basis_file import Calibration, LayerShape, load_basis_into
+from approx_attn.attention.eigen.position_fit import PositionFit, fit_position_basis
 from approx_attn.conversion.calibration.fitting import calibrate, needed_statistics
-from approx_attn.conversion.calibration.moments import ContentMoments, PositionMoments
-from approx_attn.conversion.calibration.position_fit import PositionFit, fit_position_basis
+from approx_attn.conversion.calibration.moments import STATISTICS, ContentMoments, PositionMoments
 from approx_attn.conversion.calibration.refinement import refine_basis
 
 __all__ = [

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, require_positive
-from approx_attn.attention.exact import ExactAttention
+from approx_attn.attention.base import AttentionMechanism
+from approx_attn.attention.calibrated import BasisMechanism, ObservingMechanism
+from approx_attn.attention.eigen.basis_file import Calibration, LayerShape, as_float32
+from approx_attn.attention.exact import computing_exactly
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.conversion.calibration.basis_file import STATISTICS, Calibration, LayerShape, as_float32, has_basis
-from approx_attn.conversion.calibration.moments import ContentMoments, PositionMoments, position_statistics
-from approx_attn.conversion.calibration.position_fit import fit_position_basis
+from approx_attn.conversion.calibration.moments import KINDS, STATISTICS, Moments
 from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.errors import require_count
 
 
 def calibrate(
@@ -63,23 +62,24 @@ def calibrate(
     wanted = needed_statistics(model) if statistics is None else list(dict.fromkeys(statistics))
     if not wanted:
         raise ValueError(f"statistics must list at least one of {', '.join(STATISTICS)}, got none.")
-    for name in wanted:
-        if name not in STATISTICS:
-            raise ValueError(f"statistics must be among {', '.join(STATISTICS)}, got {name!r}.")
-    collector = StatisticsCollector(wanted, None if rows is None else require_positive("rows", rows), seed)
-    collector.observers = {name: m for name, m in model.named_modules() if hasattr(m, "observe") and hasattr(m, "fit")}
+    for kind in wanted:
+        if kind not in STATISTICS:
+            raise ValueError(f"statistics must be among {', '.join(STATISTICS)}, got {kind!r}.")
+    collector = StatisticsCollector(wanted, None if rows is None else require_count("rows", rows), seed)
+    collector.observers = {name: m for name, m in model.named_modules() if isinstance(m, ObservingMechanism)}
+    mechanisms = [m for m in model.modules() if isinstance(m, AttentionMechanism)] if exact else []
     was_training = model.training
     model.eval()
     sequences = 0
     try:
-        with torch.no_grad(), capture_attention_inputs(model, collector), _exact_attention(model, exact):
+        with torch.no_grad(), capture_attention_inputs(model, collector), computing_exactly(mechanisms):
             for batch in with_progress(batches, progress, "calibrating"):
                 sequences += run_model(model, batch)
     finally:
         model.train(was_training)
     if sequences == 0:
         raise ValueError("calibration got no batches.")
-    calibration = collector.fit([name for name, _ in model.named_modules()], require_positive("max_rank", max_rank))
+    calibration = collector.fit([name for name, _ in model.named_modules()], require_count("max_rank", max_rank))
     calibration.sequences = sequences
     calibration.model = (source or {}).get("model", type(model).__name__)
     calibration.data = (source or {}).get("data", "")
@@ -92,13 +92,9 @@ def calibrate(
 
 
 def needed_statistics(model: nn.Module) -> list[str]:
-    """The statistics that the mechanisms in a model start from; `content` and `absolute` if it has none."""
-    needed = set()
-    for mechanism in model.modules():
-        if isinstance(mechanism, AttentionMechanism) and has_basis(mechanism):
-            content = hasattr(mechanism, "load_content_basis")
-            needed.add("content" if content else str(getattr(mechanism, "alignment", "absolute")))
-    return [name for name in STATISTICS if name in needed] or ["content", "absolute"]
+    """The kinds of bases that the mechanisms in a model start from; `content` and `absolute` if it has none."""
+    needed = {mechanism.basis_kind for mechanism in model.modules() if isinstance(mechanism, BasisMechanism)}
+    return [kind for kind in STATISTICS if kind in needed] or ["content", "absolute"]
 
 
 class StatisticsCollector:
@@ -107,24 +103,19 @@ class StatisticsCollector:
     def __init__(self, statistics: Sequence[str], rows: int | None, seed: int) -> None:
         self.statistics, self.rows, self.seed = list(statistics), rows, seed
         self.shapes: dict[str, LayerShape] = {}
-        self.content: dict[str, ContentMoments] = {}
-        self.position: dict[str, dict[str, PositionMoments]] = {}
-        self.observers: dict[str, Any] = {}  # mechanisms that take statistics of their own
+        self.moments: dict[str, dict[str, Moments]] = {}  # by layer and kind
+        self.observers: dict[str, ObservingMechanism] = {}
 
     def __call__(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float
     ) -> None:
         length = max(key.shape[-2], self.shapes[layer].length if layer in self.shapes else 0)
         self.shapes[layer] = LayerShape(layer, query.shape[1], key.shape[1], query.shape[-1], length, mask.causal)
-        if "content" in self.statistics:
-            self.content.setdefault(layer, ContentMoments()).update(query, key, mask)
-        moments = self.position.setdefault(layer, {})
-        for statistic in self.statistics:
-            if statistic != "content":
-                alignment, _, raw = statistic.partition("_")
-                if statistic not in moments:
-                    moments[statistic] = PositionMoments(alignment, centred=not raw, rows=self.rows, seed=self.seed)
-                moments[statistic].update(query, key, mask, scale)
+        moments = self.moments.setdefault(layer, {})
+        for kind in self.statistics:
+            if kind not in moments:
+                moments[kind] = KINDS[kind](self.rows, self.seed)
+            moments[kind].update(query, key, mask, scale)
         for name, mechanism in self.observers.items():
             if f"{name}.".startswith(f"{layer}."):
                 mechanism.observe(query, key, mask, scale=scale)
@@ -135,51 +126,15 @@ class StatisticsCollector:
         names = sorted(self.shapes, key=lambda name: order.get(name, len(order)))
         tensors: dict[str, Tensor] = {}
         for i, name in enumerate(names):
-            for pool in ("head", "layer"):
-                if name in self.content:
-                    content = self.content[name].fit(pool)
-                    tensors |= as_float32({f"{i}.content.{pool}.{k}": v for k, v in vars(content).items()})
-                for statistic, moments in self.position[name].items():
-                    position = moments.fit(pool, max_rank)
-                    tensors |= as_float32({f"{i}.{statistic}.{pool}.{k}": v for k, v in vars(position).items()})
-        tensors |= as_float32(self._fit_model(names, max_rank))
-        rows = [self._rows(name) for name in names]
+            for scope in ("head", "layer"):
+                for kind, moments in self.moments[name].items():
+                    tensors |= as_float32(f"{i}.{kind}.{scope}.", moments.fit(scope, max_rank))
+        for kind in self.statistics:
+            layers = [self.moments[name][kind] for name in names]
+            fit = type(layers[0]).fit_model(layers, max_rank)
+            tensors |= {} if fit is None else as_float32(f"model.{kind}.", fit)
+        rows = [max((moments.seen_rows for moments in self.moments[name].values()), default=0) for name in names]
         return Calibration(tensors, [self.shapes[name] for name in names], self.statistics, rows=rows)
-
-    def _rows(self, name: str) -> int:
-        seen = [int(self.content[name].queries)] if name in self.content else []
-        return max(seen + [moments.seen_rows for moments in self.position[name].values()])
-
-    def _fit_model(self, names: list[str], max_rank: int) -> dict[str, Tensor]:
-        """One basis for all layers, of every statistic that has the same shape in all of them."""
-        tensors: dict[str, Tensor] = {}
-        if len({self.shapes[name].head_dim for name in names}) == 1 and self.content:
-            pooled = ContentMoments()
-            for name in names:
-                pooled.add(self.content[name])
-            tensors |= {f"model.content.{k}": v for k, v in vars(pooled.fit("layer")).items()}
-        for statistic in self.statistics:
-            moments = [self.position[name][statistic] for name in names if statistic != "content"]
-            if moments and len({part.total.shape[-1] for part in moments}) == 1:
-                sums = [sum(parts) for parts in zip(*(part.pooled_sums() for part in moments), strict=True)]
-                mean, covariance = position_statistics(*sums)
-                fit = fit_position_basis(mean, covariance, centred=moments[0].centred, max_rank=max_rank)
-                tensors |= {f"model.{statistic}.{k}": v for k, v in vars(fit).items()}
-        return tensors
-
-
-@contextmanager
-def _exact_attention(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Let the mechanisms of this package in a model compute exact attention meanwhile."""
-    mechanisms = [m for m in model.modules() if isinstance(m, AttentionMechanism)] if enabled else []
-    for mechanism in mechanisms:
-        attend: Callable[..., Any] = partial(ExactAttention.attend, mechanism)  # type: ignore[arg-type]
-        mechanism.attend = attend  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for mechanism in mechanisms:
-            del mechanism.attend
 
 
 def run_model(model: nn.Module, batch: Any) -> int:

@@ -1,10 +1,13 @@
 """Streaming statistics of attention inputs, in float64 and in memory that does not grow with the data.
 
-Every class takes (query, key, mask) of one attention call at a time and can be read at any time. What the
-mask closes is counted nowhere: padded keys and queries, and pairs that no query may use.
+Every class takes the inputs of one attention call at a time and can be read at any time. What the mask closes is
+counted nowhere: padded keys and queries, and pairs that no query may use.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +15,26 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import repeat_heads
 from approx_attn.attention.eigen.content_basis import ContentFit, fit_content_basis
+from approx_attn.attention.eigen.position_fit import PositionFit, fit_position_basis
 from approx_attn.attention.mask import AttentionMask
-from approx_attn.conversion.calibration.position_fit import PositionFit, fit_position_basis
+
+
+class Moments(Protocol):
+    """Statistics of one layer to which bases of one kind are fitted."""
+
+    @property
+    def seen_rows(self) -> int:
+        """Rows of scores (content: queries) that were taken in."""
+
+    def update(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float) -> None:
+        """Add a batch: query (b, h, n_q, d), key (b, h_kv, n_k, d), and the factor on their products."""
+
+    def fit(self, scope: str = "head", max_rank: int | None = None) -> Any:
+        """The basis of every `head`, or one for the heads of the `layer`: a dataclass of tensors."""
+
+    @classmethod
+    def fit_model(cls, layers: Sequence[Any], max_rank: int | None = None) -> Any:
+        """One basis for all layers; None where their shapes differ."""
 
 
 class ContentMoments:
@@ -28,8 +49,12 @@ class ContentMoments:
         self.queries = self.keys = 0.0
         self.query_product = self.key_product = self.key_total = torch.zeros(())
 
+    @property
+    def seen_rows(self) -> int:
+        return int(self.queries)
+
     @torch.no_grad()
-    def update(self, query: Tensor, key: Tensor, mask: AttentionMask) -> None:
+    def update(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float = 1.0) -> None:
         """Add a batch: query (b, h, n_q, d), key (b, h_kv, n_k, d)."""
         query_keep, key_keep = used_tokens(mask, query, key)  # (b, n_q), (b, n_k)
         # masked_fill and not a product: padding may hold anything, NaN too.
@@ -52,17 +77,26 @@ class ContentMoments:
         self.queries += other.queries * other.query_product.shape[0]
         self.keys += other.keys * other.key_product.shape[0]
 
-    def statistics(self, pool: str = "head") -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, scope: str = "head") -> tuple[Tensor, Tensor, Tensor]:
         """(query second moment (h | 1, d, d), key covariance (h_kv | 1, d, d), mean key (h_kv, d))."""
         query_product, key_product = self.query_product / self.queries, self.key_product / self.keys
-        if pool == "layer":
+        if scope == "layer":
             query_product, key_product = query_product.mean(0, keepdim=True), key_product.mean(0, keepdim=True)
         return query_product, key_product, self.key_total / self.keys
 
-    def fit(self, pool: str = "head") -> ContentFit:
-        """The basis of all ranks: per head, or one for the heads of the layer."""
-        query_moment, key_covariance, key_mean = self.statistics(pool)
+    def fit(self, scope: str = "head", max_rank: int | None = None) -> ContentFit:
+        """The basis of all ranks, whatever `max_rank`: per head, or one for the heads of the layer."""
+        query_moment, key_covariance, key_mean = self.statistics(scope)
         return fit_content_basis(query_moment, key_covariance, key_mean)
+
+    @classmethod
+    def fit_model(cls, layers: Sequence[ContentMoments], max_rank: int | None = None) -> ContentFit | None:
+        if len({layer.query_product.shape[-1] for layer in layers}) != 1:
+            return None
+        pooled = cls()
+        for layer in layers:
+            pooled.add(layer)
+        return pooled.fit("layer")
 
 
 class PositionMoments:
@@ -147,9 +181,9 @@ class PositionMoments:
         self.product, self.pair_count = F.pad(self.product, square), F.pad(self.pair_count, square)
         self.length = length
 
-    def statistics(self, pool: str = "head") -> tuple[Tensor, Tensor]:
+    def statistics(self, scope: str = "head") -> tuple[Tensor, Tensor]:
         """(mean (h | 1, P), covariance (h | 1, P, P)); zero where nothing was seen."""
-        return position_statistics(*(self.pooled_sums() if pool == "layer" else self._sums()))
+        return position_statistics(*(self.pooled_sums() if scope == "layer" else self._sums()))
 
     def pooled_sums(self) -> list[Tensor]:
         """Sums of entries and pairs and their counts over all heads, each with a leading axis of 1."""
@@ -159,9 +193,29 @@ class PositionMoments:
         heads = self.total.shape[0]
         return [self.total, self.product, self.count.expand(heads, -1), self.pair_count.expand(heads, -1, -1)]
 
-    def fit(self, pool: str = "head", max_rank: int | None = None) -> PositionFit:
+    def fit(self, scope: str = "head", max_rank: int | None = None) -> PositionFit:
         """The position basis: per head, or one for the heads of the layer."""
-        return fit_position_basis(*self.statistics(pool), centred=self.centred, max_rank=max_rank)
+        return fit_position_basis(*self.statistics(scope), centred=self.centred, max_rank=max_rank)
+
+    @classmethod
+    def fit_model(cls, layers: Sequence[PositionMoments], max_rank: int | None = None) -> PositionFit | None:
+        if len({layer.total.shape[-1] for layer in layers}) != 1:
+            return None
+        sums = [sum(parts) for parts in zip(*(layer.pooled_sums() for layer in layers), strict=True)]
+        return fit_position_basis(*position_statistics(*sums), centred=layers[0].centred, max_rank=max_rank)
+
+
+KINDS: dict[str, Callable[[int | None, int], Moments]] = {
+    "content": lambda rows, seed: ContentMoments(),
+    "absolute": lambda rows, seed: PositionMoments("absolute", rows=rows, seed=seed),
+    "relative": lambda rows, seed: PositionMoments("relative", rows=rows, seed=seed),
+    "absolute_raw": lambda rows, seed: PositionMoments("absolute", centred=False, rows=rows, seed=seed),
+    "relative_raw": lambda rows, seed: PositionMoments("relative", centred=False, rows=rows, seed=seed),
+}
+"""Kinds of bases that can be fitted, which mechanisms name as `basis_kind`, and the statistics that each is fitted to,
+made from the number of rows of scores to draw per batch (None: all) and the seed of the draw."""
+
+STATISTICS = tuple(KINDS)
 
 
 def position_statistics(total: Tensor, product: Tensor, count: Tensor, pair_count: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
+from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention, resolve_attention
 from approx_attn.attention.base import Cost
+from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.exact import ExactAttention, exact_attention_with_weights
-from approx_attn.conversion.calibration.basis_file import Calibration, has_basis
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.moments import used_tokens
 from approx_attn.conversion.capture import capture_attention_inputs
@@ -108,23 +109,16 @@ class ReconstructionMeasurement:
         self, label: str, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask
     ) -> AttentionMechanism:
         if (label, layer) not in self.built:
-            options = dict(self.specs[label])
-            shape: dict[str, Any] = {
-                "num_heads": query.shape[1],
-                "head_dim": query.shape[-1],
-                "value_dim": value.shape[-1],
-                "num_key_value_heads": key.shape[1],
-                "causal": mask.causal,
-            }
             index = self.layers[layer]
             max_length = self.calibration.layers[index].length
-            mechanism = build_attention(options.pop("name"), **options, **shape, max_length=max_length).eval()
+            shape = AttentionShape.of(query, key, value, max_length=max_length, causal=mask.causal)
+            mechanism = resolve_attention(self.specs[label], shape).eval()
             basis = self.bases.get(label, self.calibration)
-            if has_basis(mechanism) and basis is not None:
+            if isinstance(mechanism, BasisMechanism) and basis is not None:
                 basis.load_into(mechanism, index)
             self.built[label, layer] = mechanism.to(query.device)
             lengths = (query.shape[-2], key.shape[-2])
-            exact = ExactAttention(**shape).cost(*lengths, causal=mask.causal)
+            exact = ExactAttention(shape).cost(*lengths, causal=mask.causal)
             self.costs[label].append((mechanism.cost(*lengths, causal=mask.causal), exact))
         return self.built[label, layer]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, build_attention
-from approx_attn.attention.base import require_positive
+from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.eigen.content_basis import HasContentBasis
-from approx_attn.conversion.calibration.basis_file import Calibration, as_float32
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.reconstruction import ReconstructionMeasurement, relative_errors
 from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.errors import require_count
 
 LEARNING_RATE = 0.01
 """Adam's first step as a share of the root mean square of each map; it falls to zero along half a cosine."""
@@ -56,7 +56,7 @@ def refine_basis(
     Raises:
         ValueError: a mechanism without such a basis, or no batches.
     """
-    require_positive("refine", steps)
+    require_count("refine", steps)
     if not batches:
         raise ValueError("refine got no batches.")
     require_refinable(attention)
@@ -85,7 +85,7 @@ def _is_refinable(attention: Mapping[str, Any]) -> bool:
     mechanism = build_attention(**attention, num_heads=1, head_dim=8, max_length=16)
     if not isinstance(mechanism, HasContentBasis):
         return False
-    return mechanism.basis.share != "model" and mechanism.basis.key_map.requires_grad
+    return mechanism.share != "model" and mechanism.basis.key_map.requires_grad
 
 
 def basis_variants(
@@ -142,7 +142,7 @@ class _Learner(ReconstructionMeasurement):
         found: dict[str, Tensor] = {}
         for (_, layer), mechanism in self.built.items():
             assert isinstance(mechanism, HasContentBasis)
-            basis = mechanism.basis
-            prefix = f"{self.layers[layer]}.content.{basis.share}."
-            found |= {f"{prefix}query_map": basis.query_map.detach(), f"{prefix}key_map": basis.key_map.detach()}
-        return as_float32(found)
+            prefix = f"{self.layers[layer]}.{mechanism.basis_kind}.{mechanism.share}."
+            for name in ("query_map", "key_map"):
+                found[f"{prefix}{name}"] = getattr(mechanism.basis, name).detach().float().cpu().contiguous()
+        return found

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import require_choice, require_positive
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
@@ -21,6 +20,7 @@ from approx_attn.diagnosis.analysis.moments import MatrixSample, RowMoments
 from approx_attn.diagnosis.analysis.norms import NormMoments
 from approx_attn.diagnosis.analysis.projections import find_output_projections
 from approx_attn.diagnosis.analysis.tokens import CATEGORIES, TokenCategories
+from approx_attn.errors import require_count, require_one_of
 
 PARTS = ("rows", "matrices", "norms")
 Categories = Callable[[str, Any, int, int], Tensor]
@@ -94,10 +94,10 @@ def collect(
         ValueError: an unknown part, no batches, or a model without attention layers that can be seen.
     """
     for part in parts:
-        require_choice("parts", part, PARTS)
-    require_choice("alignment", alignment, ("absolute", "relative"))
+        require_one_of("parts", part, PARTS)
+    require_one_of("alignment", alignment, ("absolute", "relative"))
     collector = _Collector(
-        parts, alignment, rows, require_positive("matrices", matrices), categories or TokenCategories(), seed
+        parts, alignment, rows, require_count("matrices", matrices), categories or TokenCategories(), seed
     )
     was_training = model.training
     model.eval()

@@ -12,7 +12,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from approx_attn.attention import attention_class, available_attention
-from approx_attn.attention.base import require_positive
 from approx_attn.command import run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
@@ -35,7 +34,7 @@ from approx_attn.diagnosis.analysis.tokens import (
     without_decoder,
 )
 from approx_attn.diagnosis.inputs import Source
-from approx_attn.errors import ConfigError
+from approx_attn.errors import ConfigError, require_count
 from approx_attn.output import print_table, require_folder
 from approx_attn.run.record import environment
 
@@ -130,7 +129,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         counts["rows"] = options["rows"]
     for key, value in counts.items():
         try:
-            require_positive(key, value)
+            require_count(key, value)
         except ValueError as error:
             raise ConfigError(str(error)) from error
     for key in LISTS[:3]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, apply_dropout
+from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.exact import ExactAttention, exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.registry import attention_class
@@ -77,16 +77,8 @@ class ObservedAttention(AttentionMechanism):
     weights: Tensor | None = None
     imposed: Tensor | None = None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        scale: float,
-        dropout_p: float,
-        need_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+        mask, scale, dropout_p, need_weights = request
         if self.imposed is not None:
             weights = self.imposed.to(value.dtype)
         else:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.registry import attention_class
-from approx_attn.conversion.calibration.basis_file import Calibration
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.moments import used_tokens
 from approx_attn.conversion.calibration.reconstruction import ReconstructionMeasurement, standard_mechanisms

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from approx_attn.attention import AttentionMask, AttentionMechanism
-from approx_attn.conversion.calibration.basis_file import has_basis
+from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.diagnosis.benchmark.memory import OutOfMemory, fresh_process_memory, is_out_of_memory
 from approx_attn.diagnosis.benchmark.settings import DTYPES, Entry, check, label_of, listed, read_settings
 from approx_attn.diagnosis.benchmark.sources import SYNTHETIC, LayerInputs, Source, build, load_inputs
@@ -161,7 +161,7 @@ def calibrated(
     torch.manual_seed(int(cfg["seed"]))
     layer = source.layers[index]
     mechanism = build(spec, layer.query, layer.key, bool(cfg["causal"]))
-    if has_basis(mechanism) and spec.get("basis") is not None:
+    if isinstance(mechanism, BasisMechanism) and spec.get("basis") is not None:
         return mechanism, ""
     return mechanism, source.calibrate(mechanism, label_of(spec), layer.index)
 

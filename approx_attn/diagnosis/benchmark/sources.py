@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
-from approx_attn.conversion.calibration.basis_file import Calibration, has_basis
+from approx_attn.attention.calibrated import BasisMechanism, ObservingMechanism
+from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.conversion.calibration.fitting import StatisticsCollector, needed_statistics
 from approx_attn.diagnosis.benchmark.settings import label_of
 from approx_attn.errors import ConfigError
@@ -59,7 +60,7 @@ class Source:
 
     layers: list[LayerInputs]
     calibration: Calibration | None = None
-    observed: dict[tuple[str, int], AttentionMechanism] = field(default_factory=dict)
+    observed: dict[tuple[str, int], ObservingMechanism] = field(default_factory=dict)
 
     def calibrate(self, mechanism: AttentionMechanism, label: str, layer: int) -> str:
         """Fit a mechanism to the calibration part of a layer; returns what a reader must know if it cannot be.
@@ -70,7 +71,7 @@ class Source:
         if (label, layer) in self.observed:
             mechanism.load_state_dict(self.observed[label, layer].state_dict())
             return ""
-        if has_basis(mechanism):
+        if isinstance(mechanism, BasisMechanism):
             found = self.calibration
             if found is not None and set(needed_statistics(mechanism)) <= set(found.statistics):
                 found.load_into(mechanism, layer)
@@ -122,7 +123,7 @@ class _Calibrator:
     def __init__(self, mechanisms: Sequence[Mapping[str, Any]], causal: bool, seed: int) -> None:
         self.mechanisms, self.causal, self.seed = mechanisms, causal, seed
         self.layers: list[str] = []
-        self.observed: dict[tuple[str, int], Any] = {}
+        self.observed: dict[tuple[str, int], ObservingMechanism] = {}
         self.collector: StatisticsCollector | None = None
 
     def __call__(
@@ -144,9 +145,9 @@ class _Calibrator:
         for options in self.mechanisms:
             with suppress(ValueError):  # its row says why it cannot be built
                 mechanism = build(options, query, key, self.causal)
-                if has_basis(mechanism):
+                if isinstance(mechanism, BasisMechanism):
                     needing.append(mechanism)
-                elif hasattr(mechanism, "observe"):
+                elif isinstance(mechanism, ObservingMechanism):
                     self.observed[label_of(options), len(self.layers) - 1] = mechanism
                     self.collector.observers[f"{layer}.{label_of(options)}"] = mechanism
         wanted = needed_statistics(needing) if len(needing) else []
@@ -154,7 +155,7 @@ class _Calibrator:
             wanted = [name for name in wanted if name == "content"]
         self.collector.statistics = wanted
 
-    def fit(self) -> tuple[Calibration | None, dict[tuple[str, int], AttentionMechanism]]:
+    def fit(self) -> tuple[Calibration | None, dict[tuple[str, int], ObservingMechanism]]:
         """The bases, if any are needed, and the mechanisms that observed."""
         for mechanism in self.observed.values():
             mechanism.fit()

@@ -128,9 +128,7 @@ class SequenceTask(pl.LightningModule):
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Tell mechanisms that change in the course of training, such as `performer`, how far it is."""
         for mechanism in self.mechanisms:
-            begin_step = getattr(mechanism, "begin_step", None)
-            if callable(begin_step):
-                begin_step(self.trainer.global_step)
+            mechanism.begin_step(self.trainer.global_step)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         loss, predicted, labels = self._score(batch, self.label_smoothing)

@@ -25,7 +25,7 @@ def test_with_every_gate_open_it_is_exact_attention():
     query, key, value = draw()
     mechanism = build().eval()
     torch.testing.assert_close(mechanism(query, key, value)[0], scaled_dot_product_attention(query, key, value))
-    assert mechanism.share_kept == 1.0
+    assert mechanism.open_fraction == 1.0
     assert mechanism.auxiliary_loss is None
     assert mechanism.cost(8).exact_share == 1.0
 
@@ -42,7 +42,7 @@ def test_closed_gates_close_their_pairs(alignment):
     window = torch.ones(8, 8, dtype=torch.bool).tril(1)
     expected = scaled_dot_product_attention(query, key, value, attn_mask=window)
     torch.testing.assert_close(mechanism(query, key, value)[0], expected)
-    assert mechanism.share_kept == pytest.approx(float(window.float().mean()))
+    assert mechanism.open_fraction == pytest.approx(float(window.float().mean()))
     assert mechanism.cost(8).exact_pairs == 2 * int(window.sum())
     causal = mechanism.cost(8, causal=True)
     assert causal.exact_pairs == causal.total_pairs  # what is closed lies in the future
@@ -65,9 +65,9 @@ def test_training_draws_gates_and_charges_for_them():
     _, first = mechanism(*tensors, need_weights=True)
     _, second = mechanism(*tensors, need_weights=True)
     assert not torch.equal(first > 0, second > 0)
-    assert float(mechanism.share_kept) == pytest.approx(0.7, abs=0.02)
-    assert mechanism.auxiliary_loss.item() == pytest.approx(0.5 * float(mechanism.share_kept))
-    assert float((second > 0).float().mean()) == pytest.approx(float(mechanism.share_kept))
+    assert float(mechanism.open_fraction) == pytest.approx(0.7, abs=0.02)
+    assert mechanism.auxiliary_loss.item() == pytest.approx(0.5 * float(mechanism.open_fraction))
+    assert float((second > 0).float().mean()) == pytest.approx(float(mechanism.open_fraction))
 
 
 def test_loss_and_share_are_over_allowed_pairs():
@@ -81,7 +81,7 @@ def test_loss_and_share_are_over_allowed_pairs():
         (AttentionMask(key_keep=keep), (36 + 36 + 6 + 3 * 5) / (64 + 64 + 24)),
     ):
         mechanism(*draw(), mask)
-        assert float(mechanism.share_kept) == pytest.approx(share)
+        assert float(mechanism.open_fraction) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -91,11 +91,11 @@ def test_loss_and_share_do_not_depend_on_padding(causal):
         mechanism.gates.values[:, 8:] = -1.0  # later keys are closed
     keep = (torch.arange(8) < 5).expand(3, -1)
     mechanism(*draw(), AttentionMask(key_keep=keep, query_keep=keep, causal=causal))
-    padded = float(mechanism.share_kept)
+    padded = float(mechanism.open_fraction)
     mechanism(*(x[:, :, :5] for x in draw()), AttentionMask(causal=causal))
-    assert padded == pytest.approx(float(mechanism.share_kept))
+    assert padded == pytest.approx(float(mechanism.open_fraction))
     mechanism(*draw(), AttentionMask(query_keep=keep, causal=causal))
-    assert float(mechanism.share_kept) == pytest.approx(1.0 if causal else 15 / 40)
+    assert float(mechanism.open_fraction) == pytest.approx(1.0 if causal else 15 / 40)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention.base import Request
 from approx_attn.attention.baselines import linear as linear_module
 from approx_attn.attention.baselines.linear import feature_attention, feature_weights, log_elu_plus_one
 
@@ -41,7 +42,7 @@ def test_causal_chunks_equal_the_sum_over_pairs(monkeypatch, chunk, n_q, n_k, of
         AttentionMask(causal=True, query_offset=offset, key_keep=key_keep),
     ):
         tensors = features(n_q, n_k)
-        output, _ = feature_attention(*tensors, mask)
+        output, _ = feature_attention(*tensors, Request(mask, 1.0))
         torch.testing.assert_close(output, by_pairs(*tensors, mask))
         torch.testing.assert_close(feature_weights(*tensors[:2], mask) @ tensors[2], output)
 
@@ -52,10 +53,11 @@ def test_features_of_any_size_neither_overflow_nor_vanish(monkeypatch, causal, s
     monkeypatch.setattr(linear_module, "CHUNK_SIZE", 4)
     log_query, log_key, value = features(10, 10)
     mask = AttentionMask(causal=causal)
-    expected, _ = feature_attention(log_query, log_key, value, mask)
+    expected, _ = feature_attention(log_query, log_key, value, Request(mask, 1.0))
     shift = size * torch.tensor([1.0, -1.0, 0.5, 0.0, -0.2])
     shifted = (log_query - shift - 700.0).float(), (log_key + shift + 700.0).float(), value.float()
-    torch.testing.assert_close(feature_attention(*shifted, mask)[0].double(), expected, rtol=1e-3, atol=1e-3)
+    output, _ = feature_attention(*shifted, Request(mask, 1.0))
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_first_key_has_all_the_weight_even_where_its_products_vanish():
@@ -63,7 +65,7 @@ def test_a_first_key_has_all_the_weight_even_where_its_products_vanish():
     log_query, log_key, value = features(6, 6, count=2, dtype=torch.float32)
     apart = torch.tensor([500.0, -500.0])
     tensors = [x.requires_grad_() for x in (log_query + apart, log_key - apart, value)]
-    output, _ = feature_attention(*tensors, AttentionMask(causal=True))
+    output, _ = feature_attention(*tensors, Request(AttentionMask(causal=True), 1.0))
     torch.testing.assert_close(output[..., 0, :], value[..., 0, :])
     assert (output.amax(-2) <= value.amax(-2) + 1e-5).all()
     output.sum().backward()
@@ -74,7 +76,7 @@ def test_gradients_through_chunks(monkeypatch):
     monkeypatch.setattr(linear_module, "CHUNK_SIZE", 3)
     tensors = [x[:1, :1].clone().requires_grad_() for x in features(7, 7, count=2, dim=2)]
     for mask in (AttentionMask(), AttentionMask(causal=True), AttentionMask(causal=True, query_offset=-2)):
-        assert torch.autograd.gradcheck(lambda *t, mask=mask: feature_attention(*t, mask)[0], tensors)
+        assert torch.autograd.gradcheck(lambda *t, mask=mask: feature_attention(*t, Request(mask, 1.0))[0], tensors)
 
 
 def test_later_keys_leave_earlier_outputs_alone(monkeypatch):
@@ -82,9 +84,9 @@ def test_later_keys_leave_earlier_outputs_alone(monkeypatch):
     monkeypatch.setattr(linear_module, "CHUNK_SIZE", 4)
     log_query, log_key, value = features(12, 12, dtype=torch.float32)
     mask = AttentionMask(causal=True)
-    before, _ = feature_attention(log_query, log_key, value, mask)
+    before, _ = feature_attention(log_query, log_key, value, Request(mask, 1.0))
     louder = torch.cat((log_key[..., :6, :], log_key[..., 6:, :] + 300.0), dim=-2)
-    after, _ = feature_attention(log_query, louder, value, mask)
+    after, _ = feature_attention(log_query, louder, value, Request(mask, 1.0))
     assert torch.equal(before[..., :6, :], after[..., :6, :])
 
 

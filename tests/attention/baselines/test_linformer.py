@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 
 
@@ -24,7 +24,7 @@ def test_identity_projections_are_exact_attention():
     for projection in mechanism.parameters():
         torch.nn.init.eye_(projection.data[0])
     tensors = draw(7, 16)
-    torch.testing.assert_close(mechanism(*tensors)[0], ExactAttention(4, 8)(*tensors)[0])
+    torch.testing.assert_close(mechanism(*tensors)[0], ExactAttention(AttentionShape(4, 8))(*tensors)[0])
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,8 @@ def test_calibration_gives_the_directions_of_the_keys_that_were_seen():
 
 
 @pytest.mark.parametrize("basis", ["running", "input"])
-@pytest.mark.parametrize("scoring", ["dense", "gather"])
-def test_cost_counts_the_products(basis, scoring):
-    mechanism = build(rank=2, basis=basis, scoring=scoring, chunk_size=5).eval()
+def test_cost_counts_the_products(basis):
+    mechanism = build(rank=2, basis=basis, chunk_size=5).eval()
     tensors = [x[:1] for x in draw(14, 17)]
     with FlopCounterMode(display=False) as counter:
         mechanism(*tensors)
@@ -159,9 +158,7 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda q, k, v: mechanism(q, k, v)[0], tensors)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("rank", 0), ("keep", 1.5), ("basis", "pca"), ("scoring", "fast"), ("chunk_size", 0)]
-)
+@pytest.mark.parametrize(("option", "value"), [("rank", 0), ("keep", 1.5), ("basis", "pca"), ("chunk_size", 0)])
 def test_impossible_options(option, value):
     with pytest.raises(ValueError, match=rf"attention\.{option} must be"):
         build(**{option: value})

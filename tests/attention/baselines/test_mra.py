@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import build_attention
+from approx_attn.attention import AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 
 
@@ -21,13 +21,13 @@ def test_is_exact_where_keys_and_queries_are_constant_in_blocks():
     query, key, value = draw(5, 6)
     query, key = query.repeat_interleave(4, dim=2), key.repeat_interleave(4, dim=2)
     value = value.repeat_interleave(4, dim=2)
-    expected, _ = ExactAttention(2, 4)(query, key, value)
+    expected, _ = ExactAttention(AttentionShape(2, 4))(query, key, value)
     torch.testing.assert_close(build(keep=0.1)(query, key, value)[0], expected)
 
 
 def test_keeping_the_rest_is_nearer_to_exact_than_dropping_it():
     query, key, value = draw(64, 64)
-    expected, _ = ExactAttention(2, 4)(query, key, value)
+    expected, _ = ExactAttention(AttentionShape(2, 4))(query, key, value)
     kept, dropped = (
         (build(keep=0.25, rest=rest)(query, key, value)[0] - expected).norm() for rest in ("coarse", "drop")
     )
@@ -50,7 +50,7 @@ def test_a_number_of_keys_is_rounded_up_to_blocks():
     assert torch.equal(one, same)
     assert not torch.allclose(one, two)
     whole, _ = build(keep=20)(*tensors)
-    torch.testing.assert_close(whole, ExactAttention(2, 4)(*tensors)[0])
+    torch.testing.assert_close(whole, ExactAttention(AttentionShape(2, 4))(*tensors)[0])
     assert build(keep=20).cost(14, 20).exact_share == 1.0
     assert build(keep=5).cost(16, 20).exact_pairs == 2 * 16 * 8
 

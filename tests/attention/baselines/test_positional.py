@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention.base import Request
 from approx_attn.attention.baselines.positional import PositionTable, attention_from_scores
 
 
@@ -77,12 +78,12 @@ def test_learns_to_look_at_the_previous_token(alignment):
 def test_one_product_serves_all_samples():
     value = torch.randn(3, 2, 5, 4, dtype=torch.float64)
     scores = torch.randn(1, 2, 5, 5, dtype=torch.float64)
-    output, weights = attention_from_scores(scores, value, AttentionMask(), 0.0)
+    output, weights = attention_from_scores(scores, value, Request(AttentionMask(), 1.0, 0.0, True))
     torch.testing.assert_close(output, scores.softmax(-1) @ value)
     assert weights.shape == (3, 2, 5, 5)
     assert weights.stride(0) == 0  # held once
     torch.manual_seed(0)
-    _, dropped = attention_from_scores(scores, value, AttentionMask(), 0.5)
+    _, dropped = attention_from_scores(scores, value, Request(AttentionMask(), 1.0, 0.5, True))
     assert not torch.equal(dropped[0], dropped[1])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 
 naive = runpy.run_path(str(Path(__file__).parents[1] / "naive" / "scatterbrain.py"))["naive"]
@@ -43,7 +43,7 @@ def test_error_falls_with_features(causal):
     query, key, value = draw(150, 150)
     query, key = 0.5 * query, 0.5 * key  # at large norms the variance is dominated by rare directions
     mask = AttentionMask(causal=causal)
-    expected, _ = ExactAttention(2, 4)(query, key, value, mask)
+    expected, _ = ExactAttention(AttentionShape(2, 4))(query, key, value, mask)
     errors = [
         sum(
             (build(window=8, num_features=m, seed=seed).double()(query, key, value, mask)[0] - expected).norm()

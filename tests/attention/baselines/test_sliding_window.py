@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.baselines import sliding_window
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.layouts.band import Band
@@ -40,7 +40,7 @@ def test_band_of_scores_equals_the_dense_array(offset, block):
         )
         band = Band.around(n_q, n_k, width, 0 if causal else width, query_offset=offset, block=block)
         scores = band.query_blocks(query) @ band.key_blocks(key).transpose(-2, -1) + band.bias(mask)
-        dense = band.dense(scores.masked_fill(~band.keep(mask, DEVICE), 0.0))
+        dense = band.dense(scores.masked_fill(~band.allowed(mask, DEVICE), 0.0))
         distance = torch.arange(n_k) - torch.arange(n_q)[:, None] - offset
         expected = (distance.abs() <= width) & mask.dense_keep(n_q, n_k, DEVICE)
         torch.testing.assert_close(dense, (query @ key.transpose(-2, -1) + bias) * expected)
@@ -48,7 +48,7 @@ def test_band_of_scores_equals_the_dense_array(offset, block):
 
 def test_band_counts_its_pairs():
     band = Band.around(10, 12, 3, 2, query_offset=1)
-    keep = band.keep(AttentionMask(query_offset=1), DEVICE)
+    keep = band.allowed(AttentionMask(query_offset=1), DEVICE)
     assert band.pairs(False) == band.merge_queries(keep).sum()
 
 
@@ -139,7 +139,7 @@ def test_gradients_by_finite_differences():
 
 def test_wide_window_is_exact():
     tensors = draw(9, 14)
-    torch.testing.assert_close(build(window=99)(*tensors)[0], ExactAttention(2, 4)(*tensors)[0])
+    torch.testing.assert_close(build(window=99)(*tensors)[0], ExactAttention(AttentionShape(2, 4))(*tensors)[0])
 
 
 @pytest.mark.parametrize(("option", "value"), [("keep", 2.0), ("window", -1), ("window", 0.5), ("global_tokens", -1)])
@@ -198,7 +198,7 @@ def test_cost_with_random_blocks(causal, global_tokens):
 def test_more_random_blocks_than_there_are_is_exact():
     tensors = draw(9, 14)
     output, _ = build(window=4, random_blocks=9, block_size=3)(*tensors)
-    torch.testing.assert_close(output, ExactAttention(2, 4)(*tensors)[0])
+    torch.testing.assert_close(output, ExactAttention(AttentionShape(2, 4))(*tensors)[0])
 
 
 @pytest.mark.parametrize("n", [40, 64])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.run.measurement import peak_memory
 
@@ -53,7 +53,10 @@ def test_holds_nothing_of_size_n_times_n():
     mechanism = build_attention("topk", num_heads=2, head_dim=4, keep=k, chunk_size=16)
     query, key, value = draw(n, n)
     assert max(saved_sizes(lambda: mechanism(query, key, value))) <= 2 * 2 * n * k
-    assert max(saved_sizes(lambda: ExactAttention(2, 4)(query, key, value, need_weights=True))) >= 2 * 2 * n * n
+    assert (
+        max(saved_sizes(lambda: ExactAttention(AttentionShape(2, 4))(query, key, value, need_weights=True)))
+        >= 2 * 2 * n * n
+    )
 
 
 def test_memory_of_a_training_pass_is_linear_in_the_length():
@@ -92,7 +95,7 @@ def test_keeps_the_largest():
     mechanism = build_attention("topk", num_heads=2, head_dim=4, keep=3)
     query, key, value = draw()
     _, weights = mechanism(query, key, value, need_weights=True)
-    _, all_weights = ExactAttention(2, 4)(query, key, value, need_weights=True)
+    _, all_weights = ExactAttention(AttentionShape(2, 4))(query, key, value, need_weights=True)
     assert torch.equal((weights > 0).nonzero(), (all_weights >= all_weights.topk(3).values[..., -1:]).nonzero())
 
 

@@ -79,8 +79,8 @@ def test_lengths_other_than_learned(n_q: int, n_k: int, offset: int, selection: 
 @pytest.mark.parametrize("selection", ["rows_and_columns", "random", "greedy"])
 def test_interpolation_stretches_basis_and_pairs(n: int, selection: str) -> None:
     mechanism = build(lengths="interpolate", selection=selection, rank=2)
-    table, _ = mechanism._basis(n, n, 0, torch.float64)
-    learned, _ = mechanism._basis(8, 8, 0, torch.float64)
+    table, _ = mechanism._components(n, n, 0, torch.float64)
+    learned, _ = mechanism._components(8, 8, 0, torch.float64)
     torch.testing.assert_close(table[:, 0, 0], learned[:, 0, 0])
     if n > 1:
         torch.testing.assert_close(table[:, -1, -1], learned[:, -1, -1])

@@ -73,10 +73,9 @@ MASKS = ["none", "padding", "causal", "causal padding", "pairs", "bias", "key bi
 
 
 @pytest.mark.parametrize("mask_kind", MASKS)
-@pytest.mark.parametrize("alignment", ["absolute", "relative"])
 @pytest.mark.parametrize("extras", [{}, {"window": 1}, {"global_tokens": 2, "selection": "greedy"}])
-def test_equals_the_reference(mask_kind: str, alignment: str, extras: dict) -> None:
-    mechanism = build(alignment=alignment, keep=0.34, rank=2, **extras)
+def test_equals_the_reference(mask_kind: str, extras: dict) -> None:
+    mechanism = build(keep=0.34, rank=2, **extras)
     query, key, value = qkv(9)
     mask = masked_inputs(mask_kind, 9, 9)
     expected, _ = reference(mechanism, *cleared(query, key, value, mask), mask)
@@ -110,7 +109,7 @@ def test_every_selection_and_sharing(selection: str, share: str, causal: bool) -
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(9, 9), (4, 7), (11, 5), (1, 9), (14, 14)])
-@pytest.mark.parametrize("options", [{}, {"alignment": "relative"}, {"window": 2}, {"selection": "greedy"}])
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"selection": "greedy"}])
 @pytest.mark.parametrize("mask_kind", ["none", "causal"])
 def test_lengths_other_than_learned(n_q: int, n_k: int, options: dict, mask_kind: str) -> None:
     mechanism = build(keep=0.5, rank=3, **options)
@@ -123,7 +122,7 @@ def test_lengths_other_than_learned(n_q: int, n_k: int, options: dict, mask_kind
 
 def test_rows_are_processed_in_blocks_without_a_seam() -> None:
     """More queries than one block of any kind holds, with a window that crosses the seams."""
-    for options in ({"window": 3}, {"window": 40, "alignment": "relative"}):
+    for options in ({"window": 3}, {"window": 40}):
         mechanism = build(max_length=70, keep=0.1, rank=3, **options)
         query, key, value = qkv(70)
         mask = AttentionMask(causal=True, key_keep=padding(70))
@@ -173,9 +172,8 @@ def test_rank_zero_is_the_mean_row_and_the_offset() -> None:
         )
 
 
-@pytest.mark.parametrize("alignment", ["absolute", "relative"])
-def test_interpolation_stretches_the_axis(alignment: str) -> None:
-    mechanism = build(max_length=5, rank=2, keep=1.0, alignment=alignment, lengths="interpolate")
+def test_interpolation_stretches_the_axis() -> None:
+    mechanism = build(max_length=5, rank=2, keep=1.0, lengths="interpolate")
     prior, long = mechanism.position.prior(5), mechanism.position.prior(9)
     torch.testing.assert_close(long.mean[:, ::2], prior.mean)
     torch.testing.assert_close(long.factor[:, ::2], prior.factor)
@@ -183,7 +181,7 @@ def test_interpolation_stretches_the_axis(alignment: str) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3, 9, 20])
-@pytest.mark.parametrize("options", [{}, {"alignment": "relative"}, {"selection": "greedy"}, {"selection": "random"}])
+@pytest.mark.parametrize("options", [{}, {"selection": "greedy"}, {"selection": "random"}])
 def test_interpolated_lengths_run(n: int, options: dict) -> None:
     mechanism = build(lengths="interpolate", keep=0.5, rank=2, **options)
     output, weights = mechanism(*qkv(n), need_weights=True)
@@ -192,10 +190,9 @@ def test_interpolated_lengths_run(n: int, options: dict) -> None:
     torch.testing.assert_close(mechanism(*qkv(n))[0], output)
 
 
-@pytest.mark.parametrize("alignment", ["absolute", "relative"])
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"selection": "greedy"}, {"selection": "random"}])
-def test_decoding_with_a_cache_equals_one_pass(alignment: str, options: dict) -> None:
-    mechanism = build(alignment=alignment, keep=0.34, rank=2, causal=True, **options)
+def test_decoding_with_a_cache_equals_one_pass(options: dict) -> None:
+    mechanism = build(keep=0.34, rank=2, causal=True, **options)
     query, key, value = qkv(13)  # also beyond what was learned
     whole, _ = mechanism(query, key, value, AttentionMask(causal=True))
     for stop in range(1, 14):
@@ -204,7 +201,7 @@ def test_decoding_with_a_cache_equals_one_pass(alignment: str, options: dict) ->
         torch.testing.assert_close(step, whole[:, :, stop - 1 : stop])
 
 
-@pytest.mark.parametrize("options", [{}, {"alignment": "relative"}, {"window": 1}, {"rank": 0}])
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"rank": 0}])
 @pytest.mark.parametrize("mask_kind", ["none", "padding", "causal", "pairs"])
 def test_gradients(options: dict, mask_kind: str) -> None:
     mechanism = build(max_length=5, **{"keep": 3, "rank": 2, **options})
@@ -234,7 +231,7 @@ def test_every_parameter_learns_from_the_output() -> None:
             assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("options", [{}, {"alignment": "relative"}, {"window": 1}, {"selection": "greedy"}])
+@pytest.mark.parametrize("options", [{}, {"window": 1}, {"selection": "greedy"}])
 def test_no_gradient_from_the_future(options: dict) -> None:
     mechanism = build(keep=0.34, rank=2, causal=True, **options)
     query, key, value = (x.requires_grad_() for x in qkv(9))
@@ -244,7 +241,7 @@ def test_no_gradient_from_the_future(options: dict) -> None:
         assert all(bool((g[:, :, i + 1 :] == 0).all()) for g in gradients)
 
 
-@pytest.mark.parametrize("options", [{}, {"alignment": "relative"}, {"window": 1}])
+@pytest.mark.parametrize("options", [{}, {"window": 1}])
 @pytest.mark.parametrize("causal", [False, True])
 def test_padding_changes_nothing(options: dict, causal: bool) -> None:
     mechanism = build(keep=3, rank=2, **options)
@@ -257,7 +254,7 @@ def test_padding_changes_nothing(options: dict, causal: bool) -> None:
     torch.testing.assert_close(output[:, :, :6], alone)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 1}, {"alignment": "relative"}])
+@pytest.mark.parametrize("options", [{}, {"window": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_usable_keys(options: dict, dtype: torch.dtype) -> None:
     mechanism = build(keep=3, rank=2, dtype=torch.float32, **options)
@@ -374,7 +371,6 @@ def test_greedy_columns_travel_with_the_state() -> None:
         ({"rank": 8, "keep": 0.25}, "attention.rank=8 .*attention.keep"),
         ({"rank": -1}, "attention.rank"),
         ({"selection": "best"}, "attention.selection .*strided, random, greedy"),
-        ({"alignment": "sideways"}, "attention.alignment"),
         ({"share": "all"}, "attention.share"),
         ({"lengths": "cut"}, "attention.lengths"),
         ({"basis_init": "pca"}, "attention.basis_init"),
@@ -421,7 +417,7 @@ def test_a_smooth_row_is_recovered_from_a_quarter_of_the_keys() -> None:
         torch.testing.assert_close(mechanism(query, key, value, mask)[0], expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"share": "layer"}, {"window": 4}, {"alignment": "relative"}, {"rank": 0}])
+@pytest.mark.parametrize("options", [{}, {"share": "layer"}, {"window": 4}, {"rank": 0}])
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_counts_what_is_multiplied(options: dict, causal: bool) -> None:
     n = 40
@@ -431,8 +427,7 @@ def test_cost_counts_what_is_multiplied(options: dict, causal: bool) -> None:
         mechanism(query, key, value, AttentionMask(causal=causal))
     cost = mechanism.cost(n)
     groups, r = mechanism.position.mean.shape[0], mechanism.rank
-    own_rows = bool(options.get("window")) or "alignment" in options
-    systems = n if own_rows else len(mechanism.columns(n)) if causal else 1
+    systems = n if options.get("window") else len(mechanism.columns(n)) if causal else 1
     solves = groups * r**3 * systems  # which are not products that the counter sees
     counted = counter.get_total_flops() / 2
     assert counted == pytest.approx(cost.multiply_adds - solves, rel=0.02)
@@ -454,7 +449,7 @@ def test_cost_counts_exact_pairs() -> None:
         assert cost.total_pairs == H * (n * (n + 1) // 2 if causal else n * n)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "random", "window": 1}, {"alignment": "relative"}])
+@pytest.mark.parametrize("options", [{}, {"selection": "random", "window": 1}])
 @pytest.mark.parametrize("causal", [False, True])
 def test_compiles(options: dict, causal: bool) -> None:
     torch.compiler.reset()  # what other tests compiled of the same frame counts towards its limit

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.attention.exact import ExactAttention
 
 H, D = 2, 4
@@ -37,12 +37,11 @@ def exact_pairs(mechanism, tensors, mask):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("scoring", ["dense", "gather"])
 @pytest.mark.parametrize(
     "options", [{"keep": 0.25}, {"keep": 5}, {"keep": 99}, {"keep": 0.5, "window": 2, "global_tokens": 1}]
 )
-def test_number_of_exact_pairs_is_what_the_cost_says(options, causal, scoring):
-    mechanism = build(rest="drop", chunk_size=7, scoring=scoring, **options)
+def test_number_of_exact_pairs_is_what_the_cost_says(options, causal):
+    mechanism = build(rest="drop", chunk_size=7, **options)
     tensors = draw(20, 20)
     exact = exact_pairs(mechanism, tensors, AttentionMask(causal=causal))
     for i in range(20):
@@ -105,7 +104,7 @@ def test_row_means_of_the_scores_are_exact():
     key = torch.randn(1, H, 1, D, dtype=torch.float64).repeat(1, 1, 9, 1)
     value = torch.randn(1, H, 9, D, dtype=torch.float64)
     mechanism = build(keep=1, rank=1)
-    expected = ExactAttention(H, D)(query, key, value)[0]
+    expected = ExactAttention(AttentionShape(H, D))(query, key, value)[0]
     torch.testing.assert_close(mechanism(query, key, value)[0], expected)
 
 
@@ -123,9 +122,9 @@ def test_the_mean_keeps_the_total_weight_of_the_rest():
 CASES = [
     {"chunk_size": 3},
     {"rest": "mean", "window": 1},
-    {"rest": "drop", "scoring": "gather", "chunk_size": 3},
+    {"rest": "drop", "chunk_size": 3},
     {"share": "layer", "position_prior": "relative", "max_length": 9},
-    {"scoring": "gather", "position_prior": "absolute", "max_length": 5, "select": "estimate"},
+    {"position_prior": "absolute", "max_length": 5, "select": "estimate"},
 ]
 
 
@@ -188,15 +187,14 @@ def test_frozen_basis_gets_no_gradient():
 
 
 @pytest.mark.parametrize("rest", ["keep", "drop", "mean"])
-@pytest.mark.parametrize("scoring", ["dense", "gather"])
 @pytest.mark.parametrize("keep", [1.0, 12, 500])
-def test_full_budget_is_exact(rest, scoring, keep):
+def test_full_budget_is_exact(rest, keep):
     tensors, mask = draw(), AttentionMask(causal=True)
-    mechanism = build(rest=rest, scoring=scoring, keep=keep, chunk_size=5)
-    torch.testing.assert_close(mechanism(*tensors, mask)[0], ExactAttention(H, D)(*tensors, mask)[0])
+    mechanism = build(rest=rest, keep=keep, chunk_size=5)
+    torch.testing.assert_close(mechanism(*tensors, mask)[0], ExactAttention(AttentionShape(H, D))(*tensors, mask)[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"scoring": "gather"}, {"select": "estimate", "chunk_size": 8}])
+@pytest.mark.parametrize("options", [{}, {"select": "estimate", "chunk_size": 8}])
 @pytest.mark.parametrize("causal", [False, True])
 def test_cost_is_what_is_performed(options, causal):
     n = 32
@@ -271,7 +269,6 @@ def test_auxiliary_loss_trains_towards_the_scores():
         ({"rank": 0}, "attention.rank"),
         ({"rest": "zero"}, "attention.rest must be one of keep, drop, mean"),
         ({"select": "best"}, "attention.select"),
-        ({"scoring": "sparse"}, "attention.scoring"),
         ({"share": "all"}, "attention.share"),
         ({"basis_init": "dct"}, "attention.basis_init"),
         ({"window": -1}, "attention.window"),
@@ -285,9 +282,8 @@ def test_impossible_options_are_refused(options, message):
         build(**options)
 
 
-@pytest.mark.parametrize("options", [{}, {"scoring": "gather"}], ids=str)
-def test_scores_beyond_half_precision_before_their_scale_stay_finite(options):
-    mechanism = build_attention("eigen_topk", num_heads=1, head_dim=64, keep=0.5, **options).half()
+def test_scores_beyond_half_precision_before_their_scale_stay_finite():
+    mechanism = build_attention("eigen_topk", num_heads=1, head_dim=64, keep=0.5).half()
     large = torch.full((1, 1, 16, 64), 33.0, dtype=torch.half)  # q·k = 69,696; float16 ends at 65,504
     value = torch.randn(1, 1, 16, 64).half()
     output, _ = mechanism(large, large, value)

@@ -13,7 +13,7 @@ CASES = {
     "default": {},
     "greedy": {"selection": "greedy", "keep": 0.3, "global_tokens": 2, "share": "layer"},
     "window": {"window": 2, "rank": 3, "selection": "random", "seed": 1},
-    "relative": {"alignment": "relative", "window": 1, "keep": 0.2, "basis_init": "random"},
+    "random_basis": {"window": 1, "keep": 0.2, "basis_init": "random"},
 }
 
 
@@ -49,7 +49,7 @@ def reconstruct(
     for b, h, i in itertools.product(range(query.shape[0]), range(query.shape[1]), range(n_q)):
         group = h if position.mean.shape[0] > 1 else 0
         place = i + mask.query_offset
-        mean, basis = rows_of_basis(mechanism, group, place, n_k)
+        mean, basis = rows_of_basis(mechanism, group, n_k)
         eigenvalues, noise = position.log_eigenvalues[group].exp(), position.log_noise[group].exp()
         window = range(place - mechanism.window, place + mechanism.window + 1) if mechanism.window else ()
         observed = [j for j in range(n_k) if j in columns or j in window]
@@ -71,12 +71,10 @@ def reconstruct(
     return output, scores
 
 
-def rows_of_basis(mechanism: AttentionMechanism, group: int, place: int, n_k: int) -> tuple[Tensor, Tensor]:
-    """Mean (n_k,) and basis (n_k, r) of the row of a query at `place`, for truncation; zero beyond what is learned."""
-    mean, basis, length = mechanism.position.mean[group], mechanism.position.basis[group], mechanism.position.length
+def rows_of_basis(mechanism: AttentionMechanism, group: int, n_k: int) -> tuple[Tensor, Tensor]:
+    """Mean (n_k,) and basis (n_k, r) of a row, for truncation; zero beyond what is learned."""
+    mean, basis = mechanism.position.mean[group], mechanism.position.basis[group]
     out_mean, out_basis = torch.zeros(n_k, dtype=mean.dtype), torch.zeros(n_k, basis.shape[1], dtype=mean.dtype)
-    for j in range(n_k):
-        entry = j if mechanism.alignment == "absolute" else j - place + length - 1
-        if 0 <= entry < mean.shape[0]:
-            out_mean[j], out_basis[j] = mean[entry], basis[entry]
+    for j in range(min(n_k, mean.shape[0])):
+        out_mean[j], out_basis[j] = mean[j], basis[j]
     return out_mean, out_basis

@@ -7,8 +7,8 @@ CASES = {
     "drop": {"rest": "drop", "keep": 5},
     "mean": {"rest": "mean", "keep": 0.4, "rank": 3},
     "window": {"window": 2, "global_tokens": 1, "keep": 0.3, "select": "estimate", "chunk_size": 7},
-    "window_alone": {"window": 4, "keep": 1, "chunk_size": 5, "scoring": "gather"},
-    "absolute": {"position_prior": "absolute", "share": "layer", "scoring": "gather"},
+    "window_alone": {"window": 4, "keep": 1, "chunk_size": 5},
+    "absolute": {"position_prior": "absolute", "share": "layer"},
     "relative": {"position_prior": "relative", "share": "model", "rest": "mean", "chunk_size": 10},
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-CASES = {"default": {}, "small": {"rank": 2, "keep": 4, "scoring": "gather", "chunk_size": 5}}
+CASES = {"default": {}, "small": {"rank": 2, "keep": 4, "chunk_size": 5}}
 BFLOAT16_TOLERANCE = 0.3  # nearly equal estimates change places
 
 

@@ -7,7 +7,7 @@ CASES = {"default": {}, "window": {"window": 2, "num_features": 5}, "count": {"k
 
 def reach(window, usable, causal):
     """(before, after): the window of a query that has `usable` keys."""
-    keep = window.share_or_count
+    keep = window.budget
     if window.half_width is not None:
         half = window.half_width
     elif causal:

@@ -13,7 +13,7 @@ CASES = {
 
 def reach(mechanism, usable, causal):
     """(before, after): the window of a query that has `usable` keys."""
-    keep, window = mechanism.window.share_or_count, mechanism.window.half_width
+    keep, window = mechanism.window.budget, mechanism.window.half_width
     if window is not None:
         before = after = window
     elif causal:

@@ -65,7 +65,6 @@ WRONG = {
     "key heads": (lambda: eigen_topk(num_key_value_heads=1), "2 key heads.*has 2 heads, 1 key heads"),
     "head_dim": (lambda: eigen_topk(head_dim=8), "head_dim 6 .*head_dim 8"),
     "layer": (lambda: eigen_topk(layer_index=2), "holds 2 layers, layer_index=2"),
-    "kind": (lambda: eigen_row(alignment="relative"), "holds content, absolute; attention=eigen_row needs relative"),
     "length": (lambda: eigen_row(max_length=12), r"shape \(2, 8\), the mechanism needs \(2, 12\)"),
     "rank": (lambda: eigen_row(rank=6), "5 columns, rank=6"),
     "share": (lambda: eigen_topk(share="model"), "no basis for the model"),

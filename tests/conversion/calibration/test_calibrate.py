@@ -6,6 +6,7 @@ from torch import nn
 
 import approx_attn
 from approx_attn import AttentionMask
+from approx_attn.attention import AttentionShape
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.conversion.calibration import (
     Calibration,
@@ -106,11 +107,10 @@ def test_mechanisms_compute_exact_attention_meanwhile_unless_told_not_to():
         assert torch.allclose(got[name], exact[name], rtol=1e-4) == same
 
 
-@pytest.mark.parametrize("alignment", ["absolute", "relative"])
 @pytest.mark.parametrize("share", ["head", "layer", "model"])
-def test_fills_position_bases(alignment, share):
-    model = Model({"name": "eigen_row", "rank": 3, "keep": 5, "alignment": alignment, "share": share})
-    assert needed_statistics(model) == [alignment]
+def test_fills_position_bases(share):
+    model = Model({"name": "eigen_row", "rank": 3, "keep": 5, "share": share})
+    assert needed_statistics(model) == ["absolute"]
     calibrate(model, batches(), progress=False)
     positions = [m.position for m in model.modules() if hasattr(m, "position")]
     assert all(p.mean.abs().max() > 0 for p in positions)
@@ -136,7 +136,7 @@ def test_a_better_start_than_random():
     moments = ContentMoments()
     moments.update(query, key, AttentionMask())
     fit = moments.fit()
-    exact = ExactAttention(H, D)(query, key, value)[0]
+    exact = ExactAttention(AttentionShape(H, D))(query, key, value)[0]
     errors = []
     for calibrated in (False, True):
         mechanism = approx_attn.build_attention("eigen_topk", num_heads=H, head_dim=D, rank=2, keep=2, seed=0)

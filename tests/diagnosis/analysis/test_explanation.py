@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.config.compose import compose_config
 from approx_attn.diagnosis.analysis.command import main
 from approx_attn.diagnosis.analysis.explanation import (
@@ -57,7 +57,7 @@ def test_observed_attention_is_exact_and_can_be_told_its_weights() -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 5, 4).unbind(0)
     mask = AttentionMask(key_keep=torch.tensor([[True] * 5, [True, True, False, False, False]]))
-    observed = ObservedAttention(2, 4)
+    observed = ObservedAttention(AttentionShape(2, 4))
     query.requires_grad_()
     output, _ = observed(query, key, value, mask)
     torch.testing.assert_close(output, build_attention("exact", num_heads=2, head_dim=4)(query, key, value, mask)[0])

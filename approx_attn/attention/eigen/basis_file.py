@@ -1,30 +1,25 @@
 """Fitted bases as a file: safetensors with a JSON header, read into mechanisms all or nothing.
 
-Tensors are named `<layer>.<statistic>.<pool>.<name>`, or `model.<statistic>.<name>` for the basis pooled over all
-layers. The header says what was fitted, on which model and data, and the shape of every layer.
+Tensors are named `<layer>.<kind>.<head | layer>.<name>`, or `model.<kind>.<name>` for the basis of all layers together.
+The header says what was fitted, on which model and data, and the shape of every layer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from approx_attn.attention.base import AttentionMechanism
-from approx_attn.attention.eigen.content_basis import ContentBasis, ContentFit
-from approx_attn.conversion.calibration.position_fit import PositionFit
+from approx_attn.attention.calibrated import BasisMechanism
 
 FORMAT = "approx_attn.basis"
 VERSION = 1
-STATISTICS = ("content", "absolute", "relative", "absolute_raw", "relative_raw")
-"""What can be fitted: the content basis, and position bases by alignment, of centred or raw rows."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class Calibration:
     Attributes:
         tensors: by name, as in the file.
         layers: shapes, in the order of the model's modules; the index is a mechanism's `layer_index`.
-        statistics: which of `STATISTICS` were fitted.
+        statistics: kinds of bases that were fitted.
         model, data: where they come from, for people.
         sequences: inputs seen.
         rows: rows of scores (content: queries) seen per layer.
@@ -110,57 +105,43 @@ class Calibration:
         """Start a mechanism from the fitted basis of one layer.
 
         Args:
-            mechanism: one with `load_content_basis` or `load_position_basis`.
+            mechanism: a `BasisMechanism`.
             layer: index into `layers`; the mechanism's `layer_index` if None.
             source: what messages call this calibration.
 
         Raises:
             ValueError: a mechanism without a basis, or a basis of another kind or shape; nothing is changed then.
         """
-        layer = mechanism.layer_index if layer is None else layer
-        if not 0 <= layer < len(self.layers):
-            raise ValueError(f"{source} holds {len(self.layers)} layers, layer_index={layer} is not among them.")
-        self._check_shape(mechanism, self.layers[layer], source)
-        share = _share_of(mechanism)
-        load_content: Callable[..., None] | None = getattr(mechanism, "load_content_basis", None)
-        load_position: Callable[..., None] | None = getattr(mechanism, "load_position_basis", None)
+        index = mechanism.layer_index if layer is None else layer
+        if not 0 <= index < len(self.layers):
+            raise ValueError(f"{source} holds {len(self.layers)} layers, layer_index={index} is not among them.")
+        shape = self.layers[index]
+        own = LayerShape("", mechanism.num_heads, mechanism.num_key_value_heads, mechanism.head_dim, 0)
+        if str(own) != str(shape):
+            raise ValueError(f"{source} was fitted to {shape} ({shape.name}); attention={mechanism.name} has {own}.")
+        if not isinstance(mechanism, BasisMechanism):
+            raise ValueError(f"{source}: attention={mechanism.name} has no basis to start from a file.")
         try:
-            if load_content is not None:
-                parts = self._basis(mechanism, "content", layer, share)
-                # The mean key belongs to the layer, however widely the maps are shared.
-                key_mean = self._basis(mechanism, "content", layer, "head")["key_mean"]
-                load_content(parts["query_map"], parts["key_map"], key_mean)
-            elif load_position is not None:
-                parts = self._basis(mechanism, str(getattr(mechanism, "alignment", "absolute")), layer, share)
-                rank = int(getattr(mechanism, "rank", parts["eigenvalues"].shape[-1]))
-                load_position(*PositionFit(**parts).cut(rank))
-            else:
-                raise ValueError(f"attention={mechanism.name} has no basis to start from a file.")
+            mechanism.load_fit(lambda scope: self._fitted(mechanism, index, scope))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def _check_shape(self, mechanism: AttentionMechanism, shape: LayerShape, source: str) -> None:
-        own = LayerShape(
-            "", mechanism.num_heads, mechanism.num_key_value_heads, mechanism.head_dim, mechanism.max_length or 0
-        )
-        if str(own) != str(shape):
-            raise ValueError(f"{source} was fitted to {shape} ({shape.name}); attention={mechanism.name} has {own}.")
-
-    def _basis(self, mechanism: AttentionMechanism, statistic: str, layer: int, share: str) -> dict[str, Tensor]:
-        """The tensors of one basis by name, whole and finite."""
-        if statistic not in self.statistics:
-            raise ValueError(f"holds {', '.join(self.statistics)}; attention={mechanism.name} needs {statistic}.")
-        prefix = f"model.{statistic}." if share == "model" else f"{layer}.{statistic}.{share}."
+    def _fitted(self, mechanism: BasisMechanism, layer: int, scope: str) -> Any:
+        """A basis of the kind of a mechanism, whole and finite."""
+        kind = mechanism.basis_kind
+        if kind not in self.statistics:
+            raise ValueError(f"holds {', '.join(self.statistics)}; attention={mechanism.name} needs {kind}.")
+        prefix = f"model.{kind}." if scope == "model" else f"{layer}.{kind}.{scope}."
         parts = {name[len(prefix) :]: part for name, part in self.tensors.items() if name.startswith(prefix)}
-        if share == "model" and not parts:
+        if scope == "model" and not parts:
             raise ValueError("holds no basis for the model: its layers differ in shape; use attention.share=head.")
-        wanted = {f.name for f in fields(ContentFit if statistic == "content" else PositionFit)}
+        wanted = {f.name for f in fields(mechanism.fit_type)}
         if parts.keys() != wanted:
             raise ValueError(f"is damaged: {prefix} has {sorted(parts)}, it must have {sorted(wanted)}.")
         for name, part in parts.items():
             if not bool(part.isfinite().all()):
                 raise ValueError(f"is damaged: {prefix}{name} must be finite.")
-        return parts
+        return mechanism.fit_type(**parts)
 
     def load_into_model(self, model: nn.Module) -> list[str]:
         """Start every mechanism of a model that has a basis from that of the layer it belongs to.
@@ -170,7 +151,7 @@ class Calibration:
         """
         loaded = []
         for name, mechanism in model.named_modules():
-            if isinstance(mechanism, AttentionMechanism) and has_basis(mechanism):
+            if isinstance(mechanism, BasisMechanism):
                 inside = [i for i, layer in enumerate(self.layers) if f"{name}.".startswith(f"{layer.name}.")]
                 if inside:
                     self.load_into(mechanism, max(inside, key=lambda i: len(self.layers[i].name)))
@@ -178,23 +159,11 @@ class Calibration:
         return loaded
 
 
-def _share_of(mechanism: nn.Module) -> str:
-    """How widely a mechanism shares its basis."""
-    inside = (module.share for module in mechanism.modules() if isinstance(module, ContentBasis))
-    return str(getattr(mechanism, "share", next(inside, "head")))
-
-
-def has_basis(mechanism: nn.Module) -> bool:
-    """Whether a mechanism can start from a fitted basis."""
-    return any(callable(getattr(mechanism, name, None)) for name in ("load_content_basis", "load_position_basis"))
-
-
 def load_basis_into(mechanism: AttentionMechanism, path: str | Path) -> None:
     """Start a mechanism from the basis of its layer (`layer_index`) in a file.
 
     Args:
-        mechanism: one with `load_content_basis(query_map, key_map, key_mean)` or
-            `load_position_basis(mean, basis, eigenvalues, noise)`, and a `share` attribute.
+        mechanism: a `BasisMechanism`.
         path: written by `Calibration.save`.
 
     Raises:
@@ -204,6 +173,7 @@ def load_basis_into(mechanism: AttentionMechanism, path: str | Path) -> None:
     Calibration.open(path).load_into(mechanism, source=f"attention.basis={path}")
 
 
-def as_float32(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """What goes into a file: float32, on the CPU."""
-    return {name: torch.as_tensor(tensor).float().cpu().contiguous() for name, tensor in tensors.items()}
+def as_float32(prefix: str, fitted: Any) -> dict[str, Tensor]:
+    """The tensors of a fitted basis as they go into a file: float32, on the CPU, their names behind a prefix."""
+    parts = {f.name: getattr(fitted, f.name) for f in fields(fitted)}
+    return {f"{prefix}{name}": part.float().cpu().contiguous() for name, part in parts.items()}

@@ -26,8 +26,6 @@ PRETRAINED = {
     "images": ("ViTConfig", "ViTForImageClassification"),
     "finetune_image": ("ViTConfig", "ViTForImageClassification"),
 }
-# The recipes that these models are made for; others state options that they do not have.
-RECIPES = {"pretrained": "sst2", "pretrained_image": "images", "pretrained_lm": "token_lm"}
 # Where a mechanism that cannot be causal is tried.
 NOT_CAUSAL = "digits"
 
@@ -81,11 +79,19 @@ def test_every_other_choice_composes(group: str, name: str) -> None:
     load_config([f"{group}={name}"])
 
 
+def model_of(recipe: str) -> str | None:
+    """The file in `model/` that a recipe of data chooses; None where another recipe chooses for it."""
+    defaults = yaml.safe_load((config_dir() / "data" / f"{recipe}.yaml").read_text())["defaults"]
+    return next((entry["override /model"] for entry in defaults if "override /model" in entry), None)
+
+
 @pytest.mark.parametrize("group", ["model", "data"])
 def test_files_state_every_option_of_their_class(group: str) -> None:
     for name in available_choices(group):
-        recipe = f"data={RECIPES.get(name, 'digits')}"
-        over = [f"data={name}", *NEEDS.get(name, [])] if group == "data" else [recipe, f"model={name}"]
+        over = [f"data={name}", *NEEDS.get(name, [])]
+        if group == "model":  # with a recipe made for it; others state options that it does not have
+            made_for = (recipe for recipe in available_choices("data") if model_of(recipe) == name)
+            over = [f"data={next(made_for, 'digits')}", f"model={name}"]
         node = load_config(over)[group]
         parameters = inspect.signature(target_class(node, group, object)).parameters
         given = (

@@ -26,7 +26,6 @@ from torch import Tensor
 from approx_attn.data.packing import PAD, PackedSequences
 from approx_attn.data.sampling import EpochSampler, ResumableLoader
 from approx_attn.errors import require_count
-from approx_attn.errors import require_one_of as require_one_of
 
 SPLITS = ("train", "val", "test")
 

@@ -105,7 +105,8 @@ class PretrainedModel(SequenceModel):
     def mechanisms(self) -> list[AttentionMechanism]:
         """One mechanism per attention layer; a stand-in without parameters where attention is exact."""
         return [
-            layer.mechanism or build_attention("exact", **vars(self._shapes[layer.name]), causal=layer.causal)
+            layer.mechanism
+            or build_attention("exact", dataclasses.replace(self._shapes[layer.name], causal=layer.causal))
             for layer in self._layers()
         ]
 

@@ -109,6 +109,9 @@ class SequenceDataModule(pl.LightningDataModule):
     input_kind: ClassVar[Literal["text", "image"] | None] = None
     """What new inputs of a trained model are; None where data is generated or comes in another form."""
 
+    text_column: str = "text"
+    """The column of texts in a file of new inputs."""
+
     def pack_inputs(self, inputs: Sequence[str], spec: DataSpec) -> Any:
         """Lay out new inputs for batching, without labels; for modules with an `input_kind`.
 

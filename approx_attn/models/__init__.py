@@ -1,5 +1,6 @@
 """Small transformers whose attention mechanism is an argument."""
 
+from approx_attn.models.base import SequenceModel
 from approx_attn.models.encoder_classifier import EncoderClassifier
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 from approx_attn.models.language_model import LanguageModel
@@ -9,6 +10,7 @@ __all__ = [
     "EncoderClassifier",
     "FeedForward",
     "LanguageModel",
+    "SequenceModel",
     "TopKFeedForward",
     "Transformer",
     "TransformerBlock",

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from approx_attn.attention.base import require_positive
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.models.base import SequenceModel
 from approx_attn.models.transformer import Transformer, attention_mechanisms
 
 
-class EncoderClassifier(nn.Module):
+class EncoderClassifier(SequenceModel):
     """Encoder, mean over the real tokens, linear head.
 
     With `two_towers` two sequences are encoded by the same encoder to x₀ and x₁, and the head is a small

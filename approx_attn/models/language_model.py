@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from approx_attn.attention.base import require_positive
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.models.base import SequenceModel
 from approx_attn.models.transformer import Transformer
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(SequenceModel):
     """Transformer and a linear map to the vocabulary.
 
     Shifting or masking is the business of the data: the logits at position i are compared with the label

@@ -23,11 +23,12 @@ from approx_attn.attention.registry import AttentionSpec
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.convert import convert, find_layers
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionShape
+from approx_attn.models.base import SequenceModel
 
 TRAINED = ("all", "attention_only", "cross_attention_only")
 
 
-class PretrainedModel(nn.Module):
+class PretrainedModel(SequenceModel):
     """What the classes below share.
 
     Args:
@@ -73,8 +74,7 @@ class PretrainedModel(nn.Module):
             raise ValueError(f"model.calibrate must be a number of training batches of at least 0, got {calibrate!r}.")
         require_choice("model.train", train, TRAINED)
         self.calibration_batches = calibrate
-        self.new_parameters: list[str] = []
-        """Parameters of the network that `path` did not have: they are random before training."""
+        self.new_parameters = []  # those that `path` did not have
         self.network = self._load(path, architecture, num_classes)
         if pad_id is not None and getattr(self.network.config, "pad_token_id", None) is None:
             self.network.config.pad_token_id = pad_id
@@ -106,14 +106,7 @@ class PretrainedModel(nn.Module):
         return [_mechanism_of(layer, self._shapes[layer.name]) for layer in self._layers()]
 
     @property
-    def attention_length(self) -> int | None:
-        """Queries of the longest attention, where they do not depend on the input; else None."""
-        return None
-
-    @property
     def rebuild_options(self) -> dict[str, Any]:
-        """What a checkpoint has to say about the model beside its configuration."""
-
         def kept(described: dict[str, Any]) -> dict[str, Any]:
             # Names with an underscore say how this process runs the network, and could name code to download.
             left_out = ("auto_map", "attn_implementation")

@@ -51,8 +51,8 @@ def load_model(checkpoint: str | Path) -> nn.Module:
         checkpoint: such as `runs/digits/exact/…-seed1/checkpoints/best.ckpt`. Nothing else of the run is needed.
 
     Returns:
-        A module that takes token ids (b, n) int64 and `keep` (b, n) bool, or what else its data has (`tokens_b` and
-        `keep_b`, or `pixels` (b, c, h, w)), and gives logits: (b, classes), or (b, n, vocabulary).
+        A module that takes token ids (b, n) int64 and `keep` (b, n) bool, or the other inputs of its data
+        (`tokens_b` and `keep_b`, or `pixels` (b, c, h, w)), and gives logits: (b, classes), or (b, n, vocabulary).
 
     Raises:
         ConfigError: no such file, or not a checkpoint of this project.
@@ -88,7 +88,7 @@ def predict(
                 f"checkpoint={str(checkpoint)!r} is of a model trained on {task.config['name']} "
                 f"({type(module).__name__}); predict takes models that classify texts or images."
             )
-        column = text_column or str(getattr(module, "text_column", "text"))
+        column = text_column or module.text_column
         inputs = read_texts(data, column) if module.input_kind == "text" else find_images(data)
         packed = _pack(module, inputs, DataSpec(**task.spec))
         size = require_count_or_none("batch_size", batch_size) or module.eval_batch_size

@@ -17,38 +17,35 @@ if TYPE_CHECKING:
     from approx_attn.attention.multihead import MultiheadAttention
     from approx_attn.comparison.command import compare
     from approx_attn.config.compose import compose_config
+    from approx_attn.config.trust import trust
     from approx_attn.conversion.calibration import calibrate
     from approx_attn.conversion.convert import convert, describe, revert
     from approx_attn.conversion.saving import load_converted, save_converted
+    from approx_attn.metrics import Counts, Metric, register_metric
     from approx_attn.run.evaluate import evaluate
     from approx_attn.run.predict import load_model, predict
     from approx_attn.run.train import train
 
 __version__ = "0.1.0"
 
-# Where a name is defined; a module is imported when something of it is first used.
+# What is defined where; a module is imported when something of it is first used.
 _PLACES = {
-    "AttentionMask": "attention",
-    "AttentionMechanism": "attention",
-    "Capabilities": "attention",
-    "Cost": "attention",
-    "MultiheadAttention": "attention.multihead",
-    "available_attention": "attention",
-    "build_attention": "attention",
-    "calibrate": "conversion.calibration",
-    "compare": "comparison.command",
-    "compose_config": "config.compose",
-    "convert": "conversion.convert",
-    "describe": "conversion.convert",
-    "evaluate": "run.evaluate",
-    "load_converted": "conversion.saving",
-    "load_model": "run.predict",
-    "predict": "run.predict",
-    "register_attention": "attention",
-    "revert": "conversion.convert",
-    "save_converted": "conversion.saving",
-    "scaled_dot_product_attention": "attention.functional",
-    "train": "run.train",
+    "attention": (
+        *("AttentionMask", "AttentionMechanism", "Capabilities", "Cost"),
+        *("available_attention", "build_attention", "register_attention"),
+    ),
+    "attention.functional": ("scaled_dot_product_attention",),
+    "attention.multihead": ("MultiheadAttention",),
+    "comparison.command": ("compare",),
+    "config.compose": ("compose_config",),
+    "config.trust": ("trust",),
+    "conversion.calibration": ("calibrate",),
+    "conversion.convert": ("convert", "describe", "revert"),
+    "conversion.saving": ("load_converted", "save_converted"),
+    "metrics": ("Counts", "Metric", "register_metric"),
+    "run.evaluate": ("evaluate",),
+    "run.predict": ("load_model", "predict"),
+    "run.train": ("train",),
 }
 
 __all__ = [
@@ -56,6 +53,8 @@ __all__ = [
     "AttentionMechanism",
     "Capabilities",
     "Cost",
+    "Counts",
+    "Metric",
     "MultiheadAttention",
     "available_attention",
     "build_attention",
@@ -69,16 +68,17 @@ __all__ = [
     "load_model",
     "predict",
     "register_attention",
+    "register_metric",
     "revert",
     "save_converted",
     "scaled_dot_product_attention",
     "train",
+    "trust",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    place = next((place for place, names in _PLACES.items() if name in names), None)
+    if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.{place}"), name)

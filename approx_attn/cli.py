@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from approx_attn.config.files import config_dir
-from approx_attn.errors import ConfigWarning, suggestion
+from approx_attn.config.files import config_dir, config_file
+from approx_attn.config.trust import take_plugins
+from approx_attn.errors import ConfigError, ConfigWarning, suggestion
 
 # verb -> (function that takes the arguments and returns the exit code, what it does); imported when used
 VERBS: dict[str, tuple[str, str]] = {
@@ -80,6 +81,11 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments) and verb not in COMPOSED_BY_HYDRA and keys.is_file():
         print(keys.read_text(encoding="utf-8"), end="")
         return 0
+    try:
+        arguments = take_plugins(arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     module, _, function = VERBS[verb][0].partition(":")
     run: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), function)
     try:
@@ -87,7 +93,7 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = functools.partial(_show_warning, warnings.showwarning)
             code = run(arguments)
         sys.stdout.flush()
-    except OSError as error:  # of the standard output; what else can fail, verbs say themselves
+    except OSError as error:  # of the standard output; verbs report all other errors themselves
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at exit again
         if isinstance(error, BrokenPipeError):  # nobody reads any more, as after `| head`
             return CLOSED_PIPE
@@ -121,6 +127,7 @@ def usage() -> str:
             *lines,
             "",
             "approx-attn <verb> --help shows the keys of a verb; -m sweeps over a=1,2; --version tells the version.",
+            "plugins=[my_package] imports code of your own for any verb: mechanisms, models, data, metrics, callbacks.",
             "exit codes: 0 done; 1 failed, or a run of several did, or a figure is not finite, or no run was found;",
             "            2 refused before anything was written; 128 + n stopped by signal n, and can be continued.",
         ]
@@ -190,7 +197,8 @@ def _print_options(name: str) -> None:
     from approx_attn.config.help import meanings
     from approx_attn.output import print_table
 
-    said = meanings(config_dir() / "attention" / f"{name}.yaml")
+    described = config_file("attention", name)
+    said = meanings(described) if described else {}
     summary = inspect.cleandoc(attention_class(name).__doc__ or "").split("\n\n")[0]
     table = Table(title=f"attention={name}", title_justify="left", caption=summary, caption_justify="left")
     table.add_column("option", no_wrap=True)

@@ -18,8 +18,9 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from approx_attn.config.compose import compose_config, config_dir, parse_overrides, plain
+from approx_attn.config.compose import compose_config, config_dir, further_files, parse_overrides, plain
 from approx_attn.config.help import help_page
+from approx_attn.config.trust import plugins, refuse_taken_names, trust
 from approx_attn.errors import ConfigError, Stopped, Unsuccessful, suggestion
 
 WRONG_INPUT = 2  # exit code of a command that was refused
@@ -28,7 +29,7 @@ INTERRUPTED = 130
 
 
 def require_finite(figures: Mapping[str, float]) -> None:
-    """Raises `Unsuccessful` that names the first figure that is no finite number."""
+    """Raise `Unsuccessful`, naming the first figure that is NaN or infinite."""
     for key, value in figures.items():
         if not math.isfinite(value):
             raise Unsuccessful(f"{key} is {value}, so there is no result.")
@@ -52,11 +53,12 @@ def run_command(
         The exit code; errors have been printed to the standard error stream.
     """
     verbose = any(argument.lower() == "verbose=true" for argument in arguments)
-    codes = [0]
+    codes, named = [0], plugins()
 
     def run_job(config: DictConfig) -> None:
         # Hydra would print a page of its own about an error; and one failed job must not end a sweep.
         try:
+            trust(*named)  # a launcher may have taken the job to another process
             run(config)
         except Exception as error:
             codes.append(_report(error, verbose))
@@ -65,29 +67,23 @@ def run_command(
                 error.__dict__["shown_on"] = _error_stream()
                 raise
 
-    this_process = os.getpid()
-    try:
-        flags, arguments = read_flags(config_name, arguments)
+    def compose_and_run() -> None:
+        flags, words = read_flags(config_name, arguments)
+        further = further_files(*([] if flags.config_dir is None else [flags.config_dir]))
         if flags.help:
-            print(help_page(flags.config_name or config_name, [*flags.overrides, *_further_files(flags.config_dir)]))
-            return 0
+            print(help_page(flags.config_name or config_name, [*further, *flags.overrides]))
+            return
         if not (flags.hydra_help or flags.info or flags.shell_completion):
-            further = _further_files(flags.config_dir)
-            jobs = [compose_config([*job, *further], flags.config_name or config_name) for job in sweep_jobs(flags)]
+            jobs = [compose_config([*further, *job], flags.config_name or config_name) for job in sweep_jobs(flags)]
             if check is not None and flags.multirun:
                 for config in jobs:
                     check(config)
-        with _hydra_started_as(arguments):
+        with _hydra_started_as([*words, *further_files()]):
             decorate = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)
             decorate(run_job)()  # Hydra composes and passes the configuration
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Stopped as stop:
-        return _report_stop(stop)
-    except Exception as error:
-        return _report(error, verbose)
-    return max(codes)
+
+    this_process = os.getpid()
+    return exit_code(compose_and_run, verbose) or max(codes)
 
 
 def read_flags(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -116,16 +112,9 @@ def read_flags(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace,
         folder = Path(flags.config_dir).absolute()
         if not folder.is_dir():
             refuse(f"--config-dir={folder} is not a folder")
-        for path in sorted(folder.rglob("*.yaml")):
-            if (config_dir() / path.relative_to(folder)).exists():
-                refuse(f"--config-dir: {path} has the name of a file that is there already, give it another one")
+        refuse_taken_names(f"{verb}: --config-dir", folder)
         flags.config_dir = str(folder)
     return flags, [*(word for word in arguments if word not in flags.overrides), *flags.overrides]
-
-
-def _further_files(folder: str | None) -> list[str]:
-    """Overrides by which the files of another folder are found too, as Hydra finds them by `--config-dir`."""
-    return [] if folder is None else [f"hydra.searchpath=['file://{folder}']"]
 
 
 def run_plain(name: str, run: Callable[[], object], arguments: Sequence[str]) -> int:

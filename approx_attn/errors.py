@@ -42,12 +42,12 @@ class Stopped(SystemExit):
 
 
 class ConfigWarning(UserWarning):
-    """A configuration that can be run and was hardly meant; the message is one sentence that names the key."""
+    """A configuration that can be run and is likely a mistake; the message is one sentence that names the key."""
 
 
 @functools.cache  # layers are many, and a comparison reads its data many times
 def warn(text: str) -> None:
-    """Warn once of what was hardly meant; the first of several processes speaks for all."""
+    """Warn once of a likely mistake; of several processes only the first does."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(text, ConfigWarning, stacklevel=2)
 

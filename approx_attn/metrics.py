@@ -1,7 +1,8 @@
-"""What models are judged by: every metric is declared here once, with its direction and how it reads.
+"""What models are judged by: every metric is declared once, with its direction and how it reads.
 
 `loss` and `accuracy` are always there. The others come from `Tally`, sums over the scored items that processes add
-up, and so can be computed from stored predictions as well.
+up, and so can be computed from stored predictions as well. A declaration in `METRICS`, or `register_metric` in a
+package of one's own, is all that a metric needs: runs, callbacks, tables, plots and listings take it from there.
 """
 
 from __future__ import annotations
@@ -126,6 +127,22 @@ METRICS = {
     )
 }
 DEFAULT = ("accuracy",)
+MEANS = tuple(name for name, metric in METRICS.items() if metric.compute is None)
+"""The metrics that are means over items, which every step computes."""
+
+
+def register_metric(metric: Metric) -> Metric:
+    """Make a metric of one's own available as `metrics=[<name>]`.
+
+    Raises:
+        ConfigError: its name is taken or is not one word, or nothing computes it.
+    """
+    if metric.name in METRICS:
+        raise ConfigError(f"metrics: the name {metric.name!r} is taken.")
+    if not metric.name.isidentifier() or metric.compute is None:
+        raise ConfigError(f"metrics: {metric.name!r} must be one word and have a function `compute`.")
+    METRICS[metric.name] = metric
+    return metric
 
 
 def metric_of(name: str) -> Metric:
@@ -200,7 +217,7 @@ class Tally(TorchMetric):
         self.correct += torch.bincount(labels[right], minlength=classes)
         self.predicted += torch.bincount(predicted, minlength=classes)
         self.labelled += torch.bincount(labels, minlength=classes)
-        # A probability that is no number is in the first bin, whose sum it makes none either.
+        # A NaN among the probabilities is counted in the first bin, whose sum becomes NaN.
         bins = (probability.nan_to_num() * CONFIDENCE_BINS).long().clamp(0, CONFIDENCE_BINS - 1)  # (items,)
         self.hits += torch.bincount(bins[right], minlength=CONFIDENCE_BINS)
         chosen = bins[:, None] == torch.arange(CONFIDENCE_BINS, device=bins.device)  # (items, bins)

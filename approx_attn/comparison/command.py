@@ -32,6 +32,7 @@ from approx_attn.comparison.comparison_report import write_comparison
 from approx_attn.comparison.table import ComparisonRow, others_to_rich, to_rich, wide_console
 from approx_attn.config.compose import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.instantiate import require_plain_name, suggestion
+from approx_attn.config.trust import plugin_words
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import Unsuccessful, require_count
 from approx_attn.metrics import DEFAULT, METRICS, Metric, metric_names
@@ -77,7 +78,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", "scripts/train.py", *self.overrides])
+        return shlex.join(["python", "scripts/train.py", *plugin_words(), *self.overrides])
 
     @property
     def folder(self) -> Path:
@@ -258,7 +259,7 @@ def plan(arguments: Sequence[str]) -> Comparison:
         metric=METRICS[metric],
         others=tuple(name for name in asked if name != metric) if asked != DEFAULT else (),
         folder=Path(settings["results"]) / str(name),
-        command=shlex.join(["python", "scripts/compare.py", *arguments]),
+        command=shlex.join(["python", "scripts/compare.py", *plugin_words(), *arguments]),
         repeats=_checked_count("measure.repeats", settings["measure"]["repeats"]),
         warm_up=_checked_count("measure.warm_up", settings["measure"]["warm_up"]),
     )

@@ -20,44 +20,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from approx_attn.config.files import available_choices, config_dir, config_groups
+from approx_attn.config.files import FOLDERS, available_choices, config_dir, config_groups
 from approx_attn.errors import ConfigError, suggestion
-
-__all__ = [
-    "ConfigError",
-    "available_choices",
-    "compose_config",
-    "compose_with_choices",
-    "config_dir",
-    "load_config",
-    "parse_overrides",
-    "plain",
-]
 
 HYDRA_GROUPS = "hydra"
 
 
-def compose_config(overrides: Iterable[str] = (), config_name: str = "train") -> DictConfig:
+def compose_config(overrides: Iterable[str] = (), config_name: str = "train", *, choices: bool = False) -> DictConfig:
     """The configuration that a command line gives.
 
     Args:
         overrides: as on the command line, such as `["data=digits", "attention=topk", "attention.keep=0.25"]`.
         config_name: file in the folder of configurations, without ending.
+        choices: keep Hydra's own node, whose `hydra.runtime.choices` says which file each group took.
 
     Raises:
         ConfigError: an unknown word or an unreadable override; the message names it and what is accepted.
 
     Works inside a program that Hydra started too, and leaves its state as it was.
     """
-    return _compose_or_explain(overrides, config_name)
-
-
-def compose_with_choices(overrides: Iterable[str], config_name: str) -> DictConfig:
-    """`compose_config` with Hydra's own node, whose `runtime.choices` says which file each group took."""
-    return _compose_or_explain(overrides, config_name, choices=True)
-
-
-def _compose_or_explain(overrides: Iterable[str], config_name: str, choices: bool = False) -> DictConfig:
     overrides = list(overrides)
     try:
         return _compose(overrides, config_name, choices)
@@ -86,14 +67,19 @@ def plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compose(overrides: Sequence[str], config_name: str, choices: bool = False) -> DictConfig:
-    """Compose; with `choices`, the node `hydra.runtime.choices` says which file each group took."""
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            return compose(config_name, overrides=list(overrides), return_hydra_config=choices)
+            return compose(config_name, overrides=[*further_files(), *overrides], return_hydra_config=choices)
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def further_files(*folders: str) -> list[str]:
+    """The override by which YAML files of other folders are found, those of trusted packages among them."""
+    places = [*FOLDERS, *folders]
+    return [f"hydra.searchpath={[f'file://{place}' for place in places]}"] if places else []
 
 
 # -- what went wrong, in one sentence --------------------------------------------------------------------
@@ -155,8 +141,8 @@ def parse_overrides(overrides: Sequence[str], folder: str | None = None) -> list
 
 def _config_loader(folder: str | None) -> ConfigLoader:
     search_path = create_config_search_path(str(config_dir()))
-    if folder is not None:
-        search_path.append("command-line", f"file://{folder}")
+    for further in (*FOLDERS, *([] if folder is None else [folder])):
+        search_path.append("command-line", f"file://{further}")
     return ConfigLoaderImpl(config_search_path=search_path)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+FOLDERS: list[Path] = []
+"""Folders with further YAML files, of packages that a person trusts."""
+
 
 def config_dir() -> Path:
     """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
@@ -16,7 +19,13 @@ def config_dir() -> Path:
 
 def available_choices(group: str) -> list[str]:
     """Names of the YAML files of a group such as `attention`."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for folder in (config_dir(), *FOLDERS) for path in (folder / group).glob("*.yaml"))
+
+
+def config_file(group: str, choice: str) -> Path | None:
+    """The YAML file of a choice, or None where it has none."""
+    paths = (folder / group / f"{choice}.yaml" for folder in (config_dir(), *FOLDERS))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def config_groups() -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from approx_attn.config.compose import available_choices, compose_with_choices, config_dir, config_groups
+from approx_attn.config.compose import compose_config
+from approx_attn.config.files import FOLDERS, available_choices, config_dir, config_groups
 
 KEY_LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w/]+):(?P<value>[^#]*)(?:# (?P<meaning>.*))?$")
 LONGEST_SETTING = 44  # characters of `key=value` beside which its meaning still stands
@@ -36,7 +37,7 @@ def help_page(config_name: str, overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: overrides that cannot be composed.
     """
-    config = compose_with_choices(overrides, config_name)
+    config = compose_config(overrides, config_name, choices=True)
     choices: Mapping[str, Any] = config.hydra.runtime.choices
     known = _known_meanings(config_name, choices)
     lines = [(config_dir() / f"{config_name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")]
@@ -62,7 +63,7 @@ def _known_meanings(config_name: str, choices: Mapping[str, Any]) -> dict[str, s
     """What the files say that a configuration was composed of; recipes speak of keys of other files last."""
     known = meanings(config_dir() / f"{config_name}.yaml")
     for group, choice in choices.items():
-        for path in (config_dir() / group).glob("*.yaml"):
+        for path in [path for folder in (config_dir(), *FOLDERS) for path in (folder / group).glob("*.yaml")]:
             if path.stem not in (choice, "default"):
                 continue
             everywhere = path.read_text(encoding="utf-8").startswith("# @package _global_")

@@ -1,8 +1,8 @@
 """From plain configuration to objects, without trusting the configuration.
 
-A configuration may come from a checkpoint that a stranger made. So a `_target_` is followed only into this
-package, `torch.optim` and `pytorch_lightning`, only to a class of the kind that is expected there, and only
-with arguments that the class has; everything else is refused with one sentence that names the key.
+A configuration may come from a checkpoint that a stranger made. So a `_target_` is followed only into packages that
+are trusted (see `config.trust`), only to a class of the kind that is expected there, and only with arguments that the
+class has; everything else is refused with one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Any
 from approx_attn.attention import AttentionMechanism, available_attention
 from approx_attn.attention.registry import REPLACED_CLASSES, SHAPE_ARGUMENTS, without_replaced
 from approx_attn.config.moved import present_places
+from approx_attn.config.trust import OWN_PACKAGES, how_to_trust, is_trusted, plugins
 from approx_attn.errors import ConfigError, suggestion
-
-TRUSTED_PACKAGES = ("approx_attn", "torch.optim", "pytorch_lightning")
 
 # Nodes inside other nodes: what may stand there, and which arguments others decide.
 NESTED_KINDS: dict[str, tuple[type, Collection[str]]] = {"attention": (AttentionMechanism, SHAPE_ARGUMENTS)}
@@ -73,9 +72,9 @@ def target_class(node: Mapping[str, Any], key: str, kind: type) -> type:
     if not isinstance(target, str):
         raise ConfigError(f"{key} must hold a _target_, the dotted path of a {kind.__name__}, got {node!r}.")
     found = _locate(target, key)
-    trusted = isinstance(found, type) and _is_trusted(found.__module__)
+    trusted = isinstance(found, type) and is_trusted(found.__module__)
     if not trusted or not issubclass(found, kind):
-        raise ConfigError(f"{key}._target_ must name a {kind.__name__} of this package, got {target!r}.")
+        raise ConfigError(f"{key}._target_ must name a {kind.__name__}, got {target!r}.")
     return found
 
 
@@ -206,9 +205,10 @@ def _without_replaced(node: Mapping[str, Any], cls: type) -> Mapping[str, Any]:
 
 
 def _locate(target: str, key: str) -> Any:
-    if not _is_trusted(target):
-        allowed = ", ".join(TRUSTED_PACKAGES)
-        raise ConfigError(f"{key}._target_ must lie in one of the packages {allowed}, got {target!r}.")
+    if not is_trusted(target):
+        allowed = ", ".join((*OWN_PACKAGES, *plugins()))
+        how = how_to_trust(target.partition(".")[0])
+        raise ConfigError(f"{key}._target_ must lie in one of the packages {allowed}, got {target!r}; {how}.")
     if target in REPLACED_CLASSES:
         name = REPLACED_CLASSES[target]
         raise ConfigError(f"attention={name} is unknown{suggestion(name, available_attention())}")
@@ -217,10 +217,6 @@ def _locate(target: str, key: str) -> Any:
         with contextlib.suppress(ImportError, AttributeError):
             return getattr(importlib.import_module(module), name)
     raise ConfigError(f"{key}._target_ names nothing that can be imported, got {target!r}.")
-
-
-def _is_trusted(path: str) -> bool:
-    return any(path == package or path.startswith(f"{package}.") for package in TRUSTED_PACKAGES)
 
 
 def _is_directive(name: str) -> bool:

@@ -58,6 +58,8 @@ class ResumableLoader(DataLoader):
 
     Lightning stores the state with a checkpoint and loads it before it iterates again. `__iter__` is a
     generator on purpose: Lightning asks for the iterator first and sets the epoch of the sampler afterwards.
+    `StatefulDataLoader` of torchdata fixes the order when it is asked for the iterator, so under Lightning it starts,
+    and resumes, every epoch in the order of another one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ it is evaluated without the place that the weights once came from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping

@@ -71,7 +71,7 @@ class ResumePoint:
 
 
 def find_resume_point(folder: Path) -> ResumePoint:
-    """The newest checkpoint of a run that is whole; says in one sentence if that is not the last one."""
+    """The newest undamaged checkpoint of a run; a warning of one sentence says if that is not the last one."""
     reasons: dict[Path, str] = {}
     for path in (folder / FOLDER / LAST, folder / FOLDER / PREVIOUS):
         if not path.is_file():

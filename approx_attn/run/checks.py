@@ -15,9 +15,11 @@ from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.config.compose import plain
 from approx_attn.config.instantiate import check_arguments, require_plain_name, target_class
+from approx_attn.config.trust import refuse_plugins
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError, suggestion
 from approx_attn.metrics import metric_names
+from approx_attn.models.base import SequenceModel
 from approx_attn.run import record
 from approx_attn.run.tasks.base import SequenceTask
 
@@ -35,6 +37,7 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: one sentence that names the key.
     """
     container = plain(config)
+    refuse_plugins(container, "a configuration")
     for key in container:
         if key not in REQUIRED_KEYS | OPTIONAL_KEYS:
             raise ConfigError(f"{key} is not a key{suggestion(key, REQUIRED_KEYS | OPTIONAL_KEYS)}")
@@ -56,7 +59,7 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     check_arguments(container["trainer"], "trainer", pl.Trainer, ("callbacks", "logger", "default_root_dir"))
     check_arguments(container["optimizer"], "optimizer", torch.optim.Optimizer, ("params",))
     _check_budget(container)
-    target_class(container["model"], "model", torch.nn.Module)
+    target_class(container["model"], "model", SequenceModel)
     check_arguments(container["attention"], "attention", AttentionMechanism, SHAPE_ARGUMENTS)
     return container
 
@@ -106,7 +109,7 @@ def check_trained(config: Mapping[str, Any], task: SequenceTask) -> None:
     budget = next((key for key in ("max_epochs", "max_steps", "limit_train_batches") if trainer.get(key) == 0), None)
     if budget is None or config.get("init_from"):
         return
-    new = getattr(task.model, "new_parameters", None)
+    new = task.model.new_parameters
     if new is None or new:
         which = f"; model.path has no fitting {new[0]}" if new else ", and this model starts at random"
         raise ConfigError(f"trainer.{budget}=0 tests a model that was trained before{which}.")

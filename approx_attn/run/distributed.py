@@ -30,6 +30,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from approx_attn.config.trust import plugins, trust
 from approx_attn.errors import ConfigError, Stopped
 from approx_attn.run.signals import handlers_restored
 
@@ -143,7 +144,7 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
     )
     with _hushed("torch.distributed.elastic"), _hushed("torch.multiprocessing"), handlers_restored():
         try:
-            results: dict[int, T] = elastic_launch(settings, _quietly)(run, config)
+            results: dict[int, T] = elastic_launch(settings, _in_process)(run, config, plugins())
         except ChildFailedError as error:
             raise ProcessError(_first_message(error)) from error
         except SignalException as error:  # which the processes got too, and had time to write a checkpoint
@@ -152,7 +153,8 @@ def start(run: Callable[[dict[str, Any]], T], config: dict[str, Any], processes:
     return results[0]
 
 
-def _quietly(run: Callable[[dict[str, Any]], T], config: dict[str, Any]) -> T:
+def _in_process(run: Callable[[dict[str, Any]], T], config: dict[str, Any], packages: tuple[str, ...]) -> T:
+    trust(*packages)
     with _hushed("torch.distributed.elastic"):
         return run(config)
 
@@ -216,7 +218,7 @@ def agree(decide: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def first_only(manager: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """A context, such as a lock, that the first process holds for all: they enter after it and it leaves last."""
+    """A context, such as a lock, that the first process holds for all: the others enter later and leave earlier."""
     if not is_joined():
         with manager():
             yield
@@ -224,7 +226,7 @@ def first_only(manager: Callable[[], AbstractContextManager[Any]]) -> Iterator[N
     with manager() if is_first() else contextlib.nullcontext():
         dist.barrier()
         yield
-        dist.barrier()  # not reached by a process that raises: the others are ended by who started them
+        dist.barrier()  # a process that raises does not get here, and the launcher ends the others
 
 
 def load_weights(module: nn.Module, weights: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from approx_attn.config.instantiate import build, sentence
+from approx_attn.config.trust import refuse_plugins
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import metric_names
@@ -47,6 +48,7 @@ def load_task(checkpoint: str | Path) -> SequenceTask:
         config, spec, weights = parameters["config"], parameters["spec"], saved["state_dict"]
     except Exception as error:  # damaged files fail in many ways
         raise ConfigError(f"checkpoint={str(path)!r} cannot be read: {sentence(error, 'checkpoint')}") from error
+    refuse_plugins(config, f"checkpoint={str(path)!r}")
     # Bases that were fitted beforehand are among the weights, so their file is not needed any more.
     task = build(config["task"], "task", SequenceTask, config=config, spec=spec)
     try:

@@ -51,8 +51,8 @@ def load_model(checkpoint: str | Path) -> nn.Module:
         checkpoint: such as `runs/digits/exact/…-seed1/checkpoints/best.ckpt`. Nothing else of the run is needed.
 
     Returns:
-        A module that takes token ids (b, n) int64 and `keep` (b, n) bool, or what else its data has (`tokens_b` and
-        `keep_b`, or `pixels` (b, c, h, w)), and gives logits: (b, classes), or (b, n, vocabulary).
+        A module that takes token ids (b, n) int64 and `keep` (b, n) bool, or the other inputs of its data
+        (`tokens_b` and `keep_b`, or `pixels` (b, c, h, w)), and gives logits: (b, classes), or (b, n, vocabulary).
 
     Raises:
         ConfigError: no such file, or not a checkpoint of this project.

@@ -25,6 +25,7 @@ import torch
 import yaml
 
 from approx_attn.config.moved import with_first_places
+from approx_attn.config.trust import plugins
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import metric_direction
 
@@ -206,7 +207,7 @@ def open_atomically(path: str | Path, previous: str | Path | None = None) -> Ite
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what a killed process was writing below a folder; only for who holds its lock."""
+    """Remove files below a folder that a killed process left half written; the caller holds the folder's lock."""
     for path in Path(folder).rglob(f".*{UNFINISHED}"):
         path.unlink(missing_ok=True)
 
@@ -310,6 +311,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": versions,
+        "plugins": list(plugins()),
         "commit": source_commit(),
         "processor": _processor_name(),
         "cpu_count": os.cpu_count(),

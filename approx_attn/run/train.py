@@ -229,7 +229,7 @@ def compile_model(task: SequenceTask, config: Mapping[str, Any]) -> None:
 
 def fit_bases(task: SequenceTask, data: SequenceDataModule, config: Mapping[str, Any]) -> None:
     """Fit the bases of a pretrained model on its first training batches, if it asks for that and has any."""
-    batches = getattr(task.model, "calibration_batches", 0)
+    batches = task.model.calibration_batches
     if batches == 0 or not any(isinstance(mechanism, CalibratedMechanism) for mechanism in task.mechanisms):
         return
     seen = itertools.islice(data.joint_train_batches(), batches * distributed.processes())
@@ -241,7 +241,7 @@ def describe_run(config: dict[str, Any], task: SequenceTask, spec: DataSpec) -> 
     """The part of a record that is known before training."""
     parameters = list(task.model.parameters())
     in_attention = {id(p): p.numel() for mechanism in task.mechanisms for p in mechanism.parameters()}
-    length = getattr(task.model, "attention_length", None) or spec.max_length
+    length = task.model.attention_length or spec.max_length
     costs = [mechanism.cost(length, causal=spec.causal or mechanism.causal) for mechanism in task.mechanisms]
     return {
         "name": config["name"],

@@ -166,7 +166,7 @@ def fit_from(start: checkpoints.ResumePoint, task: SequenceTask, data: SequenceD
 def raise_stopped(
     trainer: pl.Trainer, signum: int, resumable: Resumable | None, cause: BaseException | None
 ) -> NoReturn:
-    """End a run that a signal stopped as whoever sent the signal expects it."""
+    """End a run that a signal stopped in the way that the sender of the signal expects."""
     previous = resumable.previous_handlers.get(signum) if resumable is not None else None
     if callable(previous) and previous is not signal.default_int_handler:
         try:

@@ -41,17 +41,15 @@ def test_classification_loss_is_cross_entropy() -> None:
     tokens = torch.randint(1, 20, (5, 10))
     keep = torch.arange(10) < torch.tensor([[10], [3], [4], [5], [6]])
     batch = {"tokens": tokens, "keep": keep, "labels": torch.tensor([0, 1, 2, 3, 0])}
-    loss, predicted, labels = task._score(batch)
-    logits = task.model(tokens, keep)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, labels))
-    assert torch.equal(predicted, logits.argmax(-1))
+    loss, _, _ = task._loss(batch)
+    torch.testing.assert_close(loss, F.cross_entropy(task.model(tokens, keep), batch["labels"]))
 
 
 def test_token_loss_counts_labelled_positions_only() -> None:
     task = make_task(RECALL)
     batch = recall_batch()
-    loss, predicted, labels = task._score(batch)
-    assert len(predicted) == len(labels) == 4
+    loss, scored, labels = task._loss(batch)
+    assert len(scored) == len(labels) == 4
     logits = task.model(batch["tokens"])
     torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()))
 
@@ -59,7 +57,7 @@ def test_token_loss_counts_labelled_positions_only() -> None:
 def test_batch_without_labels_gives_zero_loss_and_gradient() -> None:
     task = make_task(RECALL)
     batch = {**recall_batch(), "labels": torch.full((3, 10), IGNORE)}
-    loss, _, _ = task._score(batch)
+    loss, _, _ = task._loss(batch)
     loss.backward()
     assert loss == 0.0
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())

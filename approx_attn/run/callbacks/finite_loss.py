@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+from approx_attn.run.tasks.base import SequenceTask
 
 
 class DivergedError(RuntimeError):
@@ -69,7 +71,7 @@ class FiniteLoss(pl.Callback):
             raise DivergedError(self._message(trainer, pl_module, found, trainer.global_step))
 
     def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: str, step: int) -> str:
-        names = sorted({mechanism.name for mechanism in getattr(pl_module, "mechanisms", [])})
+        names = sorted({mechanism.name for mechanism in cast(SequenceTask, pl_module).mechanisms})
         group = trainer.optimizers[0].param_groups[0]
         rate = group.get("initial_lr", group["lr"])  # that of the configuration, wherever the schedule stands
         return (

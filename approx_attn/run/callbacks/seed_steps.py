@@ -21,20 +21,26 @@ class SeedSteps(pl.Callback):
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._loader_states: list[dict[str, int]] = []
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         loop = checkpoint["loops"]["fit_loop"]
+        self._loader_states = loop["state_dict"].get("combined_loader", [])
         progress = loop["epoch_progress"]["total"]
         if progress["completed"] != progress["processed"] and loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            # The epoch is over; in a run that is counted in steps Lightning would go through its end again.
+            # The epoch is over; in a run that is counted in steps Lightning would go through its end again, and only
+            # this method of its loop says otherwise.
             trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning tells loaders where to go on when it makes them, but a schedule that asks for the number of steps
         # has them made before the checkpoint is read.
-        trainer.fit_loop._load_combined_loader_states()
+        loader: Any = trainer.train_dataloader
+        for state in self._loader_states:
+            loader.load_state_dict(state)
+        self._loader_states = []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-FIRST_STEPS = 5  # timed before the length of training is told
+FIRST_STEPS = 5  # timed before the duration of training is estimated
 LONG = 15 * 60  # seconds of training that are worth a word
 
 

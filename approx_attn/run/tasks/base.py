@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -20,12 +21,10 @@ from approx_attn.attention import AttentionMechanism
 from approx_attn.config.instantiate import build, check_arguments, target_class
 from approx_attn.data import IGNORE
 from approx_attn.errors import ConfigError
-from approx_attn.metrics import METRICS, Tally, figures, metric_names
-from approx_attn.models.base import attention_mechanisms
+from approx_attn.metrics import MEANS, METRICS, Tally, figures, metric_names
+from approx_attn.models.base import SequenceModel
 from approx_attn.models.transformer import Positions, auxiliary_loss, require_probability
 from approx_attn.run import distributed
-
-EVALUATED = tuple((stage, figure) for stage in ("val", "test") for figure in ("loss", "accuracy"))
 
 
 class SequenceTask(pl.LightningModule):
@@ -46,7 +45,7 @@ class SequenceTask(pl.LightningModule):
     """
 
     kind: ClassVar[str] = ""  # the `DataSpec.kind` that the task is for
-    figures: ClassVar[tuple[str, ...]] = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")  # while training
+    figures: ClassVar[tuple[str, ...]] = tuple(f"{stage}/{name}" for stage in ("train", "val") for name in MEANS)
 
     def __init__(
         self,
@@ -68,9 +67,9 @@ class SequenceTask(pl.LightningModule):
         self.config = dict(config)
         self.model = build_model(config["model"], spec)
         # A model whose weights came from elsewhere adds how to build it without that place.
-        rebuild = getattr(self.model, "rebuild_options", {})
-        self.hparams["config"] = {**config, "model": {**config["model"], **rebuild}}
-        self.means = nn.ModuleDict({f"{stage}_{figure}": MeanOverItems() for stage, figure in EVALUATED})
+        self.hparams["config"] = {**config, "model": {**config["model"], **self.model.rebuild_options}}
+        stages = itertools.product(("val", "test"), MEANS)
+        self.means = nn.ModuleDict({f"{stage}_{name}": MeanOverItems() for stage, name in stages})
         """Means over the scored items of an evaluation, of all processes."""
         self.tallies = nn.ModuleDict()
         self.use_metrics(metric_names(config.get("metrics")))
@@ -109,15 +108,14 @@ class SequenceTask(pl.LightningModule):
     @property
     def mechanisms(self) -> list[AttentionMechanism]:
         """The attention mechanisms of the model, in the order of its layers."""
-        own: list[AttentionMechanism] | None = getattr(self.model, "mechanisms", None)
-        return attention_mechanisms(self.model) if own is None else own
+        return self.model.mechanisms
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of a batch as data modules make them."""
         return self.model(**self.inputs(batch))
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch the model is called with, by argument."""
+        """The arguments that the model is called with, taken from a batch."""
         inputs = {key: batch[key] for key in ("tokens", "tokens_b", "pixels") if key in batch}
         for key in ("keep", "keep_b"):
             # Without a padding mask attention takes its faster path; a full one says nothing.
@@ -131,8 +129,8 @@ class SequenceTask(pl.LightningModule):
             mechanism.begin_step(self.trainer.global_step)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        loss, predicted, labels = self._score(batch, self.label_smoothing)
-        accuracy = (predicted == labels).float().mean()
+        loss, logits, labels = self._loss(batch, self.label_smoothing)
+        accuracy = (logits.argmax(dim=-1) == labels).float().mean()
         figures = {"train/loss": loss.detach(), "train/accuracy": accuracy}
         self.log_dict(figures, prog_bar=True, batch_size=len(labels), sync_dist=True)
         auxiliary = auxiliary_loss(self.mechanisms)
@@ -180,11 +178,6 @@ class SequenceTask(pl.LightningModule):
             for name, value in figures(self.metrics, counts, self.spec.get("class_names", ())).items():
                 self.log(f"{stage}/{name}", value)
 
-    def _score(self, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean loss, and the predicted and true class of every scored item."""
-        loss, logits, labels = self._loss(batch, label_smoothing)
-        return loss, logits.argmax(dim=-1), labels
-
     def _loss(self, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """Mean loss, and the logits and true class of every scored item."""
         logits, labels = self.flat(self(batch), batch["labels"])
@@ -202,10 +195,10 @@ class SequenceTask(pl.LightningModule):
         if stage in self.tallies:
             cast(Tally, self.tallies[stage]).update(predicted, labels, probability)
         if len(labels) or distributed.is_joined():  # what one process logs, all must
-            for figure, total in (("loss", loss * len(labels)), ("accuracy", (predicted == labels).sum())):
-                mean = cast(MeanOverItems, self.means[f"{stage}_{figure}"])
+            for name, total in (("loss", loss * len(labels)), ("accuracy", (predicted == labels).sum())):
+                mean = cast(MeanOverItems, self.means[f"{stage}_{name}"])
                 mean.update(total, len(labels))
-                self.log(f"{stage}/{figure}", mean, on_step=False, on_epoch=True, prog_bar=figure == "accuracy")
+                self.log(f"{stage}/{name}", mean, on_step=False, on_epoch=True, prog_bar=name == "accuracy")
         return predicted, labels, probability
 
     def configure_model(self) -> None:
@@ -241,7 +234,10 @@ class SequenceTask(pl.LightningModule):
 
 
 class MeanOverItems(Metric):
-    """A mean of which batches, and processes, bring sums and counts; what is no number stays so."""
+    """A mean over items, from the sums and counts of batches and processes.
+
+    A NaN stays one: torchmetrics' `MeanMetric` leaves it out, or else leaves out the weights.
+    """
 
     full_state_update = False
     total: Tensor
@@ -276,7 +272,7 @@ def data_order(scored: Sequence[Tensor]) -> Tensor:
     return torch.cat(positions).argsort(stable=True)
 
 
-def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> nn.Module:
+def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> SequenceModel:
     """The model of a configuration, in the shape of the data.
 
     Args:
@@ -286,21 +282,21 @@ def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> nn.Module:
     Raises:
         ConfigError: the model cannot do what the data needs.
     """
-    cls = target_class(node, "model", nn.Module)
+    cls = target_class(node, "model", SequenceModel)
     accepted = inspect.signature(cls).parameters
     known = ("vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id")
     given = {name: spec[name] for name in known if name in accepted}
     for need in ("causal", "two_towers"):
         if spec[need] and need not in accepted:
             raise ConfigError(f"model: {cls.__name__} cannot be used with data that is {need}; choose another model.")
-    check_arguments(node, "model", nn.Module, given)
-    return build(node, "model", nn.Module, **given)
+    check_arguments(node, "model", SequenceModel, given)
+    return build(node, "model", SequenceModel, **given)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Parameters with weight decay (weights of linear layers) and without.
 
-    Decay pulls towards zero, which is no natural origin for embeddings, norms, biases, or the bases and
+    Decay pulls towards zero, which is not a natural origin of embeddings, norms, biases, or the bases and
     eigenvalues that attention mechanisms learn.
     """
     undecayed: set[int] = set()

@@ -91,12 +91,13 @@ class TrainResult:
     trainer: pl.Trainer | None = field(default=None, repr=False)
 
 
-def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
+def train(config: DictConfig | Mapping[str, Any], callbacks: Sequence[pl.Callback] = ()) -> TrainResult:
     """Train, test with the best weights, and write the record.
 
     Args:
         config: as `compose_config` gives it. With `resume`, or in a job that Slurm started again, a run of the
             same configuration and seed is continued from its last checkpoint, or reported if it had ended.
+        callbacks: watch the run beside those of the configuration, in this process only.
 
     Raises:
         ConfigError: a configuration that cannot be run; nothing has been written.
@@ -131,7 +132,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
                 finished = distributed.agree(lambda: read_finished(folder, container))
                 if finished is not None:
                     return TrainResult(folder, finished["metrics"], finished, resumed=True)
-                return _run(container, folder, data, task, build_trainer(container, folder))
+                return _run(container, folder, data, task, build_trainer(container, folder, callbacks))
 
 
 def _train_in_process(config: dict[str, Any]) -> tuple[Path, bool]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from pyarrow import feather
 
 from approx_attn.comparison.plots import save_figure
 from approx_attn.comparison.report import Report, Section
+from approx_attn.output import shown, to_csv
 from approx_attn.run.record import write_json_atomically, write_text_atomically
 
 Row = Mapping[str, Any]
@@ -62,8 +61,8 @@ class Book:
         if len(rows) > SHOWN_ROWS:
             section.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
             return
-        cells = [[show(row[key]) for key in keys] for row in rows]
-        section.table([key.replace("_", " ") for key in keys], cells, f"{caption} (tables/{name}.csv)")
+        lines = [{key.replace("_", " "): show(row[key]) for key in keys} for row in rows]
+        section.table(lines, f"{caption} (tables/{name}.csv)")
 
     def keep(self, name: str, rows: Sequence[Row]) -> None:
         """Keep rows as files without showing them."""
@@ -76,7 +75,7 @@ class Book:
             save_figure(figure, folder / "figures" / f"{name}.png")
         for name, rows in self.tables.items():
             if rows:
-                write_text_atomically(folder / "tables" / f"{name}.csv", _as_csv(rows))
+                write_text_atomically(folder / "tables" / f"{name}.csv", to_csv(rows))
                 table = pyarrow.Table.from_pylist([dict(row) for row in rows])
                 feather.write_feather(table, str(folder / "tables" / f"{name}.arrow"), compression="uncompressed")
         write_json_atomically(folder / "numbers.json", {**self.facts, "tables": _without_nan(self.tables)})
@@ -85,19 +84,9 @@ class Book:
 
 def show(value: Any) -> str:
     """A cell: numbers to three digits or so, "–" for what is not there."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return str(value)
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _as_csv(rows: Sequence[Row]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    if value is None or isinstance(value, float):
+        return shown(value, ".3f" if abs(value or 0.0) < 10 else ".1f")
+    return str(value)
 
 
 def _without_nan(value: Any) -> Any:

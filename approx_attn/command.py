@@ -18,7 +18,6 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from approx_attn.attention.base import require_at_least
 from approx_attn.attention.registry import attention_options
 from approx_attn.config.compose import compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.help import help_page
@@ -193,10 +192,8 @@ def require_counts(values: Mapping[str, Any], least: int = 1) -> None:
     """
     for key, value in values.items():
         for count in as_list(value):
-            try:
-                require_at_least(key, count, least)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ConfigError(f"{key} must be a whole number of at least {least}, got {count!r}.")
 
 
 def require_shares(key: str, values: Sequence[Any]) -> None:

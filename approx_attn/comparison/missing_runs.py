@@ -91,8 +91,7 @@ class RunWatcher(pl.Callback):
 
     def show(self, where: str, share: float = 0.0) -> None:
         """Bring the line up to date; `share` of the run is done."""
-        seconds = self.time_left.left(self.label, time.perf_counter() - self.started, share)
-        left = "" if seconds is None else f"about {shown_seconds(round(seconds))} left"
+        left = _words(self.time_left.left(self.label, time.perf_counter() - self.started, share))
         self.bar.update(self.bar.task_ids[0], completed=self.ended + share, head=self.head, where=where, left=left)
 
     def on_train_batch_end(
@@ -142,9 +141,15 @@ def train_missing(comparison: Comparison, console: Console) -> None:
                 outcome = _figure(result, comparison.metric)
             else:
                 outcome = f"FAILED: {result['error']}"
-            rest = time_left.left() if time_left.waiting else None
-            left = "" if rest is None else f", about {shown_seconds(round(rest))} left"
-            console.print(f"{head}: {outcome} ({seconds:.0f} s{left})", highlight=False, markup=False)
+            left = _words(time_left.left()) if time_left.waiting else ""
+            spent = ", ".join(filter(None, (f"{seconds:.0f} s", left)))
+            console.print(f"{head}: {outcome} ({spent})", highlight=False, markup=False)
+
+
+def _words(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"about {f'{seconds:.0f} s' if seconds < 120 else shown_seconds(seconds)} left"
 
 
 def _train(config: Mapping[str, Any], callbacks: Sequence[pl.Callback]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from approx_attn.conversion.calibration.basis_file import STATISTICS, Calibratio
 from approx_attn.conversion.calibration.fitting import calibrate, needed_statistics
 from approx_attn.conversion.calibration.moments import ContentMoments, PositionMoments
 from approx_attn.conversion.calibration.position_fit import PositionFit, fit_position_basis
-from approx_attn.conversion.calibration.refinement import refine_basis
 
 __all__ = [
     "STATISTICS",
@@ -17,5 +16,4 @@ __all__ = [
     "fit_position_basis",
     "load_basis_into",
     "needed_statistics",
-    "refine_basis",
 ]

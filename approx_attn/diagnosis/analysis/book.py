@@ -37,32 +37,9 @@ class Book:
     figures: dict[str, Figure] = field(default_factory=dict)
     tables: dict[str, list[Row]] = field(default_factory=dict)
 
-    def add_figure(self, section: Section, name: str, figure: Figure, caption: str) -> None:
-        """Show a figure in a section and keep it as a file."""
-        self.figures[name] = figure
-        section.figure(figure, f"{caption} (figures/{name}.png)")
-
-    def add_table(
-        self, section: Section, name: str, rows: Sequence[Row], caption: str, shown: Sequence[str] | None = None
-    ) -> None:
-        """Show rows in a section, a column per key, and keep them as files.
-
-        Args:
-            section: where to show them.
-            name: of the files.
-            rows: with the same keys each.
-            caption: below the table.
-            shown: keys of the columns shown; all if None. The files hold all.
-        """
-        self.tables[name] = list(rows)
-        if not rows:
-            return
-        keys = list(rows[0]) if shown is None else list(shown)
-        if len(rows) > SHOWN_ROWS:
-            section.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
-            return
-        lines = [{key.replace("_", " "): show(row[key]) for key in keys} for row in rows]
-        section.table(lines, f"{caption} (tables/{name}.csv)")
+    def section(self, heading: str) -> BookSection:
+        """Start a section of the report."""
+        return BookSection(self, self.report.section(heading))
 
     def keep(self, name: str, rows: Sequence[Row]) -> None:
         """Keep rows as files without showing them."""
@@ -80,6 +57,42 @@ class Book:
                 feather.write_feather(table, str(folder / "tables" / f"{name}.arrow"), compression="uncompressed")
         write_json_atomically(folder / "numbers.json", {**self.facts, "tables": _without_nan(self.tables)})
         return self.report.save(folder / "report.html")
+
+
+@dataclass
+class BookSection:
+    """A section of the report, whose figures and tables the book keeps as files."""
+
+    book: Book
+    shown: Section
+
+    def text(self, paragraph: str) -> None:
+        """Add a paragraph of plain text."""
+        self.shown.text(paragraph)
+
+    def figure(self, name: str, figure: Figure, caption: str) -> None:
+        """Show a figure and keep it as a file of this name."""
+        self.book.figures[name] = figure
+        self.shown.figure(figure, f"{caption} (figures/{name}.png)")
+
+    def table(self, name: str, rows: Sequence[Row], caption: str, shown: Sequence[str] | None = None) -> None:
+        """Show rows, a column per key, and keep them as files.
+
+        Args:
+            name: of the files.
+            rows: with the same keys each.
+            caption: below the table.
+            shown: keys of the columns shown; all if None. The files hold all.
+        """
+        self.book.keep(name, rows)
+        if not rows:
+            return
+        if len(rows) > SHOWN_ROWS:
+            self.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
+            return
+        keys = list(rows[0]) if shown is None else shown
+        lines = [{key.replace("_", " "): show(row[key]) for key in keys} for row in rows]
+        self.shown.table(lines, f"{caption} (tables/{name}.csv)")
 
 
 def show(value: Any) -> str:

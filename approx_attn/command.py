@@ -18,7 +18,6 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from approx_attn.attention.registry import attention_options
 from approx_attn.config.compose import compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.help import help_page
 from approx_attn.config.instantiate import suggestion
@@ -213,6 +212,8 @@ def mechanism_spec(entry: Any) -> dict[str, Any]:
     Raises:
         ConfigError: neither of both, or an unknown name or option.
     """
+    from approx_attn.attention.registry import attention_options  # torch, which not every verb needs
+
     spec = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise ConfigError(f"attention: an entry with options needs a name, got {entry!r}.")

@@ -16,7 +16,8 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from approx_attn.comparison.plan import Comparison
+from approx_attn.comparison.aggregate import Record
+from approx_attn.comparison.plan import Comparison, Run
 from approx_attn.config.compose import ConfigError
 from approx_attn.metrics import Metric
 from approx_attn.output import shown_seconds
@@ -116,11 +117,13 @@ def train_missing(comparison: Comparison, console: Console) -> None:
     A signal or a full disk ends the comparison; the same command continues it.
     """
     jobs = list(comparison.jobs())
-    known = {(label, seed): run.read() for label, seed, run in jobs}
-    done = {job: result for job, result in known.items() if result is not None and result["status"] == "finished"}
-    time_left = TimeLeft([label for label, seed, _ in jobs if (label, seed) not in done])
-    for (label, _), result in done.items():
-        time_left.add(label, result.get("seconds"))
+    time_left, missing = TimeLeft([]), set()
+    for label, seed, run in jobs:
+        known = _finished(run)
+        if known is None:
+            missing.add((label, seed))
+        else:
+            time_left.add(label, known.get("seconds"))
     columns = [TextColumn("{task.fields[head]}", markup=False), TextColumn("{task.fields[where]}"), BarColumn(20)]
     columns.append(TextColumn("{task.fields[left]}"))
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -128,11 +131,12 @@ def train_missing(comparison: Comparison, console: Console) -> None:
     with bar:
         for number, (label, seed, run) in enumerate(jobs, start=1):
             head = f"[{number}/{len(jobs)}] {label} seed {seed}"
-            if (label, seed) in done:
-                figure = _figure(done[label, seed], comparison.metric)
+            known = _finished(run)  # by now, another comparison may have trained it
+            if known is not None:
+                figure = _figure(known, comparison.metric)
                 console.print(f"{head}: done before, {figure}", highlight=False, markup=False)
                 continue
-            time_left.waiting.remove(label)
+            time_left.waiting = [other for other, its_seed, _ in jobs[number:] if (other, its_seed) in missing]
             watcher = RunWatcher(bar, head, label, number - 1, time_left)
             result = _train(run.config, [watcher])
             seconds = time.perf_counter() - watcher.started
@@ -144,6 +148,11 @@ def train_missing(comparison: Comparison, console: Console) -> None:
             left = _words(time_left.left()) if time_left.waiting else ""
             spent = ", ".join(filter(None, (f"{seconds:.0f} s", left)))
             console.print(f"{head}: {outcome} ({spent})", highlight=False, markup=False)
+
+
+def _finished(run: Run) -> Record | None:
+    result = run.read()
+    return result if result is not None and result["status"] == "finished" else None
 
 
 def _words(seconds: float | None) -> str:

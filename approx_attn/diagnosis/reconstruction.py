@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ class Reconstruction:
     @property
     def error(self) -> float:
         """Error of the output, mean over layers."""
-        return fmean(layer.output for layer in self.layers.values())
+        return sum(layer.output for layer in self.layers.values()) / len(self.layers)
 
 
 def reconstruct(

@@ -89,6 +89,6 @@ def spectrum_of_gram(gram: ArrayLike, dimensions: int) -> Spectrum:
     means = products.mean(axis=0)
     products = products - means - means[:, None] + means.mean()
     # The smallest eigenvalue is that of the mean taken out: zero.
-    eigenvalues = np.linalg.eigvalsh((products + products.T) / 2)[:0:-1].clip(min=0.0)
+    eigenvalues = np.linalg.eigh((products + products.T) / 2)[0][:0:-1].clip(min=0.0)
     variance = float(eigenvalues.sum()) / (count - 1)
     return Spectrum(eigenvalues[:dimensions] / (count - 1), variance, dimensions, count)

@@ -42,7 +42,7 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "benchmark": ("approx_attn.diagnosis.benchmark.command:main", "time, memory and error of mechanisms side by side"),
     "estimate": (
-        "approx_attn.diagnosis.estimation.command:main",
+        "approx_attn.diagnosis.estimate:main",
         "memory and time of a run before it is started: data=listops trainer=ddp",
     ),
     "runs": ("approx_attn.comparison.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),

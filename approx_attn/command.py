@@ -163,6 +163,55 @@ def settings(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"arguments cannot be read: {' '.join(str(error).split())}") from error
 
 
+def as_list(value: Any) -> list[Any]:
+    """A list as it is; a single value as a list of one."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def require_counts(values: Mapping[str, Any], least: int = 1) -> None:
+    """Refuse values by key, or lists of them, that are not all whole numbers of at least `least`.
+
+    Raises:
+        ConfigError: the first that is not.
+    """
+    for key, value in values.items():
+        for count in as_list(value):
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ConfigError(f"{key} must be a whole number of at least {least}, got {count!r}.")
+
+
+def require_shares(key: str, values: Sequence[Any]) -> None:
+    """Refuse values that are not all floats in (0, 1].
+
+    Raises:
+        ConfigError: the first that is not.
+    """
+    for value in values:
+        if not isinstance(value, float) or not 0.0 < value <= 1.0:
+            raise ConfigError(f"{key} must list shares in (0, 1], got {value!r}.")
+
+
+def mechanism_spec(entry: Any) -> dict[str, Any]:
+    """`{"name": ..., **options}` of an entry of `attention=[...]`, which is a name or such a mapping.
+
+    Raises:
+        ConfigError: neither of both, or an unknown name or option.
+    """
+    from approx_attn.attention.registry import attention_options  # torch, which not every verb needs
+
+    spec = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise ConfigError(f"attention: an entry with options needs a name, got {entry!r}.")
+    try:
+        known = attention_options(spec["name"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for option in spec:
+        if option not in (*known, "name"):
+            raise ConfigError(f"attention.{option} is not an option of {spec['name']}{suggestion(str(option), known)}")
+    return {str(key): value for key, value in spec.items()}
+
+
 def exit_code(run: Callable[[], object], verbose: bool = False) -> int:
     """Call a function; what it raises becomes one sentence on the standard error stream and an exit code."""
     try:

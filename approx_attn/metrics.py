@@ -49,6 +49,7 @@ class Metric:
             mean over batches is all that is needed.
         per_class: `compute` gives one number per class.
         needs_probability: the predicted class alone does not tell it.
+        is_share_of_items: it is the share of the items that were predicted rightly, so predictions tell its spread.
     """
 
     name: str
@@ -58,6 +59,12 @@ class Metric:
     compute: Callable[[Counts], Tensor] | None = None
     per_class: bool = False
     needs_probability: bool = False
+    is_share_of_items: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name among the figures of a record."""
+        return f"test/{self.name}"
 
     @property
     def header(self) -> str:
@@ -98,7 +105,7 @@ def _calibration_error(counts: Counts) -> Tensor:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", percent=True, higher_is_better=True),
+        Metric("accuracy", percent=True, higher_is_better=True, is_share_of_items=True),
         Metric("loss", percent=False, higher_is_better=False),
         Metric("f1", percent=True, higher_is_better=True, label="macro F1", compute=_f1),
         Metric(

@@ -1,19 +1,98 @@
-"""What verbs print and where they write: tables whose numbers stay whole, places that are tried before any work."""
+"""What verbs print and where they write: figures, tables whose numbers stay whole, places tried before any work.
+
+A table is a list of rows, each a mapping from header to cell: `to_table` shows it on a console, `to_markdown` in a
+document, `to_csv` in a file.
+"""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
+from rich.text import Text
 
 from approx_attn.errors import ConfigError
 
 NO_EDGE = 10_000  # characters in a line of a file or pipe
+MISSING = "–"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+# -- figures -------------------------------------------------------------------------------------------
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number in a format such as `.1%` or `,` with its unit behind; a dash for None and NaN."""
+    return MISSING if value is None or value != value else f"{value:{form}}{unit}"
+
+
+def shown_bytes(count: float) -> str:
+    """A number of bytes in the unit that fits."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+def shown_seconds(seconds: float) -> str:
+    """A time in the unit that fits."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+# -- tables --------------------------------------------------------------------------------------------
+
+
+def to_table(rows: Rows, *, words: Collection[str] = (), title: str | None = None, caption: str | None = None) -> Table:
+    """At least one row as a table for a console.
+
+    Args:
+        rows: from header to cell; cells are text, shown as it is.
+        words: headers of columns of words, which stand left as the first column does; figures stand right.
+        title, caption: above and below.
+    """
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for index, header in enumerate(rows[0]):
+        table.add_column(header, justify="left" if index == 0 or header in words else "right")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row.values()))
+    return table
+
+
+def to_markdown(rows: Rows, words: Collection[str] = ()) -> str:
+    """At least one row as a table in Markdown; arguments as `to_table`."""
+    headers = list(rows[0])
+    rules = ["---" if index == 0 or header in words else "---:" for index, header in enumerate(headers)]
+    lines = [f"| {' | '.join(headers)} |", f"|{'|'.join(rules)}|"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(_escaped, row.values()))} |" for row in rows)]) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    """Text that Markdown shows as it is, and HTML in Markdown too."""
+    for character, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " ")):
+        cell = cell.replace(character, entity)
+    return cell
+
+
+def to_csv(rows: Rows) -> str:
+    """At least one row as comma-separated values: full precision, empty for None."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def output_console() -> Console:
@@ -57,9 +136,12 @@ def _part(table: Table, columns: list[Column]) -> Table:
 
 
 def _fits(table: Table, console: Console) -> bool:
-    """Is the console wide enough for every number, and the longest word of other columns?"""
+    """Whether the console is wide enough for every number, and for the longest word of the other columns."""
     unlimited = console.options.update(width=NO_EDGE)
     return Measurement.get(console, unlimited, table).minimum <= console.width
+
+
+# -- places --------------------------------------------------------------------------------------------
 
 
 def require_file(key: str, path: Any) -> Path:

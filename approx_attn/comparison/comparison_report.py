@@ -10,31 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
-from approx_attn.comparison.aggregate import correct_pairs
-from approx_attn.comparison.plots import COLOURS, budget_figure, comparison_figure, plain_text, save_figure
+from approx_attn.comparison.aggregate import Record, Records, correct_pairs, finished_runs
+from approx_attn.comparison.plots import budget_figure, comparison_figure, learning_curves, save_figure
 from approx_attn.comparison.report import Report
-from approx_attn.comparison.statistics import PairedDifference, detectable_gap, holm_adjust, mcnemar
+from approx_attn.comparison.statistics import PairedDifference, detectable_gap, mcnemar
 from approx_attn.comparison.summary import SUMMARY_FILE, summarise_comparison
 from approx_attn.comparison.table import (
-    MISSING,
     OTHERS_CAPTION,
+    WORDS,
     ComparisonRow,
-    comparison_columns,
+    MetricRows,
+    cells,
+    comparison_csv,
     other_cells,
-    others_to_csv,
-    others_to_markdown,
-    to_csv,
-    to_markdown,
+    others_csv,
+    show_p,
 )
 from approx_attn.metrics import Metric
+from approx_attn.output import MISSING, to_markdown
 from approx_attn.run import record
-
-Records = Mapping[str, Mapping[int, dict[str, Any] | None]]
 
 
 def write_comparison(
@@ -45,61 +39,67 @@ def write_comparison(
     name: str,
     command: str,
     reference: str,
-    others: Sequence[tuple[Metric, Sequence[ComparisonRow]]] = (),
+    others: Sequence[MetricRows] = (),
 ) -> str:
     """Write all files and return the caption of the table.
 
     Args:
         folder: where to write.
         rows: the table.
-        records: mechanism -> seed -> record of the run with its `run_dir` and `command`, or None.
+        records: of all runs.
+        metric: the test figure of the table.
+        name: of the comparison.
+        command: what to type to get it again.
+        reference: the mechanism that differences are relative to.
         others: the same runs by other metrics.
     """
     caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
-    figure = comparison_figure(rows, metric, name)
-    record.write_text_atomically(folder / "table.csv", to_csv(rows, metric))
-    more = f"\n{others_to_markdown(others)}\n{OTHERS_CAPTION}\n" if others else ""
-    record.write_text_atomically(folder / "table.md", f"{to_markdown(rows, metric)}\n{caption}\n\n`{command}`\n{more}")
+    lines, other_lines = [cells(row, metric) for row in rows], other_cells(others)
+    more = f"\n{to_markdown(other_lines, ('attention', 'verdict'))}\n{OTHERS_CAPTION}\n" if others else ""
+    markdown = f"{to_markdown(lines, WORDS)}\n{caption}\n\n`{command}`\n{more}"
+    record.write_text_atomically(folder / "table.csv", comparison_csv(rows, metric))
+    record.write_text_atomically(folder / "table.md", markdown)
     if others:
-        record.write_text_atomically(folder / "other_metrics.csv", others_to_csv(others))
-    save_figure(figure, folder / "plot.png")
-    budgets = budget_figure(rows, metric, name)
-    if budgets is not None:
-        save_figure(budgets, folder / "budgets.png")
-    report = Report(f"Comparison: {name}", command)
-    runs = [run for by_seed in records.values() for run in by_seed.values() if run and "environment" in run]
-    if runs:
-        report.subtitle += f" · {_machine(runs[0]['environment'])}"
+        record.write_text_atomically(folder / "other_metrics.csv", others_csv(others))
+    summary = summarise_comparison(records, metric=metric, name=name, command=command, reference=reference)
+    record.write_json_atomically(folder / SUMMARY_FILE, summary)
+
+    report = Report(f"Comparison: {name}", " · ".join([command, *_machine(records)]))
     section = report.section("Table")
-    columns = comparison_columns(metric)
-    section.table([c.header for c in columns], [[c.show(row) for c in columns] for row in rows], caption)
+    section.table(lines, caption)
     for row in rows:
         for seed, reason in row.missing.items():
             section.text(f"Missing: {row.name}, seed {seed}: {reason}")
-    report.section("Accuracy against cost" if metric.percent else "Figure against cost").figure(
+    figure_name = (metric.label or metric.name).capitalize()
+    figure = comparison_figure(rows, metric, name)
+    save_figure(figure, folder / "plot.png")
+    report.section(f"{figure_name} against cost").figure(
         figure, "Each point is a mechanism. The dashed line joins those that no other beats in both directions."
     )
+    budgets = budget_figure(rows, metric, name)
     if budgets is not None:
-        report.section(f"{(metric.label or metric.name).capitalize()} by budget").figure(
+        save_figure(budgets, folder / "budgets.png")
+        report.section(f"{figure_name} by budget").figure(
             budgets,
             f"One curve per mechanism that was run at several budgets. {reference} is the line across, "
             "in a band of one standard deviation.",
         )
     if others:
-        header, *lines = other_cells(others)
-        report.section("Other metrics").table(header, lines, OTHERS_CAPTION)
-    _add_statistics(report, rows, records, metric, reference)
-    _add_learning_curves(report, records, metric)
+        report.section("Other metrics").table(other_lines, OTHERS_CAPTION)
+    _add_statistics(report, MetricRows(metric, [row for row in rows if row.difference]), records, reference)
+    curves = {label: [_curve(run, metric) for run in by_seed.values()] for label, by_seed in records.items()}
+    learning = learning_curves(curves, metric)
+    if learning is not None:
+        caption_of_curves = "Mean over seeds; the band spans the lowest and highest seed."
+        report.section("Learning curves").figure(learning, caption_of_curves)
     _add_runs(report, records)
     report.save(folder / "report.html")
-    summary = summarise_comparison(records, metric=metric.name, name=name, command=command, reference=reference)
-    record.write_json_atomically(folder / SUMMARY_FILE, summary)
     return caption
 
 
 def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric) -> str:
     """How the figures were made, and how far to trust the verdicts."""
-    compared = [row for row in rows if row.difference is not None]
+    compared = [(row, row.difference) for row in rows if row.difference is not None]
     parts = [
         f"Differences from {reference} are paired by seed, with Student's t interval.",
         "Multiply-adds are of attention alone.",
@@ -108,15 +108,14 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
         if any(row.step_time is not None for row in rows)
         else "Step time and memory were not measured.",
     ]
-    if len(compared) > 1 and any(row.difference.count > 1 for row in compared if row.difference):
-        adjusted = holm_adjust([row.difference.p_value for row in compared if row.difference])
-        kept = [row.name for row, p in zip(compared, adjusted, strict=True) if p < 0.05]
+    if len(compared) > 1 and any(difference.count > 1 for _, difference in compared):
+        adjusted = MetricRows(metric, [row for row, _ in compared]).adjusted
+        different = [row.name for (row, _), p in zip(compared, adjusted, strict=True) if p < 0.05]
         parts.append(
             f"{len(compared)} mechanisms are compared at once: after Holm's correction different at 5%: "
-            f"{', '.join(kept) or 'none'}."
+            f"{', '.join(different) or 'none'}."
         )
-    gaps = [_found_gap(row.difference) for row in compared if row.difference]
-    gaps = [gap for gap in gaps if math.isfinite(gap)]
+    gaps = [gap for _, difference in compared if math.isfinite(gap := _found_gap(difference))]
     if gaps:
         span = " to ".join(dict.fromkeys(metric.show(gap) for gap in (min(gaps), max(gaps))))
         parts.append(
@@ -128,11 +127,22 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
 
 def _mixed_commits(records: Records) -> list[str]:
     """A sentence if the runs were not all made by one commit of the code."""
-    finished = [run for by_seed in records.values() for run in by_seed.values() if run and run["status"] == "finished"]
-    counts = Counter(run["environment"].get("commit") or "unknown" for run in finished)
+    runs = (run for by_seed in records.values() for run in finished_runs(by_seed).values())
+    counts = Counter(run["environment"].get("commit") or "unknown" for run in runs)
     if len(counts) < 2:
         return []
     return [f"The runs were made by different commits: {', '.join(f'{c} ({n} runs)' for c, n in counts.items())}."]
+
+
+def _machine(records: Records) -> list[str]:
+    """Where the first run was made, and by which commit."""
+    runs = (run for by_seed in records.values() for run in by_seed.values() if run and "environment" in run)
+    environment: Mapping[str, Any] | None = next((run["environment"] for run in runs), None)
+    if environment is None:
+        return []
+    where = environment.get("accelerator") or f"{environment['processor']}, {environment['torch_threads']} threads"
+    commit = [f"commit {environment['commit']}"] if environment.get("commit") else []
+    return [f"{where}, torch {environment['packages'].get('torch')}", *commit]
 
 
 def _found_gap(difference: PairedDifference) -> float:
@@ -140,43 +150,29 @@ def _found_gap(difference: PairedDifference) -> float:
     return detectable_gap(difference.spread, difference.count) if difference.has_interval else math.inf
 
 
-def _add_statistics(
-    report: Report, rows: Sequence[ComparisonRow], records: Records, metric: Metric, reference: str
-) -> None:
-    compared = [row for row in rows if row.difference is not None]
-    if not compared:
-        return
-    section = report.section("How sure are the differences?")
-    adjusted = holm_adjust([row.difference.p_value for row in compared if row.difference])
-    lines = []
-    for row, p_holm in zip(compared, adjusted, strict=True):
+def _add_statistics(report: Report, compared: MetricRows, records: Records, reference: str) -> None:
+    """The tests behind the verdicts of rows that have a difference."""
+    metric, lines = compared.metric, []
+    for row, p_holm in zip(compared.rows, compared.adjusted, strict=True):
         difference = row.difference
         assert difference is not None
         gap = _found_gap(difference)
         of_items = " (of items)" if difference.spread_of_items else ""
+        pairs = correct_pairs(records[row.name], records[reference])
         lines.append(
-            [
-                row.name,
-                metric.show_difference(difference.mean),
-                f"{metric.show(difference.spread)}{of_items}" if difference.has_interval else MISSING,
-                _number(difference.p_value),
-                _number(p_holm),
-                metric.show(gap) if math.isfinite(gap) else MISSING,
-                ", ".join(
-                    f"{seed}: {_number(p)}" for seed, p in _item_tests(records[row.name], records[reference]).items()
-                ),
-            ]
+            {
+                "attention": row.name,
+                "difference": metric.show_difference(difference.mean),
+                "its spread": f"{metric.show(difference.spread)}{of_items}" if difference.has_interval else MISSING,
+                "p (paired t)": show_p(difference.p_value),
+                "p (Holm)": show_p(p_holm),
+                "gap found with 80% power": metric.show(gap) if math.isfinite(gap) else MISSING,
+                "McNemar p by seed": ", ".join(f"{seed}: {show_p(mcnemar(*pair))}" for seed, pair in pairs.items()),
+            }
         )
-    section.table(
-        [
-            "attention",
-            "difference",
-            "its spread",
-            "p (paired t)",
-            "p (Holm)",
-            "gap found with 80% power",
-            "McNemar p by seed",
-        ],
+    if not lines:
+        return
+    report.section("How sure are the differences?").table(
         lines,
         "The t-test asks whether training with other seeds would show the same difference; the spread is the standard "
         "deviation of the difference over seeds, or that of the test items where all seeds show the same difference. "
@@ -185,67 +181,20 @@ def _add_statistics(
     )
 
 
-def _item_tests(by_seed: Mapping[int, Any], base: Mapping[int, Any]) -> dict[int, float]:
-    """Seed -> McNemar's p-value."""
-    return {seed: mcnemar(*pair) for seed, pair in correct_pairs(by_seed, base).items()}
-
-
-def _add_learning_curves(report: Report, records: Records, metric: Metric) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for index, (name, by_seed) in enumerate(records.items()):
-        curves = [curve for curve in (_curve(result, metric) for result in by_seed.values()) if curve]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-        if not steps:
-            continue
-        values = metric.factor * np.array([[curve[step] for step in steps] for curve in curves])
-        style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
-        colour = COLOURS[index % len(COLOURS)]
-        marker = "o" if len(steps) == 1 else None  # a line of one point is none
-        axis.plot(steps, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
-        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
-    if not axis.lines:
-        return
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("training step")
-    axis.set_ylabel(f"validation {metric.header}")
-    axis.grid(True, color="0.9")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
-    report.section("Learning curves").figure(figure, "Mean over seeds; the band spans the lowest and highest seed.")
-
-
-def _curve(result: dict[str, Any] | None, metric: Metric) -> dict[int, float]:
+def _curve(run: Record | None, metric: Metric) -> dict[int, float]:
     """Training step -> validation figure of one run, from its metrics.csv."""
-    path = Path(result["run_dir"]) / "metrics.csv" if result and "run_dir" in result else None
+    path = Path(run["run_dir"]) / "metrics.csv" if run and "run_dir" in run else None
     if path is None or not path.is_file():
         return {}
     with path.open(newline="") as file:
-        return {
-            int(row["step"]): float(row[key])
-            for row in csv.DictReader(file)
-            if (key := f"val/{metric.name}") in row and row[key]
-        }
+        lines = csv.DictReader(file)
+        return {int(line["step"]): float(value) for line in lines if (value := line.get(f"val/{metric.name}"))}
 
 
 def _add_runs(report: Report, records: Records) -> None:
     section = report.section("Runs")
     for name, by_seed in records.items():
-        for seed, result in by_seed.items():
-            if result is None or "config" not in result:
-                continue
-            content = f"{result['command']}\n\n{json.dumps(result['config'], indent=2)}"
-            section.details(f"{name}, seed {seed}: {result['status']}, {result['run_dir']}", content)
-
-
-def _machine(environment: Mapping[str, Any]) -> str:
-    where = environment.get("accelerator") or f"{environment['processor']}, {environment['torch_threads']} threads"
-    commit = f" · commit {environment['commit']}" if environment.get("commit") else ""
-    return f"{where}, torch {environment['packages'].get('torch')}{commit}"
-
-
-def _number(value: float) -> str:
-    if np.isnan(value):
-        return MISSING
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+        for seed, run in by_seed.items():
+            if run is not None and "config" in run:
+                content = f"{run['command']}\n\n{json.dumps(run['config'], indent=2)}"
+                section.details(f"{name}, seed {seed}: {run['status']}, {run['run_dir']}", content)

@@ -9,7 +9,6 @@ were not given. A comparison that the document does not have yet is added at its
 
 from __future__ import annotations
 
-import csv
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,11 @@ from approx_attn.command import exit_code
 from approx_attn.comparison.schedule import describe_schedule
 from approx_attn.comparison.statistics import paired_difference, summarise
 from approx_attn.comparison.summary import SUMMARY_FILE
+from approx_attn.comparison.table import show_difference, show_summary
 from approx_attn.config.instantiate import suggestion
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Metric
-from approx_attn.output import require_file
+from approx_attn.output import MISSING, require_file
 from approx_attn.run import record
 
 BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
@@ -44,6 +44,15 @@ text between the tables is written by hand.
 {OVERVIEW}
 {END}
 """
+OVERVIEW_HEAD = f"""\
+The best `{FAMILY}*` by validation figure against the best of {", ".join(f"`{name}`" for name in BASELINES)}:
+
+| comparison | eigen | test | baseline | test | difference (95%) | in words |
+|---|---|---:|---|---:|---:|---|"""
+OVERVIEW_FOOT = (
+    "Chosen by the mean over seeds of what the best checkpoint was kept by, so that no test figure had a part in it; "
+    "differences are paired by seed."
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,14 @@ class WrittenComparison:
 
     Attributes:
         summary: what summary.json holds.
-        table: Markdown of the table, and the caption below it.
-        rows: the lines of table.csv by mechanism.
+        table: Markdown of the table.
+        caption: the sentences below the table.
         measured: environment in which step times were measured; None if they were not.
     """
 
     summary: dict[str, Any]
     table: str
     caption: str
-    rows: dict[str, dict[str, str]]
     measured: dict[str, Any] | None
 
     @property
@@ -70,6 +78,10 @@ class WrittenComparison:
     @property
     def metric(self) -> Metric:
         return METRICS[self.summary["metric"]]
+
+    def figures(self, label: str) -> dict[str, float]:
+        """Seed -> test figure of a mechanism."""
+        return self.summary["figures"][label]  # type: ignore[no-any-return]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,15 +94,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _write_and_report(arguments: Sequence[str]) -> None:
     folders = [argument for argument in arguments if "=" not in argument]
-    output = "RESULTS.md"
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if argument not in folders:
-            if key != "output":
-                raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
-            output = value
+    options = dict(argument.split("=", 1) for argument in arguments if argument not in folders)
+    for key in options:
+        if key != "output":
+            raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
     if not folders:
         raise ConfigError("results needs at least one folder of a comparison, got none.")
+    output = options.get("output", "RESULTS.md")
     text = write_document(require_file("output", output), [Path(folder) for folder in folders])
     print(f"Written: {output}")
     unread = text.count(NO_READING)
@@ -111,7 +121,8 @@ def write_document(path: Path, folders: Sequence[Path]) -> str:
     for comparison in comparisons:
         text = put_block(text, f"<!-- comparison: {comparison.name} -->", section(comparison), comparison.name)
     if OVERVIEW in text:
-        text = put_block(text, OVERVIEW, overview(comparisons, known_lines(text)), "")
+        lines = known_lines(text) | {comparison.name: overview_line(comparison) for comparison in comparisons}
+        text = put_block(text, OVERVIEW, "\n".join([OVERVIEW_HEAD, *lines.values(), "", OVERVIEW_FOOT]), "")
     record.write_text_atomically(path, text)
     return text
 
@@ -141,10 +152,8 @@ def read_comparison(folder: Path) -> WrittenComparison:
             "(the same command again writes it without training again)."
         )
     table, caption, *_ = (folder / "table.md").read_text(encoding="utf-8").split("\n\n")
-    with (folder / "table.csv").open(newline="", encoding="utf-8") as file:
-        rows = {row["attention"]: row for row in csv.DictReader(file)}
-    measured = record.read_json(folder / "measurements.json")
-    return WrittenComparison(summary, table, caption, rows, measured and measured.get("environment"))
+    measured = record.read_json(folder / "measurements.json") or {}
+    return WrittenComparison(summary, table, caption, measured.get("environment"))
 
 
 # -- one comparison ------------------------------------------------------------------------------------
@@ -154,18 +163,18 @@ def section(comparison: WrittenComparison) -> str:
     """The generated part of a comparison's section."""
     summary = comparison.summary
     steps = [count for by_seed in summary["steps"].values() for count in by_seed.values()]
+    where = f"on {_machine(summary['environments'])}"
+    measured = "" if comparison.measured is None else f"on {_machine([comparison.measured])}"
+    times = f"; step times {measured}" if measured not in ("", where) else ""
+    commits = dict.fromkeys(environment.get("commit") for environment in summary["environments"])
+    known = ", ".join(filter(None, commits))
+    commit = f"; commit {known}{' and others' if None in commits else ''}" if known else ""
     seeds = ", ".join(map(str, summary["seeds"]))
-    facts = [
-        f"Trained: {describe_schedule(summary['config'], summary['spec'], steps)}",
-        f"Seeds {seeds}; runs ended {_dates(summary)}; {_machines(comparison)}{_commits(summary)}.",
-    ]
-    return "\n\n".join(
-        [
-            f"```\n{portable_command(summary['command'], summary['config']['name'])}\n```",
-            "\n".join(f"- {fact}" for fact in facts),
-            comparison.table,
-            without_paths(comparison.caption),
-        ]
+    return (
+        f"```\n{portable_command(summary['command'], summary['config']['name'])}\n```\n\n"
+        f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n"
+        f"- Seeds {seeds}; runs ended {_dates(summary)}; {where}{times}{commit}.\n\n"
+        f"{comparison.table}\n\n{without_paths(comparison.caption)}"
     )
 
 
@@ -176,15 +185,11 @@ def portable_command(command: str, recipe: str) -> str:
         key, equals, value = word.partition("=")
         if equals and key in PLACES:
             continue
-        if equals and key.endswith("path") and _is_place(value):
+        # A hub id, or the name of a folder nearby, is not a place of one machine.
+        if equals and key.endswith("path") and (value.startswith(("/", "~", ".")) or value.count("/") > 1):
             value = f"<{recipe} folder>" if key == "data.path" else f"<{key}>"
         words.append(without_paths(f"{key}{equals}{value}"))
     return shlex.join(words)
-
-
-def _is_place(value: str) -> bool:
-    """Whether a path is one of this machine, and neither a hub id nor the name of a folder nearby."""
-    return value.startswith(("/", "~", ".")) or value.count("/") > 1
 
 
 def without_paths(text: str) -> str:
@@ -195,64 +200,26 @@ def without_paths(text: str) -> str:
 def _dates(summary: Mapping[str, Any]) -> str:
     if not summary["last_run"]:
         return "at a time not kept"
-    first, last = summary["first_run"][:10], summary["last_run"][:10]
-    return last if first == last else f"{first} to {last}"
-
-
-def _commits(summary: Mapping[str, Any]) -> str:
-    commits = dict.fromkeys(environment.get("commit") for environment in summary["environments"])
-    known = [commit for commit in commits if commit]
-    return f"; commit {', '.join(known)}{' and others' if None in commits else ''}" if known else ""
-
-
-def _machines(comparison: WrittenComparison) -> str:
-    text = f"on {_machine(comparison.summary['environments'])}"
-    if comparison.measured is not None:
-        measured = _machine([comparison.measured])
-        text += "" if text == f"on {measured}" else f"; step times on {measured}"
-    return text
+    return " to ".join(dict.fromkeys(summary[key][:10] for key in ("first_run", "last_run")))
 
 
 def _machine(environments: Sequence[Mapping[str, Any]]) -> str:
     """The devices, threads and versions of torch that runs had."""
     devices: dict[str, set[int]] = {}
     for environment in environments:
-        uses_accelerator = environment.get("accelerator") and environment.get("device", "cuda") != "cpu"
-        device = environment["accelerator" if uses_accelerator else "processor"]
+        on_accelerator = environment.get("accelerator") and environment.get("device", "cuda") != "cpu"
+        device = environment["accelerator" if on_accelerator else "processor"]
         threads = devices.setdefault(f"{device}, torch {environment['packages']['torch']}", set())
-        if not uses_accelerator:
+        if not on_accelerator:
             threads.add(environment["torch_threads"])
-    return " and ".join(f"{device}{_threads(sorted(counts))}" for device, counts in devices.items())
-
-
-def _threads(counts: Sequence[int]) -> str:
-    if not counts:
-        return ""
-    return f", {' or '.join(map(str, counts))} {'thread' if counts[-1] == 1 else 'threads'}"
+    parts = []
+    for device, counts in devices.items():
+        numbers = " or ".join(map(str, sorted(counts)))
+        parts.append(f"{device}, {numbers} {'thread' if max(counts) == 1 else 'threads'}" if counts else device)
+    return " and ".join(parts)
 
 
 # -- all of them ---------------------------------------------------------------------------------------
-
-
-OVERVIEW_HEAD = f"""\
-The best `{FAMILY}*` by validation figure against the best of {", ".join(f"`{name}`" for name in BASELINES)}:
-
-| comparison | eigen | test | baseline | test | difference (95%) | in words |
-|---|---|---:|---|---:|---:|---|"""
-OVERVIEW_FOOT = (
-    "Chosen by the mean over seeds of what the best checkpoint was kept by, so that no test figure had a part in it; "
-    "differences are paired by seed."
-)
-
-
-def overview(comparisons: Sequence[WrittenComparison], known: Mapping[str, str]) -> str:
-    """The best eigen mechanism of each comparison against the best of the baselines.
-
-    Args:
-        known: lines of comparisons that the document has already, by name.
-    """
-    lines = {**known, **{comparison.name: overview_line(comparison) for comparison in comparisons}}
-    return "\n".join([OVERVIEW_HEAD, *lines.values(), "", OVERVIEW_FOOT])
 
 
 def known_lines(text: str) -> dict[str, str]:
@@ -265,21 +232,20 @@ def known_lines(text: str) -> dict[str, str]:
 
 
 def overview_line(comparison: WrittenComparison) -> str:
-    """One comparison as a line of the overview."""
+    """The best eigen mechanism of a comparison against the best of the baselines."""
     eigen = best(comparison, lambda name: name.startswith(FAMILY))
     baseline = best(comparison, lambda name: name in BASELINES)
     if eigen is None or baseline is None:
-        difference, words = "–", f"no {'eigen mechanism' if eigen is None else 'baseline'} with validation figures"
+        difference, words = MISSING, f"no {'eigen mechanism' if eigen is None else 'baseline'} with validation figures"
     else:
         difference, words = _compare(comparison, eigen, baseline)
-    sides = [cell for label in (eigen, baseline) for cell in (label or "–", _figure(comparison, label))]
-    absent = [name for name in BASELINES if not any(label.split()[0] == name for label in _finished(comparison))]
-    words += f"; without {', '.join(absent)}" if absent else ""
-    return f"| {comparison.name} | {' | '.join(sides)} | {difference} | {words} |"
-
-
-def _finished(comparison: WrittenComparison) -> list[str]:
-    return [label for label, figures in comparison.summary["figures"].items() if figures]
+    cells = [comparison.name]
+    for label in (eigen, baseline):
+        figure = None if label is None else summarise(list(comparison.figures(label).values()))
+        cells += [label or MISSING, show_summary(figure, comparison.metric)]
+    ran = {label.split()[0] for label, figures in comparison.summary["figures"].items() if figures}
+    absent = ", ".join(name for name in BASELINES if name not in ran)
+    return f"| {' | '.join([*cells, difference, words])}{f'; without {absent}' if absent else ''} |"
 
 
 def best(comparison: WrittenComparison, belongs: Callable[[str], bool]) -> str | None:
@@ -289,32 +255,20 @@ def best(comparison: WrittenComparison, belongs: Callable[[str], bool]) -> str |
         for label, figures in comparison.summary["validation"].items()
         if figures and None not in figures.values() and belongs(label.split()[0])
     }
-    if not means:
-        return None
-    lower_is_better = comparison.summary["validation_mode"] == "min"
-    return (min if lower_is_better else max)(means, key=lambda label: means[label])
+    choose = min if comparison.summary["validation_mode"] == "min" else max
+    return choose(means, key=lambda label: means[label], default=None)
 
 
 def _compare(comparison: WrittenComparison, label: str, other: str) -> tuple[str, str]:
     """The paired difference of two mechanisms and its verdict."""
-    ours, theirs = (comparison.summary["figures"][name] for name in (label, other))
+    ours, theirs = comparison.figures(label), comparison.figures(other)
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
-        return "–", "no seed in common"
+        return MISSING, "no seed in common"
     found = paired_difference([ours[seed] for seed in shared], [theirs[seed] for seed in shared])
-    metric = comparison.metric
-    text = metric.show_difference(found.mean)
-    better = (found.mean > 0.0) == metric.higher_is_better or found.mean == 0.0
-    words = "at least as good" if better else "worse"
-    if not found.has_interval:
-        return text, f"{words}, {'one seed' if found.count < 2 else 'the same difference for every seed'}"
-    text += f" [{metric.show_difference(found.low)}, {metric.show_difference(found.high)}]"
-    return text, f"{words}, {'distinguishable' if found.distinguishable else 'not distinguishable'}"
-
-
-def _figure(comparison: WrittenComparison, label: str | None) -> str:
-    if label is None:
-        return "–"
-    figure = summarise(list(comparison.summary["figures"][label].values()))
-    spread = f" ± {comparison.metric.show(figure.std)}" if figure.count > 1 else ""
-    return f"{comparison.metric.show(figure.mean)}{spread}"
+    words = "worse" if (found.mean > 0.0) != comparison.metric.higher_is_better and found.mean else "at least as good"
+    if found.has_interval:
+        sure = "distinguishable" if found.distinguishable else "not distinguishable"
+    else:
+        sure = "one seed" if found.count < 2 else "the same difference for every seed"
+    return show_difference(found, comparison.metric), f"{words}, {sure}"

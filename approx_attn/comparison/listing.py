@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_attn.attention.registry import attention_options, available_attention
-from approx_attn.command import run_plain
+from approx_attn.command import as_list, run_plain
 from approx_attn.comparison import pruning
 from approx_attn.comparison.table import wide_console
 from approx_attn.config.compose import ConfigError, available_choices, config_dir, plain
 from approx_attn.config.instantiate import suggestion
 from approx_attn.errors import Unsuccessful
-from approx_attn.output import require_folder
+from approx_attn.metrics import DEFAULT, METRICS, Metric
+from approx_attn.output import MISSING, require_folder, shown, shown_bytes, to_table
 from approx_attn.run import record
 
 STATUSES = ("finished", "failed", "running", "unfinished")
-ORDERS = ("data", "attention", "seed", "status", "accuracy", "seconds", "date")
+ORDERS = ("data", "attention", "seed", "status", "seconds", "date", *METRICS)
+WORDS = ("attention", "options", "differs in", "status", "date", "folder")  # columns of words
+SHOWN_DISTINCTIONS = 4
 FIELDS = ("status", "data", "attention", "seed")  # filters that are not paths into the configuration
 DAY = 24 * 3600.0
 
@@ -44,14 +48,19 @@ class RunEntry:
         status: one of `STATUSES`.
         config: the resolved configuration; empty if it cannot be read.
         result: the record; empty for a run without.
-        written: seconds since 1970 when anything of the record was written last.
+        date: seconds since 1970 when anything of the record was written last.
     """
 
     folder: Path
     status: str
     config: dict[str, Any]
     result: dict[str, Any]
-    written: float
+    date: float
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The configuration by dotted key."""
+        return flat(self.config)
 
     @property
     def data(self) -> str:
@@ -79,18 +88,16 @@ class RunEntry:
         )
 
     @property
-    def accuracy(self) -> float | None:
-        value = (self.result.get("metrics") or {}).get("test/accuracy")
-        return float(value) if isinstance(value, int | float) else None
-
-    @property
     def seconds(self) -> float | None:
-        value = self.result.get("seconds")
-        return float(value) if isinstance(value, int | float) else None
+        return _number(self.result.get("seconds"))
 
-    @property
-    def date(self) -> float:
-        return self.written
+    def figure(self, metric: Metric) -> float | None:
+        """A test figure; None for a run that has none."""
+        return _number((self.result.get("metrics") or {}).get(metric.key))
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 def find_runs(root: str | Path) -> Iterator[RunEntry]:
@@ -109,8 +116,8 @@ def read_run(folder: Path) -> RunEntry:
     status = result.get("status")
     if status not in ("finished", "failed"):
         status = "running" if is_running(folder) else "unfinished"
-    newest = max((folder / name for name in (record.RESULT_FILE, record.CONFIG_FILE, record.MARKER)), key=_modified)
-    return RunEntry(folder, status, config, result, _modified(newest))
+    date = max(_modified(folder / name) for name in (record.RESULT_FILE, record.CONFIG_FILE, record.MARKER))
+    return RunEntry(folder, status, config, result, date)
 
 
 def is_running(folder: Path) -> bool:
@@ -138,31 +145,24 @@ def _modified(path: Path) -> float:
 def matches(run: RunEntry, wanted: Mapping[str, Any]) -> bool:
     """Whether a run has every value asked for; a list asks for any of its values."""
     for key, value in wanted.items():
-        has = getattr(run, key) if key in FIELDS else select(run.config, key)
+        has = getattr(run, key) if key in FIELDS else run.values.get(key, ABSENT)
         accepted = value if isinstance(value, list) and not isinstance(has, list) else [value]
         if not any(has == one and isinstance(has, bool) == isinstance(one, bool) for one in accepted):
             return False
     return True
 
 
-MISSING = object()
+ABSENT = object()
 
 
-def select(config: Any, key: str) -> Any:
-    """The value at a dotted key, or `MISSING`."""
-    for part in key.split("."):
-        if not isinstance(config, Mapping) or part not in config:
-            return MISSING
-        config = config[part]
-    return config
-
-
-def dotted_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted keys of all values in a configuration."""
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by dotted key, and the groups that they stand in."""
+    found = {}
     for key, value in config.items():
-        yield f"{prefix}{key}"
+        found[f"{prefix}{key}"] = value
         if isinstance(value, Mapping):
-            yield from dotted_keys(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
+    return found
 
 
 # -- the verb ------------------------------------------------------------------------------------------
@@ -190,8 +190,7 @@ def split_words(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any
         except Exception as error:
             raise ConfigError(f"argument {argument!r} cannot be read; write key=value.") from error
         (own if key in own else filters)[key] = value
-    statuses = own["status"] if isinstance(own["status"], list) else [own["status"]]
-    for status in statuses:
+    for status in as_list(own["status"]):
         if status is not None and status not in STATUSES:
             raise ConfigError(f"status={status!r} is unknown{suggestion(str(status), STATUSES)}")
     days = own["older_than"]
@@ -221,28 +220,24 @@ def chosen_runs(own: Mapping[str, Any], filters: Mapping[str, Any]) -> list[RunE
         "data": {*available_choices("data"), *(run.data for run in runs)},
     }
     for key, accepted in names.items():
-        for name in own[key] if isinstance(own[key], list) else [own[key]]:
+        for name in as_list(own[key]):
             if name is not None and name not in accepted:
                 raise ConfigError(f"{key}={name} is unknown{suggestion(str(name), accepted)}")
     for key in filters:
-        if runs and all(select(run.config, key) is MISSING for run in runs):
-            known = {name for run in runs[:100] for name in dotted_keys(run.config)} | set(own)
-            raise ConfigError(f"{key} is not a key of any run here{_closest(key, known)}")
+        if runs and all(key not in run.values for run in runs):
+            known = {*own, *(name for run in runs[:100] for name in run.values)}
+            # Of hundreds of keys only the one that was probably meant is named.
+            meant, _, _ = suggestion(key, known).partition(" Accepted:")
+            raise ConfigError(f"{key} is not a key of any run here{meant}")
     wanted = {key: own[key] for key in FIELDS if own[key] is not None}
     found = [run for run in runs if matches(run, {**wanted, **filters})]
     if own["older_than"] is not None:
-        found = [run for run in found if run.written < time.time() - own["older_than"] * DAY]
+        found = [run for run in found if run.date < time.time() - own["older_than"] * DAY]
     return sorted(found, key=lambda run: _order(run, own["sort"]))
 
 
-def _closest(key: str, known: set[str]) -> str:
-    """The end of a sentence: of hundreds of keys only the one that was probably meant is named."""
-    meant, _, _ = suggestion(key, known).partition(" Accepted:")
-    return meant
-
-
 def _order(run: RunEntry, sort: str) -> tuple[Any, ...]:
-    value = getattr(run, sort)
+    value = run.figure(METRICS[sort]) if sort in METRICS else getattr(run, sort)
     first = (value is None, str(value) if isinstance(value, str) else value or 0)
     return (*first, run.data, run.attention, run.options, str(run.seed))
 
@@ -257,7 +252,8 @@ def _list_or_prune(arguments: Sequence[str]) -> None:
     if not runs:
         words = [word for word in arguments if not word.startswith(("folder=", "sort=", "verbose="))]
         raise Unsuccessful(f"no run in {own['folder']}{' has ' if words else ''}{' and '.join(words)}.")
-    console.print(as_table(runs, str(own["folder"])))
+    metric = METRICS[own["sort"] if own["sort"] in METRICS else DEFAULT[0]]
+    console.print(as_table(runs, str(own["folder"]), metric))
     failed = [run for run in runs if run.status == "failed"]
     for run in failed[:20]:
         console.print(f"{run.folder}: {run.result.get('error', '')}", highlight=False, markup=False)
@@ -284,10 +280,10 @@ def _prune(runs: Sequence[RunEntry], root: Path, confirmed: bool, console: Conso
         require_folder("folder", run.folder)
         files = pruning.files_of(run.folder, run.config)
         chosen.append(files)
-        say(f"{run.folder}: {run.status}, {_size(files.size)}")
+        say(f"{run.folder}: {run.status}, {shown_bytes(files.size)}")
         for path in files.foreign:
             say(f"{path} was not written by a run: it stays, with its folder.")
-    total = f"{len(chosen)} runs, {_size(sum(files.size for files in chosen))}"
+    total = f"{len(chosen)} runs, {shown_bytes(sum(files.size for files in chosen))}"
     if chosen and not confirmed:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise ConfigError(f"prune=true deletes nothing before it is confirmed; confirm=true deletes {total}.")
@@ -296,21 +292,29 @@ def _prune(runs: Sequence[RunEntry], root: Path, confirmed: bool, console: Conso
     say(f"{deleted} of {len(runs)} runs deleted.")
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
-
-
-def as_table(runs: Sequence[RunEntry], folder: str) -> Table:
-    """One row per run."""
-    numbers = ", ".join(f"{sum(run.status == status for run in runs)} {status}" for status in STATUSES)
-    table = Table(title=f"{len(runs)} runs in {folder}", title_justify="left", caption=numbers, caption_justify="left")
+def as_table(runs: Sequence[RunEntry], folder: str, metric: Metric) -> Table:
+    """One row per run, with one test figure."""
+    counts = ", ".join(f"{sum(run.status == status for run in runs)} {status}" for status in STATUSES)
     apart = distinctions(runs)
-    columns = [column for column in COLUMNS if column[0] != DISTINCTIONS or any(apart)]
-    for header, numeric in columns:
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold", no_wrap=header == "date")
+    rows = []
     for run, words in zip(runs, apart, strict=True):
-        cells = dict(zip([header for header, _ in COLUMNS], _cells(run, words, folder), strict=True))
-        table.add_row(*(cells[header] for header, _ in columns))
+        figure = run.figure(metric)
+        row = {
+            "data": run.data,
+            "attention": run.attention,
+            "options": run.options,
+            "differs in": words,
+            "seed": MISSING if run.seed is None else str(run.seed),
+            "status": run.status,
+            f"test {metric.header}": MISSING if figure is None else metric.show(figure),
+            "seconds": shown(run.seconds, ".0f"),
+            "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.date)),
+            "folder": os.path.relpath(run.folder, folder),
+        }
+        rows.append(row if any(apart) else {key: cell for key, cell in row.items() if key != "differs in"})
+    table = to_table(rows, words=WORDS, title=f"{len(runs)} runs in {folder}", caption=counts)
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", column.header == "date"
     return table
 
 
@@ -323,7 +327,7 @@ def distinctions(runs: Sequence[RunEntry]) -> list[str]:
     words = []
     for run, own in zip(runs, settings, strict=True):
         alike = groups[run.data, run.attention]
-        differing = [key for key in own if any(other.get(key, MISSING) != own[key] for other in alike)]
+        differing = [key for key in own if any(other.get(key, ABSENT) != own[key] for other in alike)]
         more = " ..." if len(differing) > SHOWN_DISTINCTIONS else ""
         words.append(" ".join(f"{key}={own[key]}" for key in differing[:SHOWN_DISTINCTIONS]) + more)
     return words
@@ -331,46 +335,10 @@ def distinctions(runs: Sequence[RunEntry]) -> list[str]:
 
 def _settings(run: RunEntry) -> dict[str, Any]:
     """What decides a run, by dotted key, without what other columns show."""
-    config = record.deciding(run.config)
-    keys = [key for key in dotted_keys(config) if not key.startswith(("attention", "model.attention."))]
-    values = {key: select(config, key) for key in keys}
     return {
         key: value
-        for key, value in values.items()
-        if not isinstance(value, Mapping) and not (key == "data.seed" and value == run.seed)
+        for key, value in flat(record.deciding(run.config)).items()
+        if not isinstance(value, Mapping)
+        and not key.startswith(("attention", "model.attention."))
+        and not (key == "data.seed" and value == run.seed)
     }
-
-
-DISTINCTIONS = "differs in"
-SHOWN_DISTINCTIONS = 4
-
-COLUMNS = (
-    ("data", False),
-    ("attention", False),
-    ("options", False),
-    (DISTINCTIONS, False),
-    ("seed", True),
-    ("status", False),
-    ("test accuracy %", True),
-    ("seconds", True),
-    ("date", False),
-    ("folder", False),
-)
-
-
-def _cells(run: RunEntry, apart: str, folder: str) -> list[str]:
-    accuracy = "–" if run.accuracy is None else f"{100 * run.accuracy:.2f}"
-    seconds = "–" if run.seconds is None else f"{run.seconds:.0f}"
-    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.written))
-    return [
-        run.data,
-        run.attention,
-        run.options,
-        apart,
-        "–" if run.seed is None else str(run.seed),
-        run.status,
-        accuracy,
-        seconds,
-        date,
-        os.path.relpath(run.folder, folder),
-    ]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from approx_attn.comparison.statistics import pareto_frontier
-from approx_attn.comparison.table import ComparisonRow, Metric
+from approx_attn.comparison.table import ComparisonRow
+from approx_attn.metrics import Metric
 from approx_attn.run.record import open_atomically
 
 Cost = Callable[[ComparisonRow], float | None]
@@ -106,6 +108,37 @@ def budget_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> 
         budgets = [cost(row) for curve in curves(rows) if curve.option for row in curve.rows]
         _scale(axis, [cost(row) for row in rows if row.figure is not None], budgets)
     _add_legend(figure, axes)
+    return figure
+
+
+def learning_curves(runs: Mapping[str, Sequence[Mapping[int, float]]], metric: Metric) -> Figure | None:
+    """Validation figure against training step, one curve per mechanism; None without any.
+
+    Args:
+        runs: mechanism -> for every seed, step -> figure; steps that not all seeds have are left out.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for index, (name, by_seed) in enumerate(runs.items()):
+        seeds = [curve for curve in by_seed if curve]
+        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+        if not steps:
+            continue
+        values = metric.factor * np.array([[curve[step] for step in steps] for curve in seeds])
+        style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
+        colour = COLOURS[index % len(COLOURS)]
+        marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
+        axis.plot(steps, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
+        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+    if not axis.lines:
+        return None
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("training step")
+    axis.set_ylabel(f"validation {metric.header}")
+    axis.grid(True, color="0.9")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from approx_attn.output import MISSING, Rows
 from approx_attn.run.record import write_text_atomically
 
 
@@ -30,12 +30,12 @@ class Section:
         self.parts.append({"kind": "text", "text": paragraph})
         return self
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> Section:
-        """Add a table; a click on a header sorts by it. Cells are shown with `str`; columns of numbers align right."""
-        cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-        numeric = [bool(cells) and all(_reads_as_number(row[i]) for row in cells) for i in range(len(headers))]
+    def table(self, rows: Rows, caption: str = "") -> Section:
+        """Add at least one row from header to cell; a click on a header sorts. Columns of numbers align right."""
+        lines = [["" if cell is None else str(cell) for cell in row.values()] for row in rows]
+        numeric = [all(map(_reads_as_number, column)) for column in zip(*lines, strict=True)]
         self.parts.append(
-            {"kind": "table", "headers": list(headers), "rows": cells, "numeric": numeric, "caption": caption}
+            {"kind": "table", "headers": list(rows[0]), "rows": lines, "numeric": numeric, "caption": caption}
         )
         return self
 
@@ -82,7 +82,7 @@ class Report:
 
 def _reads_as_number(cell: str) -> bool:
     first = cell.split(" ")[0].lstrip("<").rstrip("×%").replace(",", "")
-    if first in ("", "–"):
+    if first in ("", MISSING):
         return True
     try:
         float(first)

@@ -171,7 +171,7 @@ def detectable_gap(std: float, count: int, wanted_power: float = 0.8) -> float:
 def pareto_frontier(costs: Sequence[float], gains: Sequence[float]) -> list[bool]:
     """Which points no other point beats: lower or equal cost and higher or equal gain, one of them strictly.
 
-    A point that is no number neither beats nor stands unbeaten.
+    A point with a NaN beats none and counts as beaten.
     """
     points = list(zip(costs, gains, strict=True))
     return [

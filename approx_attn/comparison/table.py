@@ -1,22 +1,27 @@
-"""The comparison as one table: for the terminal, Markdown and CSV, all from the same rows."""
+"""The comparison as one table: the terminal, Markdown, CSV and the report show the same rows."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table as RichTable
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from approx_attn.comparison.statistics import PairedDifference, Summary, holm_adjust
 from approx_attn.metrics import Metric
+from approx_attn.output import MISSING, Rows, shown, to_csv, to_table
 
-MISSING = "–"
+WORDS = ("attention", "verdict")  # columns of words; the others hold figures
+RESULTS = ("attention", "difference (95%)", "verdict", "seeds")  # what a narrow terminal shows above the costs
+FULL_WIDTH = 168  # characters of a terminal that holds all columns side by side
+OTHERS_CAPTION = (
+    "Differences are paired by seed, with Student's t interval; p by the paired t-test, after Holm's correction for "
+    "the mechanisms compared by one metric."
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class ComparisonRow:
         name: mechanism with the options that were set, as in the command.
         figure: test figure over the finished seeds.
         difference: paired with the reference by seed; None for the reference itself.
-        exact_share: share of the pairs whose score is computed exactly, 0 to 1.
+        exact_share: share of the pairs whose exact score enters the result, 0 to 1.
         multiply_adds: of attention, relative to the reference.
         step_time: of a training step, relative to the reference, measured alternately with it.
         step_time_spread: half the interquartile range of the same ratio.
@@ -78,54 +83,120 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column: what it is called, how it reads, and what it holds for machines."""
+class MetricRows:
+    """The rows of one metric."""
 
-    header: str
-    key: str
-    show: Callable[[ComparisonRow], str]
-    value: Callable[[ComparisonRow], Any]
-    numeric: bool = True
+    metric: Metric
+    rows: Sequence[ComparisonRow]
+
+    @property
+    def adjusted(self) -> list[float]:
+        """By row, the p-value after Holm's correction; NaN where there is none."""
+        return holm_adjust([row.difference.p_value if row.difference else math.nan for row in self.rows])
 
 
-def comparison_columns(metric: Metric) -> list[Column]:
-    """The columns of the table, `metric` being its test figure."""
+# -- rows as cells -------------------------------------------------------------------------------------
+
+
+def cells(row: ComparisonRow, metric: Metric) -> dict[str, str]:
+    """A row for people, by header."""
+    wanted = len(row.finished) + len(row.missing)
+    spread = f" ± {row.step_time_spread:.2f}" if row.step_time_spread else ""
+    return {
+        "attention": row.name,
+        f"test {metric.header}": show_summary(row.figure, metric),
+        "difference (95%)": show_difference(row.difference, metric),
+        "verdict": row.verdict(metric),
+        "exact pairs": shown(row.exact_share, ".0%"),
+        "multiply-adds": shown(row.multiply_adds, ".2f", "×"),
+        "step time": shown(row.step_time, ".2f", f"×{spread}"),
+        "peak memory": shown(row.memory and row.memory / 2**20, ".0f", " MiB"),
+        "parameters": shown(row.parameters, ","),
+        "seeds": str(wanted) if not row.missing else f"{len(row.finished)} of {wanted}",
+    }
+
+
+def show_summary(figure: Summary | None, metric: Metric) -> str:
+    """Mean and standard deviation."""
+    if figure is None:
+        return MISSING
+    spread = "" if math.isnan(figure.std) else f" ± {metric.show(figure.std)}"
+    return f"{metric.show(figure.mean)}{spread}"
+
+
+def show_difference(difference: PairedDifference | None, metric: Metric) -> str:
+    """A difference with its interval, if it has one."""
+    if difference is None:
+        return MISSING
+    mean = metric.show_difference(difference.mean)
+    if not difference.has_interval:
+        return mean
+    return f"{mean} [{metric.show_difference(difference.low)}, {metric.show_difference(difference.high)}]"
+
+
+def show_p(value: float) -> str:
+    """A p-value."""
+    return "<0.001" if value < 0.001 else shown(value, ".3f")
+
+
+def other_cells(others: Sequence[MetricRows]) -> list[dict[str, str]]:
+    """Rows of other metrics for people, one per metric and mechanism."""
     return [
-        Column("attention", "attention", lambda r: r.name, lambda r: r.name, numeric=False),
-        Column(
-            f"test {metric.header}",
-            f"{metric.name}_mean",
-            lambda r: _show_figure(r, metric),
-            lambda r: r.figure and r.figure.mean,
-        ),
-        Column(
-            "difference (95%)",
-            "difference",
-            lambda r: _show_difference(r, metric),
-            lambda r: r.difference and r.difference.mean,
-        ),
-        Column("verdict", "verdict", lambda r: r.verdict(metric), lambda r: r.verdict(metric), numeric=False),
-        Column("exact pairs", "exact_pairs", lambda r: _percent(r.exact_share), lambda r: r.exact_share),
-        Column("multiply-adds", "multiply_adds", lambda r: _times(r.multiply_adds), lambda r: r.multiply_adds),
-        Column("step time", "step_time", _show_step_time, lambda r: r.step_time),
-        Column("peak memory", "memory_bytes", lambda r: _mebibytes(r.memory), lambda r: r.memory),
-        Column("parameters", "parameters", lambda r: _thousands(r.parameters), lambda r: r.parameters),
-        Column("seeds", "seeds", _show_seeds, lambda r: " ".join(map(str, r.finished))),
+        {
+            "metric": each.metric.header,
+            "attention": row.name,
+            "test": show_summary(row.figure, each.metric),
+            "difference (95%)": show_difference(row.difference, each.metric),
+            "p (Holm)": show_p(p),
+            "verdict": row.verdict(each.metric),
+        }
+        for each in others
+        for row, p in zip(each.rows, each.adjusted, strict=True)
     ]
 
 
-# Beyond what the terminal shows, the CSV has the spread behind the means.
-_CSV_EXTRAS: list[tuple[str, Callable[[ComparisonRow], Any]]] = [
-    ("std", lambda r: r.figure and r.figure.std),
-    ("difference_low", lambda r: r.difference and r.difference.low),
-    ("difference_high", lambda r: r.difference and r.difference.high),
-    ("p_value", lambda r: r.difference and r.difference.p_value),
-    ("step_time_spread", lambda r: r.step_time_spread),
-    ("missing_seeds", lambda r: " ".join(map(str, r.missing))),
-]
+def _values(row: ComparisonRow, metric: Metric) -> dict[str, Any]:
+    """A row for machines, in full precision; None where something is unknown."""
+    figure, difference = row.figure, row.difference
+    values: dict[str, Any] = {
+        "attention": row.name,
+        "mean": figure and figure.mean,
+        "difference": difference and difference.mean,
+        "verdict": row.verdict(metric),
+        "exact_pairs": row.exact_share,
+        "multiply_adds": row.multiply_adds,
+        "step_time": row.step_time,
+        "memory_bytes": row.memory,
+        "parameters": row.parameters,
+        "seeds": " ".join(map(str, row.finished)),
+        "std": figure and figure.std,
+        "difference_low": difference and difference.low,
+        "difference_high": difference and difference.high,
+        "p_value": difference and difference.p_value,
+        "step_time_spread": row.step_time_spread,
+        "missing_seeds": " ".join(map(str, row.missing)),
+    }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
-FULL_WIDTH = 168  # of a terminal that holds all columns side by side
+def comparison_csv(rows: Sequence[ComparisonRow], metric: Metric) -> str:
+    """The table for machines."""
+    renamed = {"mean": f"{metric.name}_mean"}
+    return to_csv([{renamed.get(key, key): value for key, value in _values(row, metric).items()} for row in rows])
+
+
+def others_csv(others: Sequence[MetricRows]) -> str:
+    """The table of other metrics for machines."""
+    keys = ("attention", "mean", "std", "difference", "difference_low", "difference_high", "p_value", "seeds")
+    found: Rows = [
+        {"metric": each.metric.name, **{key: _values(row, each.metric)[key] for key in keys}}
+        for each in others
+        for row in each.rows
+    ]
+    return to_csv(found)
+
+
+# -- the terminal --------------------------------------------------------------------------------------
 
 
 def wide_console() -> Console:
@@ -134,165 +205,22 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=FULL_WIDTH)
 
 
-def to_rich(rows: Sequence[ComparisonRow], metric: Metric, title: str, caption: str, width: int) -> Group:
+def for_terminal(rows: Sequence[ComparisonRow], metric: Metric, title: str, caption: str, width: int) -> Group:
     """The table for a terminal of `width` characters; a narrow one gets results above costs."""
-    columns = comparison_columns(metric)
-    if width >= FULL_WIDTH:
-        return Group(_rich_table(rows, columns, title), Text(caption, style="dim"))
-    name, figure, difference, verdict, *costs, seeds = columns
-    return Group(
-        _rich_table(rows, [name, figure, difference, verdict, seeds], title),
-        _rich_table(rows, [name, *costs], None),
-        Text(caption, style="dim"),
-    )
+    lines = [cells(row, metric) for row in rows]
+    costs = [header for header in lines[0] if header not in (*RESULTS, f"test {metric.header}")]
+    results = [header for header in lines[0] if header not in costs]
+    parts = [list(lines[0])] if width >= FULL_WIDTH else [results, ["attention", *costs]]
+    tables: list[RenderableType] = []
+    for index, headers in enumerate(parts):
+        part = [{header: line[header] for header in headers} for line in lines]
+        table = to_table(part, words=WORDS, title=title if index == 0 else None)
+        _mark(table, rows)
+        tables.append(table)
+    return Group(*tables, Text(caption, style="dim"))
 
 
-def _rich_table(rows: Sequence[ComparisonRow], columns: Sequence[Column], title: str | None) -> RichTable:
-    table = RichTable(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column.header, justify="right" if column.numeric else "left")
-    for row in rows:
-        style = "dim" if row.figure is None else ("bold" if row.is_reference else None)
-        table.add_row(*(Text(column.show(row)) for column in columns), style=style)
-    return table
-
-
-def to_markdown(rows: Sequence[ComparisonRow], metric: Metric) -> str:
-    """The table for a README."""
-    columns = comparison_columns(metric)
-    lines = [
-        "| " + " | ".join(column.header for column in columns) + " |",
-        "|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|",
-    ]
-    lines += ["| " + " | ".join(_escape(column.show(row)) for column in columns) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _escape(cell: str) -> str:
-    """Text that Markdown shows as it is, and HTML in Markdown too."""
-    for character, shown in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " ")):
-        cell = cell.replace(character, shown)
-    return cell
-
-
-def to_csv(rows: Sequence[ComparisonRow], metric: Metric) -> str:
-    """The table for machines: full precision, empty where something is unknown."""
-    columns = [(column.key, column.value) for column in comparison_columns(metric)] + _CSV_EXTRAS
-    return _csv([key for key, _ in columns], ([value(row) for _, value in columns] for row in rows))
-
-
-def _csv(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    for line in lines:
-        writer.writerow("" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in line)
-    return buffer.getvalue()
-
-
-# -- other metrics of the same runs --------------------------------------------------------------------
-
-OTHERS_CAPTION = (
-    "Differences are paired by seed, with Student's t interval; p by the paired t-test, after Holm's correction for "
-    "the mechanisms compared by one metric."
-)
-
-Others = Sequence[tuple[Metric, Sequence[ComparisonRow]]]
-
-
-def other_cells(others: Others) -> list[list[str]]:
-    """The table of other metrics, its header first: one line per metric and mechanism."""
-    lines = [["metric", "attention", "test", "difference (95%)", "p (Holm)", "verdict"]]
-    for metric, rows in others:
-        for row, p in zip(rows, _adjusted(rows), strict=True):
-            shown = MISSING if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else "<0.001"
-            figures = (_show_figure(row, metric), _show_difference(row, metric), shown, row.verdict(metric))
-            lines.append([metric.header, row.name, *figures])
-    return lines
-
-
-def _adjusted(rows: Sequence[ComparisonRow]) -> list[float]:
-    return holm_adjust([row.difference.p_value if row.difference else math.nan for row in rows])
-
-
-def others_to_rich(others: Others) -> RichTable:
-    """That table for a terminal."""
-    header, *lines = other_cells(others)
-    table = RichTable(title="Other metrics", title_justify="left", caption=OTHERS_CAPTION, caption_justify="left")
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index in (2, 3, 4) else "left")
-    for line in lines:
-        table.add_row(*map(Text, line))
-    return table
-
-
-def others_to_markdown(others: Others) -> str:
-    """That table for a document."""
-    header, *lines = other_cells(others)
-    rows = [header, ["---", "---", "---:", "---:", "---:", "---"], *([*map(_escape, line)] for line in lines)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def others_to_csv(others: Others) -> str:
-    """That table for machines: full precision, empty where something is unknown."""
-    columns: dict[str, Callable[[ComparisonRow], Any]] = {
-        "attention": lambda r: r.name,
-        "mean": lambda r: r.figure and r.figure.mean,
-        "std": lambda r: r.figure and r.figure.std,
-        "difference": lambda r: r.difference and r.difference.mean,
-        "difference_low": lambda r: r.difference and r.difference.low,
-        "difference_high": lambda r: r.difference and r.difference.high,
-        "p_value": lambda r: r.difference and r.difference.p_value,
-        "seeds": lambda r: " ".join(map(str, r.finished)),
-    }
-    return _csv(
-        ["metric", *columns],
-        ([metric.name, *(value(row) for value in columns.values())] for metric, rows in others for row in rows),
-    )
-
-
-# -- how figures read ----------------------------------------------------------------------------------
-
-
-def _show_figure(row: ComparisonRow, metric: Metric) -> str:
-    if row.figure is None:
-        return MISSING
-    spread = "" if math.isnan(row.figure.std) else f" ± {metric.show(row.figure.std)}"
-    return f"{metric.show(row.figure.mean)}{spread}"
-
-
-def _show_difference(row: ComparisonRow, metric: Metric) -> str:
-    if row.difference is None:
-        return MISSING
-    mean = metric.show_difference(row.difference.mean)
-    if math.isnan(row.difference.low):
-        return mean
-    return f"{mean} [{metric.show_difference(row.difference.low)}, {metric.show_difference(row.difference.high)}]"
-
-
-def _show_step_time(row: ComparisonRow) -> str:
-    if row.step_time is None:
-        return MISSING
-    spread = f" ± {row.step_time_spread:.2f}" if row.step_time_spread else ""
-    return f"{row.step_time:.2f}×{spread}"
-
-
-def _show_seeds(row: ComparisonRow) -> str:
-    wanted = len(row.finished) + len(row.missing)
-    return str(wanted) if not row.missing else f"{len(row.finished)} of {wanted}"
-
-
-def _percent(share: float | None) -> str:
-    return MISSING if share is None else f"{100 * share:.0f}%"
-
-
-def _times(ratio: float | None) -> str:
-    return MISSING if ratio is None else f"{ratio:.2f}×"
-
-
-def _mebibytes(count: int | None) -> str:
-    return MISSING if count is None else f"{count / 2**20:.0f} MiB"
-
-
-def _thousands(count: int | None) -> str:
-    return MISSING if count is None else f"{count:,}"
+def _mark(table: Table, rows: Sequence[ComparisonRow]) -> None:
+    """Show the reference in bold, and mechanisms without a figure dimmed."""
+    for line, row in zip(table.rows, rows, strict=True):
+        line.style = "dim" if row.figure is None else ("bold" if row.is_reference else None)

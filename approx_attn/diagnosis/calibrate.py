@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from approx_attn.attention import available_attention, build_attention
 from approx_attn.attention.registry import attention_options
-from approx_attn.command import run_plain, settings
+from approx_attn.command import as_list, mechanism_spec, require_counts, require_shares, run_plain, settings
 from approx_attn.conversion.calibration import STATISTICS
 from approx_attn.conversion.calibration.fitting import calibrate
-from approx_attn.conversion.calibration.reconstruction import (
-    Reconstruction,
-    reconstruct,
-    standard_mechanisms,
-    without_refusals,
-)
-from approx_attn.conversion.calibration.refinement import basis_variants, refine_basis, require_refinable
 from approx_attn.diagnosis.inputs import load_source
+from approx_attn.diagnosis.reconstruction import Reconstruction, reconstruct, standard_mechanisms, without_refusals
+from approx_attn.diagnosis.refinement import basis_variants, refine_basis, require_refinable
 from approx_attn.errors import ConfigError
-from approx_attn.output import print_table, require_file
+from approx_attn.output import print_table, require_file, to_csv, to_table
+from approx_attn.run.record import write_text_atomically
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,81 +41,87 @@ def _calibrate(options: dict[str, Any]) -> None:
     if mechanism is not None:
         require_refinable(mechanism)
     require_file("output", options["output"])
-    source = load_source(
-        str(options["model"]),
-        options["data"],
-        length=options["length"],
-        sequences=options["sequences"],
-        batch_size=options["batch_size"],
-    )
+    progress = options["progress_bar"]
+    sizes = {key: options[key] for key in ("length", "sequences", "batch_size")}
+    source = load_source(str(options["model"]), options["data"], **sizes)
     calibration = calibrate(
         source.model,
         source.first,
         path=options["output"] if mechanism is None else None,
-        statistics=options["statistics"],
-        max_rank=options["max_rank"],
-        rows=options["rows"],
-        exact=options["exact"],
         source=_names(options),
-        progress=options["progress_bar"],
-        seed=options["seed"],
+        progress=progress,
+        **{key: options[key] for key in ("statistics", "max_rank", "rows", "exact", "seed")},
     )
     if mechanism is not None:
-        calibration = refine_basis(
-            source.model, source.first, calibration, mechanism, steps=steps, progress=options["progress_bar"]
-        )
+        calibration = refine_basis(source.model, source.first, calibration, mechanism, steps=steps, progress=progress)
         calibration.save(options["output"])
-    table = Table(title=f"{options['output']}: {', '.join(calibration.statistics)}", title_justify="left")
-    for header in ("layer", "heads", "key heads", "head_dim", "length", "rows"):
-        table.add_column(header, justify="left" if header == "layer" else "right")
-    for layer, rows in zip(calibration.layers, calibration.rows, strict=True):
-        shape = (layer.num_heads, layer.num_key_value_heads, layer.head_dim, layer.length, rows)
-        table.add_row(layer.name, *map(str, shape))
-    print_table(table)
+    rows = [
+        {
+            "layer": layer.name,
+            "heads": str(layer.num_heads),
+            "key heads": str(layer.num_key_value_heads),
+            "head_dim": str(layer.head_dim),
+            "length": str(layer.length),
+            "rows": str(seen),
+        }
+        for layer, seen in zip(calibration.layers, calibration.rows, strict=True)
+    ]
+    print_table(to_table(rows, title=f"{options['output']}: {', '.join(calibration.statistics)}"))
 
 
 def _reconstruct(options: dict[str, Any]) -> None:
     mechanisms, steps = chosen_mechanisms(options), refinement_steps(options)
     output = require_file("output", options["output"])
-    source = load_source(
-        str(options["model"]),
-        options["data"],
-        length=options["length"],
-        sequences=options["sequences"],
-        test_sequences=options["test_sequences"],
-        batch_size=options["batch_size"],
-    )
+    sizes = {key: options[key] for key in ("length", "sequences", "test_sequences", "batch_size")}
+    source = load_source(str(options["model"]), options["data"], **sizes)
+    statistics, progress = ["content", "absolute"], options["progress_bar"]
     calibration = calibrate(
-        source.model,
-        source.first,
-        statistics=["content", "absolute"],
-        source=_names(options),
-        progress=options["progress_bar"],
+        source.model, source.first, statistics=statistics, source=_names(options), progress=progress
     )
     if options["attention"] is None:  # nobody asked for the others by name
         mechanisms, refused = without_refusals(mechanisms, calibration)
         if refused:
             print(f"Not measured, for lack of causal attention: {', '.join(refused)}.")
-    progress = options["progress_bar"]
     mechanisms, bases = basis_variants(source.model, source.first, mechanisms, calibration, steps, progress)
-    rows = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
-    print_table(as_table(rows, str(options["model"])))
-    print(write_csv(rows, output))
+    found = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
+    table = to_table(
+        [_cells(row) for row in found],
+        title=f"Relative error of the attention output: {options['model']}",
+        caption="‖Ô − O‖ / ‖O‖, mean over heads and sequences; nothing fine-tuned. "
+        "Score cost: multiply-adds performed up to the weights, relative to exact attention.",
+    )
+    print_table(table)
+    values = [
+        {"mechanism": row.label, "exact_share": row.exact_share, "score_ratio": row.score_ratio, "error": row.error}
+        | {layer: errors.output for layer, errors in row.layers.items()}
+        for row in found
+    ]
+    write_text_atomically(output, to_csv(values))
+    print(output)
 
 
-def chosen_mechanisms(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _cells(row: Reconstruction) -> dict[str, str]:
+    """A mechanism and budget for people; layers by their number."""
+    shown = {"mechanism": row.label, "exact pairs": f"{row.exact_share:.1%}", "score cost": f"{row.score_ratio:.2f}"}
+    layers = {str(index): f"{errors.output:.3f}" for index, errors in enumerate(row.layers.values())}
+    return {**shown, "error": f"{row.error:.4f}", **layers}
+
+
+def chosen_mechanisms(options: Mapping[str, Any], selections: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """The mechanisms that the configuration asks for, by label.
+
+    Args:
+        options: `attention`, `keep` and `rank`.
+        selections: as `standard_mechanisms`.
 
     Raises:
         ConfigError: an unknown name, none at all, or a budget that is no share.
     """
-    budgets = _as_list(options["keep"])
-    for keep in budgets:
-        if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
-            raise ConfigError(f"keep must list shares in (0, 1], got {keep!r}.")
-    standard = standard_mechanisms(budgets, options["rank"])
+    budgets = as_list(options["keep"])
+    require_shares("keep", budgets)
+    standard = standard_mechanisms(budgets, options["rank"], selections)
     known = sorted({spec["name"] for spec in standard.values()} & set(available_attention()))
-    names = known if options["attention"] is None else _as_list(options["attention"])
+    names = known if options["attention"] is None else as_list(options["attention"])
     for key, chosen in (("keep", budgets), ("attention", names)):
         if not chosen:
             raise ConfigError(f"{key} must list at least one, got [].")
@@ -143,13 +141,11 @@ def chosen_mechanisms(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"name": ..., **options}` from a name or such a mapping, with those of the `defaults` that it takes."""
-    given = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict) or "name" not in given:
-        raise ConfigError(f"attention: an entry with options needs a name, got {entry!r}.")
+    """`{"name": ..., **options}` of an entry, with those of the `defaults` that the mechanism takes."""
+    given = mechanism_spec(entry)
+    accepted = attention_options(given["name"])
+    spec = given | {key: value for key, value in defaults.items() if key in accepted and key not in given}
     try:
-        accepted = attention_options(given["name"])
-        spec = {**given, **{k: v for k, v in defaults.items() if k in accepted and k not in given}}
         build_attention(**spec, num_heads=1, head_dim=8, max_length=16)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -158,41 +154,8 @@ def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 def refinement_steps(options: Mapping[str, Any]) -> int:
     """`refine`, checked."""
-    steps = options["refine"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ConfigError(f"refine must be a whole number of at least 0, got {steps!r}.")
-    return steps
-
-
-def as_table(rows: Sequence[Reconstruction], model: str) -> Table:
-    """A table for the console: one row per mechanism and budget, one column per layer."""
-    table = Table(title=f"Relative error of the attention output: {model}", title_justify="left")
-    table.caption = (
-        "‖Ô − O‖ / ‖O‖, mean over heads and sequences; nothing fine-tuned. "
-        "Score cost: multiply-adds performed up to the weights, relative to exact attention."
-    )
-    table.add_column("mechanism")
-    for header in ("exact pairs", "score cost", "error", *map(str, range(len(rows[0].errors)))):
-        table.add_column(header, justify="right")
-    for row in rows:
-        layers = (f"{error:.3f}" for error in row.errors.values())
-        table.add_row(row.label, f"{row.exact_share:.1%}", f"{row.score_ratio:.2f}", f"{row.error:.4f}", *layers)
-    return table
-
-
-def write_csv(rows: Sequence[Reconstruction], path: Path) -> Path:
-    """The same numbers as a file, layers by their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["mechanism", "exact_share", "score_ratio", "error", *rows[0].errors])
-        for row in rows:
-            writer.writerow([row.label, row.exact_share, row.score_ratio, row.error, *row.errors.values()])
-    return path
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
+    require_counts({"refine": options["refine"]}, least=0)
+    return int(options["refine"])
 
 
 def _names(options: Mapping[str, Any]) -> dict[str, str]:

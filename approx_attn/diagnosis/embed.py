@@ -1,24 +1,140 @@
-"""The verb `approx-attn embed`."""
+"""How far the embeddings of texts move when an encoder's attention is replaced, and the verb `approx-attn embed`.
+
+Nothing is fine-tuned. Unlike `reconstruct`, which measures every layer on its own, the whole model runs with the
+mechanism here, so that errors of one layer go on through the next. The embedding of a text is the mean of its last
+hidden states.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
-from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from approx_attn.command import run_plain, settings
+from approx_attn.attention import Cost, build_attention
+from approx_attn.command import as_list, require_counts, run_plain, settings
+from approx_attn.conversion.calibration.fitting import calibrate, with_progress
+from approx_attn.conversion.convert import attention_spec, convert
+from approx_attn.conversion.installing import find_layers
+from approx_attn.conversion.layers import SLOT
 from approx_attn.data.sources import is_file, load_source, require_column, require_split
 from approx_attn.diagnosis.calibrate import chosen_mechanisms, refinement_steps
-from approx_attn.diagnosis.embeddings import Batch, EmbeddingPreservation, preserve_embeddings
 from approx_attn.diagnosis.inputs import load_encoder
-from approx_attn.errors import ConfigError, require_count
-from approx_attn.output import print_table, require_file
+from approx_attn.diagnosis.refinement import basis_variants
+from approx_attn.errors import ConfigError
+from approx_attn.output import print_table, require_file, to_csv, to_table
+from approx_attn.run.record import write_text_atomically
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class EmbeddingPreservation:
+    """One mechanism on one set of texts.
+
+    Attributes:
+        label: what the table calls the mechanism.
+        data: what it calls the texts.
+        cosine: mean over texts of the cosine between the embedding of the original and of the converted model.
+        lowest: the least of these cosines.
+        exact_share: share of the pairs whose exact score enters the result, at the longest text.
+        score_ratio: multiply-adds of scores and selection relative to exact attention's scores, likewise.
+    """
+
+    label: str
+    data: str
+    cosine: float
+    lowest: float
+    exact_share: float
+    score_ratio: float
+
+
+def preserve_embeddings(
+    model: nn.Module,
+    calibration: Sequence[Batch],
+    texts: Mapping[str, Sequence[Batch]],
+    mechanisms: Mapping[str, Mapping[str, Any]],
+    *,
+    refine: int = 0,
+    progress: bool = True,
+) -> list[EmbeddingPreservation]:
+    """Cosine between the embeddings of an encoder and of the same encoder with another attention.
+
+    Args:
+        model: an encoder of transformers, not converted; stays as it is.
+        calibration: batches of inputs that bases are fitted on: `input_ids` and `attention_mask`, both (b, n).
+        texts: by name, batches to measure on.
+        mechanisms: by label, `{"name": ..., **options}`.
+        refine: steps of gradient; more than 0 adds mechanisms with a random and with a refined content basis.
+        progress: show progress bars.
+
+    Returns:
+        One result per mechanism and set of texts, in their order.
+
+    Raises:
+        ValueError: an unknown mechanism or option, or a model that cannot be converted.
+    """
+    original = {name: embeddings(model, batches, progress) for name, batches in texts.items()}
+    longest = {name: max(batch["input_ids"].shape[1] for batch in batches) for name, batches in texts.items()}
+    length = max(*longest.values(), *(batch["input_ids"].shape[1] for batch in calibration))
+    fitted = calibrate(model, calibration, statistics=["content", "absolute"], progress=progress)
+    mechanisms, bases = basis_variants(model, calibration, mechanisms, fitted, refine, progress)
+    results = []
+    for label, spec in mechanisms.items():
+        converted = convert(copy.deepcopy(model), attention_spec(spec, {}), calibration=None, max_length=length).eval()
+        basis = bases.get(label, fitted)
+        if basis is not None:
+            basis.load_into_model(converted)
+        for name, batches in texts.items():
+            cosines = F.cosine_similarity(embeddings(converted, batches, progress), original[name], dim=-1)
+            own, exact = costs(converted, longest[name])
+            results.append(
+                EmbeddingPreservation(
+                    label=label,
+                    data=name,
+                    cosine=float(cosines.mean()),
+                    lowest=float(cosines.min()),
+                    exact_share=own.exact_share,
+                    score_ratio=own.score_multiply_adds / exact.score_multiply_adds,
+                )
+            )
+    return results
+
+
+def embeddings(model: nn.Module, batches: Iterable[Batch], progress: bool = False) -> Tensor:
+    """(texts, dim) float64: the mean of the last hidden states over the real tokens of every text."""
+    device = next(model.parameters()).device
+    pooled = []
+    with torch.no_grad():
+        for batch in with_progress(batches, progress, "embedding"):
+            inputs = {key: part.to(device) for key, part in batch.items()}
+            hidden = model(**inputs).last_hidden_state.double()  # (b, n, dim)
+            keep = inputs["attention_mask"][..., None].double()  # (b, n, 1)
+            pooled.append((hidden * keep).sum(dim=1) / keep.sum(dim=1))
+    return torch.cat(pooled).cpu()
+
+
+def costs(model: nn.Module, length: int) -> tuple[Cost, Cost]:
+    """Cost of all converted layers of a model at a length, and of exact attention in their place."""
+    own, exact = [], []
+    for layer in find_layers(model):
+        mechanism = getattr(layer.module, SLOT).mechanism
+        shape = vars(layer.shape)
+        reference = build_attention("exact", **shape).cost(length)
+        own.append(reference if mechanism is None else mechanism.cost(length))
+        exact.append(reference)
+    return sum(own[1:], start=own[0]), sum(exact[1:], start=exact[0])
+
+
+# -- the verb ------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,17 +150,18 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     """
     mechanisms, steps = chosen_mechanisms(options), refinement_steps(options)
     output = require_file("output", options["output"])
-    for key in ("length", "sequences", "test_sequences", "batch_size"):
-        _checked(key, options[key])
+    require_counts({key: options[key] for key in ("length", "sequences", "test_sequences", "batch_size")})
     model, tokenizer = load_encoder(str(options["model"]))
     taken = read_texts(tokenizer, "calibration", str(options["calibration"]), options["sequences"], options)
     texts = {
         Path(str(name)).name: read_texts(tokenizer, "data", str(name), options["test_sequences"], options)
-        for name in measured_sets(options)
+        for name in as_list(options["data"])
     }
     results = preserve_embeddings(model, taken, texts, mechanisms, refine=steps, progress=options["progress_bar"])
-    print_table(as_table(results, str(options["model"])))
-    print(write_csv(results, output))
+    title = f"Mean cosine to the unchanged embeddings: {Path(str(options['model'])).name}"
+    print_table(to_table(cells(results), title=title, caption="Mean-pooled last hidden states; nothing fine-tuned."))
+    write_text_atomically(output, to_csv(list(map(asdict, results))))
+    print(output)
     return results
 
 
@@ -60,7 +177,7 @@ def read_texts(tokenizer: Any, key: str, path: str, count: int, options: Mapping
         splits = load_source(path)
         split = options[split_key]
         if is_file(path):  # whole, unless it both calibrates and is measured
-            is_both = path == str(options["calibration"]) and path in map(str, measured_sets(options))
+            is_both = path == str(options["calibration"]) and path in map(str, as_list(options["data"]))
             splits = parts_of(splits, {options["calibration_split"], options["split"]} if is_both else {split})
         dataset = require_split(splits, split, split_key, path)
         require_column(dataset, options["text_column"], "text_column", path)
@@ -80,11 +197,6 @@ def read_texts(tokenizer: Any, key: str, path: str, count: int, options: Mapping
     return [dict(tokenizer.pad({"input_ids": group}, return_tensors="pt")) for group in groups]
 
 
-def measured_sets(options: Mapping[str, Any]) -> list[Any]:
-    """`data`, which may be one set of texts or a list of them."""
-    return options["data"] if isinstance(options["data"], list) else [options["data"]]
-
-
 def parts_of(splits: Mapping[str, Dataset], names: Collection[str]) -> dict[str, Dataset]:
     """A file without splits in parts of the same size, drawn at random but always the same; one part is the whole."""
     (whole,) = splits.values()
@@ -93,33 +205,11 @@ def parts_of(splits: Mapping[str, Dataset], names: Collection[str]) -> dict[str,
     return {name: whole.select(np.sort(part)) for name, part in zip(sorted(names), parts, strict=True)}
 
 
-def as_table(results: Sequence[EmbeddingPreservation], model: str) -> Table:
+def cells(results: Sequence[EmbeddingPreservation]) -> list[dict[str, str]]:
     """One row per mechanism, one column per set of texts."""
-    table = Table(title=f"Mean cosine to the unchanged embeddings: {Path(model).name}", title_justify="left")
-    table.caption = "Mean-pooled last hidden states; nothing fine-tuned."
-    sets = list(dict.fromkeys(result.data for result in results))
-    for header in ("mechanism", "exact pairs", "score cost", *sets):
-        table.add_column(header, justify="left" if header == "mechanism" else "right")
-    for label in dict.fromkeys(result.label for result in results):
-        row = {result.data: result for result in results if result.label == label}
-        first = row[sets[0]]
-        figures = (f"{row[name].cosine:.4f}" for name in sets)
-        table.add_row(label, f"{first.exact_share:.1%}", f"{first.score_ratio:.2f}", *figures)
-    return table
-
-
-def write_csv(results: Sequence[EmbeddingPreservation], path: Path) -> Path:
-    """The same numbers as a file, one line per mechanism and set of texts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(EmbeddingPreservation)])
-        writer.writeheader()
-        writer.writerows(map(asdict, results))
-    return path
-
-
-def _checked(key: str, value: Any) -> None:
-    try:
-        require_count(key, value)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    rows: dict[str, dict[str, str]] = {}
+    for result in results:
+        cost = {"exact pairs": f"{result.exact_share:.1%}", "score cost": f"{result.score_ratio:.2f}"}
+        row = rows.setdefault(result.label, {"mechanism": result.label, **cost})
+        row[result.data] = f"{result.cosine:.4f}"
+    return list(rows.values())

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approx_attn.command import require_counts
 from approx_attn.config.instantiate import build, sentence
+from approx_attn.conversion.capture import CaptureCallback, capture_attention_inputs
 from approx_attn.data.sources import read_text
-from approx_attn.errors import ConfigError, require_count
+from approx_attn.errors import ConfigError
 
 Batch = Mapping[str, Tensor]
 
@@ -26,6 +28,18 @@ class Source:
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
+
+
+@contextmanager
+def attention_observed(model: nn.Module, callback: CaptureCallback) -> Iterator[None]:
+    """Show a callback the inputs of every attention layer of a model that runs meanwhile, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_attention_inputs(model, callback):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def load_source(
@@ -45,11 +59,7 @@ def load_source(
     Raises:
         ConfigError: a model or file that is not there, or a text too short.
     """
-    for key, value in (("length", length), ("sequences", sequences), ("batch_size", batch_size)):
-        try:
-            require_count(key, value)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    require_counts({"length": length, "sequences": sequences, "batch_size": batch_size})
     if Path(model).suffix == ".ckpt":
         if data is not None:
             raise ConfigError(f"data={data} goes with a Hugging Face model; a checkpoint brings its own data.")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,13 @@ class TrainResult:
     trainer: pl.Trainer | None = field(default=None, repr=False)
 
 
-def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
+def train(config: DictConfig | Mapping[str, Any], callbacks: Sequence[pl.Callback] = ()) -> TrainResult:
     """Train, test with the best weights, and write the record.
 
     Args:
         config: as `compose_config` gives it. With `resume`, or in a job that Slurm started again, a run of the
             same configuration and seed is continued from its last checkpoint, or reported if it had ended.
+        callbacks: watch the run beside those of the configuration, in this process only.
 
     Raises:
         ConfigError: a configuration that cannot be run; nothing has been written.
@@ -97,7 +98,7 @@ def train(config: DictConfig | Mapping[str, Any]) -> TrainResult:
         return TrainResult(folder, finished["metrics"], finished, resumed=True)
     require_folder("paths.run_dir" if container["paths"].get("run_dir") else "paths.runs", folder)
     with quiet(container["verbose"]), deterministic_algorithms_restored():
-        trainer = build_trainer(container, folder)
+        trainer = build_trainer(container, folder, callbacks)
         data = build(container["data"], "data", SequenceDataModule)
         if not data.has_static_spec:  # the shape of the model is in the data
             make_splits(data)

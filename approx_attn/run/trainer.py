@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,10 +37,13 @@ from approx_attn.run.tasks.base import SequenceTask
 LOGGER_PACKAGES = {"WandbLogger": "approx-attn[wandb]", "RunMLFlowLogger": "approx-attn[mlflow]"}
 
 
-def build_trainer(config: Mapping[str, Any], folder: Path) -> pl.Trainer:
-    """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`."""
+def build_trainer(config: Mapping[str, Any], folder: Path, watching: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """Lightning's trainer with the callbacks and loggers of a configuration, writing to `folder`.
+
+    `watching`: further callbacks.
+    """
     shown: list[pl.Callback] = [ProgressBar()] if config["progress_bar"] else []
-    callbacks = [*shown, SeedSteps(config["seed"]), Validations(), *build_callbacks(config, folder)]
+    callbacks = [*shown, SeedSteps(config["seed"]), Validations(), *build_callbacks(config, folder), *watching]
     checkpointing = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     node = {key: value for key, value in config["trainer"].items() if key != "strategy"}
     try:

@@ -3,6 +3,7 @@
 import pytest
 
 from approx_attn.comparison.aggregate import comparison_rows
+from approx_attn.metrics import METRICS
 
 
 def finished_run(exact_pairs: int, multiply_adds: int) -> dict:
@@ -21,7 +22,7 @@ def test_costs_that_differ_by_seed_are_averaged():
         "exact": {0: finished_run(100, 1000), 1: finished_run(100, 1000), 2: finished_run(100, 1000)},
         "gates": {0: finished_run(20, 400), 1: finished_run(40, 800), 2: {"status": "failed", "error": "no memory"}},
     }
-    exact, gates = comparison_rows(records, "exact", "accuracy", {})
+    exact, gates = comparison_rows(records, "exact", METRICS["accuracy"], {})
     assert exact.exact_share == exact.multiply_adds == 1.0
     assert gates.exact_share == pytest.approx(0.3)
     assert gates.multiply_adds == pytest.approx(0.6)

@@ -3,12 +3,15 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from approx_attn.comparison.command import compare, main, plan
+from approx_attn.comparison.command import compare, main
+from approx_attn.comparison.missing_runs import TimeLeft
+from approx_attn.comparison.plan import plan
 from approx_attn.run import train as training
 
 TINY = ["data=digits", "model.dim=16", "model.depth=1", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
@@ -49,7 +52,7 @@ def test_every_file_tells_the_same(finished):
 
 def test_done_runs_are_not_trained_again(finished, monkeypatch):
     _, words, rows = finished
-    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("trained again"))
     assert compare(words, quiet_console()) == rows
 
 
@@ -57,7 +60,7 @@ def test_another_comparison_shares_the_runs(finished, monkeypatch):
     folder, *_ = finished
     trained = []
     real = training.train
-    monkeypatch.setattr(training, "train", lambda config: trained.append(config) or real(config))
+    monkeypatch.setattr(training, "train", lambda config, *more: trained.append(config) or real(config, *more))
     words = arguments(folder, "attention=[exact,uniform]", "seeds=[1]", "measure.repeats=0")
     again = compare(words, quiet_console())
     assert len(trained) == 1
@@ -68,10 +71,10 @@ def test_another_comparison_shares_the_runs(finished, monkeypatch):
 def test_a_failing_run_is_shown_as_missing_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     real = training.train
 
-    def fail_for_topk(config):
+    def fail_for_topk(config, *more):
         if config.attention["_target_"].endswith("TopKAttention"):
             raise RuntimeError("lost its way")
-        return real(config)
+        return real(config, *more)
 
     monkeypatch.setattr(training, "train", fail_for_topk)
     words = arguments(tmp_path, "attention=[topk,exact]", "seeds=[1]", "name=failing", "measure.repeats=0")
@@ -154,7 +157,7 @@ def test_bad_input_is_one_sentence_before_anything_is_written(tmp_path, capsys, 
 
 @pytest.mark.parametrize("key", ["results", "paths.runs"])
 def test_a_place_that_cannot_be_written_to_is_refused_before_work(key, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda config: pytest.fail("trained"))
+    monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     assert main(arguments(tmp_path, "attention=[exact]", f"{key}={tmp_path / 'file' / 'x'}")) == 2
     assert f"error: {key}={tmp_path / 'file' / 'x'}" in capsys.readouterr().err
@@ -165,3 +168,44 @@ def test_measurements_are_kept_with_where_they_were_made(finished):
     kept = json.loads((folder / "results" / "tiny" / "measurements.json").read_text())
     assert set(kept["steps"]) == {"exact", "topk"}
     assert kept["environment"]["torch_threads"] >= 1
+
+
+def test_plain_lines_say_what_ended_what_is_left_and_where_report_and_picture_are(tmp_path, monkeypatch):
+    console = quiet_console()
+
+    def end_at_once(config, callbacks=()):
+        raise RuntimeError("lost its way")
+
+    monkeypatch.setattr(training, "train", end_at_once)
+    words = arguments(tmp_path, "attention=[exact,topk]", "seeds=[1]", "name=lines", "measure.repeats=0")
+    compare(words, console)
+    lines = console.file.getvalue().splitlines()
+    assert lines[:2] == [
+        f"[{number}/2] {name} seed 1: FAILED: RuntimeError: lost its way (0 s)"
+        for number, name in ((1, "exact"), (2, "topk"))
+    ]
+    folder = tmp_path / "results" / "lines"
+    assert lines[-2:] == [f"Picture: {folder / 'plot.png'}", f"Report: {folder / 'report.html'}"]
+
+
+def test_on_a_terminal_a_bar_follows_epoch_and_step_and_leaves_no_trace_in_a_pipe(tmp_path):
+    shown = []
+    for force_terminal in (True, False):
+        console = Console(file=io.StringIO(), width=200, force_terminal=force_terminal)
+        folder = tmp_path / str(force_terminal)
+        compare(arguments(folder, "attention=[exact]", "seeds=[1,2]", "measure.repeats=0"), console)
+        shown.append(console.file.getvalue())
+    for text in ("[1/2] exact seed 1", "epoch 1/1, step", "[2/2] exact seed 2", "left"):
+        assert text in shown[0]
+    assert "epoch" not in shown[1]
+    assert re.search(r"\[1/2\] exact seed 1: test accuracy % \d+\.\d+ \(\d+ s, about .* left\)", shown[1])
+
+
+def test_time_left_follows_runs_of_the_same_mechanism_and_the_current_run():
+    left = TimeLeft(["topk", "exact", "new"])
+    assert left.left("exact", elapsed=1.0, done=0.0) is None
+    assert left.left("exact", elapsed=1.0, done=0.25) == pytest.approx(3.0 + 3 * 4.0)
+    left.add("exact", 10.0)
+    left.add("topk", 30.0)
+    assert left.left() == pytest.approx(30.0 + 10.0 + 20.0)
+    assert left.left("topk", elapsed=40.0) == pytest.approx(0.0 + 60.0)

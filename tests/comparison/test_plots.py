@@ -4,9 +4,10 @@ import pytest
 
 from approx_attn.comparison.plots import budget_figure, comparison_figure, curves, save_figure
 from approx_attn.comparison.statistics import summarise
-from approx_attn.comparison.table import ComparisonRow, Metric
+from approx_attn.comparison.table import ComparisonRow
+from approx_attn.metrics import METRICS
 
-ACCURACY = Metric("accuracy", percent=True, higher_is_better=True)
+ACCURACY = METRICS["accuracy"]
 
 
 def row(name, level=0.5, share=0.25, **more):

@@ -7,13 +7,16 @@ from matplotlib.figure import Figure
 from approx_attn.comparison.aggregate import comparison_rows
 from approx_attn.comparison.comparison_report import write_comparison
 from approx_attn.comparison.report import Report
-from approx_attn.comparison.table import Metric, comparison_columns
+from approx_attn.comparison.table import cells
+from approx_attn.metrics import METRICS
 
 
 def page() -> str:
     report = Report("A <b>title</b>", "sub")
     section = report.section("Section")
-    section.text("para & graph").table(["name", "value"], [["<script>alert(1)</script>", 1.5], ["b", None]], "cap")
+    section.text("para & graph").table(
+        [{"name": "<script>alert(1)</script>", "value": 1.5}, {"name": "b", "value": None}], "cap"
+    )
     figure = Figure()
     figure.subplots().plot([0, 1])
     section.figure(figure, "a figure").details("config", "key: '<i>'")
@@ -46,7 +49,7 @@ def test_missing_cells_are_empty_and_number_columns_align_right(tmp_path):
 HOSTILE = "<img src=x onerror=alert(1)>|`a`${$"
 
 
-ACCURACY = Metric("accuracy", percent=True, higher_is_better=True)
+ACCURACY = METRICS["accuracy"]
 
 
 def finished_run(folder, **changes):
@@ -69,14 +72,14 @@ def test_a_comparison_shows_hostile_names_and_errors_as_text(tmp_path):
     run = finished_run(tmp_path)
     failed = {**run, "status": "failed", "error": HOSTILE}
     records = {"exact": {1: run, 2: run}, f"topk a={HOSTILE}": {1: run, 2: failed}, f"topk a={HOSTILE}2": {1: run}}
-    rows = comparison_rows(records, "exact", "accuracy", {})
+    rows = comparison_rows(records, "exact", ACCURACY, {})
     write_comparison(tmp_path, rows, records, ACCURACY, HOSTILE, HOSTILE, "exact")
     html = (tmp_path / "report.html").read_text()
     assert "<img src=x" not in html
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") > 10
     line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "topk" in line)
     assert "<img" not in line
-    assert len(re.findall(r"(?<!\\)\|", line)) == len(comparison_columns(ACCURACY)) + 1
+    assert len(re.findall(r"(?<!\\)\|", line)) == len(cells(rows[0], ACCURACY)) + 1
     assert (tmp_path / "budgets.png").exists()
 
 
@@ -84,7 +87,7 @@ def test_runs_of_different_commits_are_said_to_be(tmp_path):
     def caption(*commits):
         environment = {"processor": "p", "torch_threads": 1, "packages": {}}
         runs = {n: finished_run(tmp_path, environment={**environment, "commit": c}) for n, c in enumerate(commits)}
-        rows = comparison_rows({"exact": runs}, "exact", "accuracy", {})
+        rows = comparison_rows({"exact": runs}, "exact", ACCURACY, {})
         return write_comparison(tmp_path, rows, {"exact": runs}, ACCURACY, "n", "c", "exact")
 
     assert "commits" not in caption("abc", "abc")

@@ -7,10 +7,11 @@ import math
 import pytest
 
 from approx_attn.comparison.statistics import paired_difference, summarise
-from approx_attn.comparison.table import ComparisonRow, Metric, to_csv, to_markdown
+from approx_attn.comparison.table import ComparisonRow, cells, comparison_csv
+from approx_attn.metrics import METRICS
+from approx_attn.output import to_markdown
 
-ACCURACY = Metric("accuracy", percent=True, higher_is_better=True)
-LOSS = Metric("loss", percent=False, higher_is_better=False)
+ACCURACY, LOSS = METRICS["accuracy"], METRICS["loss"]
 
 
 def row(values, reference, name="topk", **more):
@@ -41,10 +42,10 @@ def test_less_is_better_for_a_loss():
 
 
 def test_without_an_interval_the_table_shows_none():
-    shown = to_markdown([row([0.82, 0.83], [0.8, 0.81])], ACCURACY).splitlines()[2]
+    shown = to_markdown([cells(row([0.82, 0.83], [0.8, 0.81]), ACCURACY)]).splitlines()[2]
     assert "+2.00 |" in shown
     assert "nan" not in shown
-    (line,) = csv.DictReader(io.StringIO(to_csv([row([0.82, 0.83], [0.8, 0.81])], ACCURACY)))
+    (line,) = csv.DictReader(io.StringIO(comparison_csv([row([0.82, 0.83], [0.8, 0.81])], ACCURACY)))
     assert (line["difference_low"], line["difference_high"], line["p_value"]) == ("", "", "")
     assert float(line["difference"]) == pytest.approx(0.02)
     assert not math.isnan(float(line["std"]))

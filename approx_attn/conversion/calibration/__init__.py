@@ -4,7 +4,6 @@ from approx_attn.attention.eigen.basis_file import Calibration, LayerShape, load
 from approx_attn.attention.eigen.position_fit import PositionFit, fit_position_basis
 from approx_attn.conversion.calibration.fitting import calibrate, needed_statistics
 from approx_attn.conversion.calibration.moments import STATISTICS, ContentMoments, PositionMoments
-from approx_attn.conversion.calibration.refinement import refine_basis
 
 __all__ = [
     "STATISTICS",
@@ -17,5 +16,4 @@ __all__ = [
     "fit_position_basis",
     "load_basis_into",
     "needed_statistics",
-    "refine_basis",
 ]

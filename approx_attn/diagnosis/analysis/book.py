@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from pyarrow import feather
 
 from approx_attn.comparison.plots import save_figure
 from approx_attn.comparison.report import Report, Section
+from approx_attn.output import shown, to_csv
 from approx_attn.run.record import write_json_atomically, write_text_atomically
 
 Row = Mapping[str, Any]
@@ -38,32 +37,9 @@ class Book:
     figures: dict[str, Figure] = field(default_factory=dict)
     tables: dict[str, list[Row]] = field(default_factory=dict)
 
-    def add_figure(self, section: Section, name: str, figure: Figure, caption: str) -> None:
-        """Show a figure in a section and keep it as a file."""
-        self.figures[name] = figure
-        section.figure(figure, f"{caption} (figures/{name}.png)")
-
-    def add_table(
-        self, section: Section, name: str, rows: Sequence[Row], caption: str, shown: Sequence[str] | None = None
-    ) -> None:
-        """Show rows in a section, a column per key, and keep them as files.
-
-        Args:
-            section: where to show them.
-            name: of the files.
-            rows: with the same keys each.
-            caption: below the table.
-            shown: keys of the columns shown; all if None. The files hold all.
-        """
-        self.tables[name] = list(rows)
-        if not rows:
-            return
-        keys = list(rows[0]) if shown is None else list(shown)
-        if len(rows) > SHOWN_ROWS:
-            section.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
-            return
-        cells = [[show(row[key]) for key in keys] for row in rows]
-        section.table([key.replace("_", " ") for key in keys], cells, f"{caption} (tables/{name}.csv)")
+    def section(self, heading: str) -> BookSection:
+        """Start a section of the report."""
+        return BookSection(self, self.report.section(heading))
 
     def keep(self, name: str, rows: Sequence[Row]) -> None:
         """Keep rows as files without showing them."""
@@ -76,28 +52,54 @@ class Book:
             save_figure(figure, folder / "figures" / f"{name}.png")
         for name, rows in self.tables.items():
             if rows:
-                write_text_atomically(folder / "tables" / f"{name}.csv", _as_csv(rows))
+                write_text_atomically(folder / "tables" / f"{name}.csv", to_csv(rows))
                 table = pyarrow.Table.from_pylist([dict(row) for row in rows])
                 feather.write_feather(table, str(folder / "tables" / f"{name}.arrow"), compression="uncompressed")
         write_json_atomically(folder / "numbers.json", {**self.facts, "tables": _without_nan(self.tables)})
         return self.report.save(folder / "report.html")
 
 
+@dataclass
+class BookSection:
+    """A section of the report, whose figures and tables the book keeps as files."""
+
+    book: Book
+    shown: Section
+
+    def text(self, paragraph: str) -> None:
+        """Add a paragraph of plain text."""
+        self.shown.text(paragraph)
+
+    def figure(self, name: str, figure: Figure, caption: str) -> None:
+        """Show a figure and keep it as a file of this name."""
+        self.book.figures[name] = figure
+        self.shown.figure(figure, f"{caption} (figures/{name}.png)")
+
+    def table(self, name: str, rows: Sequence[Row], caption: str, shown: Sequence[str] | None = None) -> None:
+        """Show rows, a column per key, and keep them as files.
+
+        Args:
+            name: of the files.
+            rows: with the same keys each.
+            caption: below the table.
+            shown: keys of the columns shown; all if None. The files hold all.
+        """
+        self.book.keep(name, rows)
+        if not rows:
+            return
+        if len(rows) > SHOWN_ROWS:
+            self.text(f"{caption} {len(rows)} rows, in tables/{name}.csv.")
+            return
+        keys = list(rows[0]) if shown is None else shown
+        lines = [{key.replace("_", " "): show(row[key]) for key in keys} for row in rows]
+        self.shown.table(lines, f"{caption} (tables/{name}.csv)")
+
+
 def show(value: Any) -> str:
     """A cell: numbers to three digits or so, "–" for what is not there."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return str(value)
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _as_csv(rows: Sequence[Row]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
+    if value is None or isinstance(value, float):
+        return shown(value, ".3f" if abs(value or 0.0) < 10 else ".1f")
+    return str(value)
 
 
 def _without_nan(value: Any) -> Any:

@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.moments import used_tokens
-from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.layers import CROSS_ATTENTION, DECODER
 from approx_attn.diagnosis.analysis.moments import MatrixSample, RowMoments
 from approx_attn.diagnosis.analysis.norms import NormMoments
 from approx_attn.diagnosis.analysis.projections import find_output_projections
 from approx_attn.diagnosis.analysis.tokens import CATEGORIES, TokenCategories
+from approx_attn.diagnosis.inputs import attention_observed
 from approx_attn.errors import require_count, require_one_of
 
 PARTS = ("rows", "matrices", "norms")
@@ -68,7 +67,6 @@ def collect(
     batches: Iterable[Any],
     *,
     parts: Sequence[str] = PARTS,
-    alignment: str = "absolute",
     rows: int | None = None,
     matrices: int = 32,
     categories: Categories | None = None,
@@ -82,7 +80,6 @@ def collect(
         model: holds layers that `approx_attn.conversion.capture_attention_inputs` sees. Stays as it is.
         batches: inputs of the model: mappings (keyword arguments), tuples or lists (arguments), or tensors.
         parts: which of `rows`, `matrices`, `norms`.
-        alignment: index rows by key position (`absolute`) or by key − query position (`relative`).
         rows: queries per batch whose rows are taken where the shortcut of `RowMoments` does not apply; all if None.
         matrices: sequences whose whole score matrices are kept.
         categories: (layer name, batch, batch size, length) to (b, n_k) indices into `CATEGORIES`.
@@ -95,23 +92,14 @@ def collect(
     """
     for part in parts:
         require_one_of("parts", part, PARTS)
-    require_one_of("alignment", alignment, ("absolute", "relative"))
-    collector = _Collector(
-        parts, alignment, rows, require_count("matrices", matrices), categories or TokenCategories(), seed
-    )
-    was_training = model.training
-    model.eval()
+    collector = _Collector(parts, rows, require_count("matrices", matrices), categories or TokenCategories(), seed)
     sequences = 0
-    try:
-        with torch.no_grad():
-            for index, batch in enumerate(with_progress(batches, progress, description)):
-                if index == 0 and "norms" in parts:
-                    collector.projections = find_output_projections(model, batch)
-                collector.batch = batch
-                with capture_attention_inputs(model, collector):
-                    sequences += run_model(model, batch)
-    finally:
-        model.train(was_training)
+    for index, batch in enumerate(with_progress(batches, progress, description)):
+        if index == 0 and "norms" in parts:
+            collector.projections = find_output_projections(model, batch)
+        collector.batch = batch
+        with attention_observed(model, collector):
+            sequences += run_model(model, batch)
     if sequences == 0:
         raise ValueError("the analysis got no batches.")
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -121,28 +109,23 @@ def collect(
     return Statistics(layers, sequences)
 
 
+@dataclass
 class _Collector:
-    """Callback of a capture: hands the inputs of every layer to its statistics."""
+    """Callback of a capture: hands the inputs of every layer to its statistics; arguments as those of `collect`."""
 
-    def __init__(
-        self,
-        parts: Sequence[str],
-        alignment: str,
-        rows: int | None,
-        matrices: int,
-        categories: Categories,
-        seed: int,
-    ) -> None:
-        self.parts, self.alignment, self.rows, self.matrices = set(parts), alignment, rows, matrices
-        self.categories, self.seed = categories, seed
-        self.batch: Any = None
-        self.projections: dict[str, Tensor] = {}
-        self.layers: dict[str, LayerStatistics] = {}
+    parts: Sequence[str]
+    rows: int | None
+    matrices: int
+    categories: Categories
+    seed: int
+    batch: Any = None
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
 
     def __call__(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float
     ) -> None:
-        if query.shape[0] != key.shape[0]:  # learned queries that one row of stands for the whole batch
+        if query.shape[0] != key.shape[0]:  # learned queries: one row stands for the whole batch
             query = query.expand(key.shape[0], -1, -1, -1)
         statistics = self._layer(layer, query, key)
         statistics.length = max(statistics.length, key.shape[-2])
@@ -158,9 +141,8 @@ class _Collector:
         if name not in self.layers:
             layer = LayerStatistics(name, query.shape[1], key.shape[1], query.shape[-1])
             if "rows" in self.parts:
-                options = {"rows": self.rows, "seed": self.seed}
                 layer.rows = {
-                    kind: RowMoments(self.alignment, centred=kind == "centred", **options)  # type: ignore[arg-type]
+                    kind: RowMoments(centred=kind == "centred", rows=self.rows, seed=self.seed)
                     for kind in ("raw", "centred")
                 }
             if "matrices" in self.parts:

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
-from approx_attn.attention import attention_class, available_attention
-from approx_attn.command import run_plain, settings
+from approx_attn.attention import attention_class
+from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.diagnosis.analysis import norm_sections, sections
 from approx_attn.diagnosis.analysis.book import Book, show
-from approx_attn.diagnosis.analysis.collect import PARTS as COLLECTED
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
 from approx_attn.diagnosis.analysis.explanation import run_experiments
-from approx_attn.diagnosis.analysis.reconstruction import compared_mechanisms, reconstruction_errors
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
@@ -33,13 +30,17 @@ from approx_attn.diagnosis.analysis.tokens import (
     with_decoder_inputs,
     without_decoder,
 )
+from approx_attn.diagnosis.calibrate import chosen_mechanisms
 from approx_attn.diagnosis.inputs import Source
-from approx_attn.errors import ConfigError, require_count
-from approx_attn.output import print_table, require_folder
+from approx_attn.diagnosis.reconstruction import reconstruct
+from approx_attn.errors import ConfigError
+from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
 
 PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "explanation")
+COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
+SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
 LISTS = ("parts", "ranks", "keep", "divergence_weights")
 
 
@@ -82,7 +83,7 @@ def run(options: dict[str, Any]) -> Path:
     sections.add_layers(book, statistics)
     ranks = options["ranks"]
     if rows is not None and "spectrum" in parts:
-        sections.add_row_spectra(book, rows, random, ranks, relative=options["alignment"] == "relative")
+        sections.add_row_spectra(book, rows, random, ranks)
     if "matrices" in parts:
         sections.add_matrix_spectra(book, matrix_spectra(statistics), ranks)
     if rows is not None and "overlap" in parts:
@@ -120,24 +121,15 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for part in options["parts"]:
         if part not in PARTS:
             raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {part!r}.")
-    if options["alignment"] not in ("absolute", "relative"):
-        raise ConfigError(f"alignment must be absolute or relative, got {options['alignment']!r}.")
     keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds")
-    counts = {key: options[key] for key in keys}
-    counts |= {f"ranks[{i}]": rank for i, rank in enumerate(options["ranks"])}
+    require_counts({key: options[key] for key in keys})
+    require_counts({f"ranks[{i}]": rank for i, rank in enumerate(options["ranks"])})
     if options["rows"] is not None:
-        counts["rows"] = options["rows"]
-    for key, value in counts.items():
-        try:
-            require_count(key, value)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        require_counts({"rows": options["rows"]})
     for key in LISTS[:3]:
         if not options[key]:
             raise ConfigError(f"{key} must list at least one, got [].")
-    for keep in options["keep"]:
-        if not isinstance(keep, float) or not 0.0 < keep <= 1.0:
-            raise ConfigError(f"keep must list shares in (0, 1], got {keep!r}.")
+    require_shares("keep", options["keep"])
     for weight in options["divergence_weights"]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
             raise ConfigError(f"divergence_weights must list numbers of at least 0, got {weight!r}.")
@@ -146,17 +138,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             f"parts=[explanation] trains further models as a checkpoint was trained, so model must be a checkpoint "
             f"(.ckpt), got {options['model']!r}."
         )
-    if Path(str(options["output"])).is_file():
-        raise ConfigError(f"output={options['output']} must be a folder, and there is a file of that name.")
-    if "reconstruction" not in options["parts"]:
-        return {}
-    standard = compared_mechanisms(options["keep"], options["rank"])
-    known = sorted({spec["name"] for spec in standard.values()} & set(available_attention()))
-    names = known if options["attention"] is None else as_list(options["attention"])
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"attention={name} cannot be measured here; accepted: {', '.join(known)}.")
-    return {label: spec for label, spec in standard.items() if spec["name"] in names}
+    return chosen_mechanisms(options, SELECTIONS) if "reconstruction" in options["parts"] else {}
 
 
 def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | None]:
@@ -192,17 +174,10 @@ def _collect(
     description: str,
     rows_only: bool = False,
 ) -> Statistics:
-    wanted = set(options["parts"])
-    parts = [
-        part
-        for part, needed in zip(COLLECTED, ({"spectrum", "overlap"}, {"matrices"}, {"norms"}), strict=True)
-        if wanted & needed and not (rows_only and part != "rows")
-    ]
     return collect(
         model,
         batches,
-        parts=["rows"] if rows_only else parts,
-        alignment=options["alignment"],
+        parts=["rows"] if rows_only else list(dict.fromkeys(COLLECTED[p] for p in options["parts"] if p in COLLECTED)),
         rows=options["rows"],
         matrices=options["matrices"],
         categories=categories,
@@ -234,8 +209,8 @@ def _add_reconstruction(
     if "causal" in needed:
         mechanisms = {label: causal_form(spec) for label, spec in mechanisms.items()}
     calibration = calibrate(source.model, batches, statistics=["content", "absolute"], progress=options["progress_bar"])
-    errors = reconstruction_errors(
-        source.model, source.second, mechanisms, calibration, progress=options["progress_bar"]
+    found = reconstruct(
+        source.model, source.second, mechanisms, calibration, weights=True, progress=options["progress_bar"]
     )
     labels = {layer.name: layer.label for layer in statistics.layers}
     data = (
@@ -244,17 +219,12 @@ def _add_reconstruction(
     )
     if unfit:
         data += f" Left out, as they cannot do {', '.join(sorted(needed))} attention: {', '.join(unfit)}."
-    norm_sections.add_reconstruction(book, errors, labels, data)
+    norm_sections.add_reconstruction(book, found, labels, data)
 
 
 def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The same mechanism with options that do not look ahead."""
     return {**spec, "basis": "running"} if spec["name"] == "low_rank_topk" else dict(spec)
-
-
-def as_list(value: Any) -> list[Any]:
-    """What was given as a list; a single value is a list of one."""
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def lacks(mechanism: str, needed: set[str]) -> bool:
@@ -279,18 +249,17 @@ def facts(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print_summary(statistics: Statistics, rows: Spectra | None, path: Path) -> None:
-    table = Table(title="Attention layers", title_justify="left")
-    for header in ("layer", "heads", "effective rank", "r = 8", "weight on special", "their ‖αf‖"):
-        table.add_column(header, justify="left" if header == "layer" else "right")
+    lines = []
     for layer in statistics.layers:
         spectrum = rows.layers["centred"][layer.label] if rows is not None else None
         norms = layer.norms if layer.norms is not None and layer.norms.tokens[SPECIAL] > 0 else None
-        cells = [
-            None if spectrum is None else spectrum.effective_rank,
-            None if spectrum is None else spectrum.explained_by(8),
-            None if norms is None else float(norms.weight_share()[:, SPECIAL].mean()),
-            None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
-        ]
-        table.add_row(layer.label, str(layer.heads), *map(show, cells))
-    print_table(table)
+        figures = {
+            "heads": layer.heads,
+            "effective rank": None if spectrum is None else spectrum.effective_rank,
+            "r = 8": None if spectrum is None else spectrum.explained_by(8),
+            "weight on special": None if norms is None else float(norms.weight_share()[:, SPECIAL].mean()),
+            "their ‖αf‖": None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
+        }
+        lines.append({"layer": layer.label, **{header: show(figure) for header, figure in figures.items()}})
+    print_table(to_table(lines, title="Attention layers"))
     print(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from approx_attn.diagnosis.analysis.collect import LayerStatistics, Statistics
+from approx_attn.diagnosis.analysis.collect import Statistics
 from approx_attn.diagnosis.analysis.moments import pooled_matrix_spectrum, spectra_of_sums
 from approx_attn.diagnosis.analysis.overlap import overlap_matrix, pairs_above_diagonal
 from approx_attn.diagnosis.analysis.spectrum import Spectrum
@@ -77,35 +77,31 @@ def spectrum_row(
 
 def row_spectra(statistics: Statistics) -> Spectra:
     """Spectra of single rows: per head, per layer, and of the whole model."""
-    heads: dict[str, dict[str, list[Spectrum]]] = {}
-    layers: dict[str, dict[str, Spectrum]] = {}
-    model: dict[str, Spectrum] = {}
+    found = Spectra({}, {}, {})
     for kind in KINDS:
-        heads[kind] = {layer.label: layer.rows[kind].spectra("head") for layer in statistics.layers}
-        layers[kind] = {layer.label: layer.rows[kind].spectra("layer")[0] for layer in statistics.layers}
-        moments = [layer.rows[kind] for layer in statistics.layers]
-        if len(moments) > 1 and len({part.total.shape[-1] for part in moments}) == 1:
-            sums = [sum(parts) for parts in zip(*(part.pooled_sums() for part in moments), strict=True)]
-            samples = sum(part.seen_rows for part in moments)
-            (model[kind],) = spectra_of_sums(sums, centred=kind == "centred", samples=samples)  # type: ignore[arg-type]
-    return Spectra(heads, layers, model)
+        moments = {layer.label: layer.rows[kind] for layer in statistics.layers}
+        found.heads[kind] = {label: part.spectra("head") for label, part in moments.items()}
+        found.layers[kind] = {label: part.spectra("layer")[0] for label, part in moments.items()}
+        if len(moments) > 1 and len({part.total.shape[-1] for part in moments.values()}) == 1:
+            sums = [sum(parts) for parts in zip(*(part.pooled_sums() for part in moments.values()), strict=True)]
+            samples = sum(part.seen_rows for part in moments.values())
+            (found.model[kind],) = spectra_of_sums(sums, centred=kind == "centred", samples=samples)  # type: ignore[arg-type]
+    return found
 
 
 def matrix_spectra(statistics: Statistics) -> Spectra:
     """Spectra of whole score matrices, from the sample that was kept."""
-    heads: dict[str, dict[str, list[Spectrum]]] = {}
-    layers: dict[str, dict[str, Spectrum]] = {}
-    model: dict[str, Spectrum] = {}
-    sampled = [(layer, layer.matrices) for layer in statistics.layers if layer.matrices is not None]
+    found = Spectra({}, {}, {})
+    samples = {layer.label: layer.matrices for layer in statistics.layers if layer.matrices is not None}
     for kind in KINDS:
-        heads[kind], layers[kind] = {}, {}
-        for layer, sample in sampled:
-            heads[kind][layer.label], layers[kind][layer.label] = sample.spectra(kind == "centred")
-        samples = [sample for _, sample in sampled]
-        pooled = pooled_matrix_spectrum(samples, kind == "centred", POOLED_MATRICES) if len(samples) > 1 else None
-        if pooled is not None:
-            model[kind] = pooled
-    return Spectra(heads, layers, model)
+        of_kind = {label: sample.spectra(kind == "centred") for label, sample in samples.items()}
+        found.heads[kind] = {label: heads for label, (heads, _) in of_kind.items()}
+        found.layers[kind] = {label: pooled for label, (_, pooled) in of_kind.items()}
+        if len(samples) > 1:
+            pooled = pooled_matrix_spectrum(list(samples.values()), kind == "centred", POOLED_MATRICES)
+            if pooled is not None:
+                found.model[kind] = pooled
+    return found
 
 
 @dataclass
@@ -164,18 +160,3 @@ def vectors_of(spectrum: Spectrum) -> np.ndarray:
     """(p, k) principal axes."""
     assert spectrum.vectors is not None
     return spectrum.vectors
-
-
-def layer_names(layers: Sequence[LayerStatistics]) -> list[dict[str, Any]]:
-    """A table of the layers."""
-    return [
-        {
-            "layer": layer.label,
-            "module": layer.name,
-            "heads": layer.heads,
-            "key_heads": layer.key_value_heads,
-            "head_dim": layer.head_dim,
-            "keys": layer.length,
-        }
-        for layer in layers
-    ]

@@ -101,12 +101,10 @@ def explained_variance(spectra: Mapping[str, Mapping[str, Spectrum]], sample: st
 @printed
 def heat_map(
     values: ArrayLike,
-    rows: Sequence[str],
-    columns: Sequence[str],
+    rows: tuple[str, Sequence[str]],
+    columns: tuple[str, Sequence[str]],
     *,
-    row_title: str,
-    column_title: str,
-    scale_title: str,
+    scale: str,
     limits: tuple[float | None, float | None] = (None, None),
     boundaries: Sequence[int] = (),
 ) -> Figure:
@@ -114,8 +112,8 @@ def heat_map(
 
     Args:
         values: (rows, columns); NaN is left white.
-        rows, columns: labels.
-        row_title, column_title, scale_title: of the axes and of the scale.
+        rows, columns: title and labels of each axis.
+        scale: title of the scale.
         limits: of the scale; from the values where None.
         boundaries: lines are drawn before these indices of both axes, such as where a layer's heads begin.
     """
@@ -125,9 +123,9 @@ def heat_map(
     axis = figure.subplots()
     low, high = limits
     image = axis.imshow(values, cmap=HEAT, vmin=low, vmax=high, aspect="auto")
-    _label_ticks(axis, rows, columns)
-    axis.set_xlabel(column_title)
-    axis.set_ylabel(row_title)
+    _label_ticks(axis, rows[1], columns[1])
+    axis.set_xlabel(columns[0])
+    axis.set_ylabel(rows[0])
     for boundary in boundaries:
         for line in (axis.axhline, axis.axvline):
             line(boundary - 0.5, color="white", linewidth=0.8)
@@ -137,7 +135,7 @@ def heat_map(
                 dark = sum(image.cmap(image.norm(values[i, j]))[:3]) < 1.5
                 text = f"{values[i, j]:.2f}" if abs(values[i, j]) < 10 else f"{values[i, j]:.0f}"
                 axis.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-    figure.colorbar(image, ax=axis, label=scale_title)
+    figure.colorbar(image, ax=axis, label=scale)
     return figure
 
 
@@ -276,12 +274,11 @@ def scatter(points: Mapping[str, Sequence[tuple[float, float]]], *, x_title: str
 
 
 @printed
-def eigenvector_lines(bases: Mapping[str, ArrayLike], *, relative: bool = False, count: int = 3) -> Figure:
+def eigenvector_lines(bases: Mapping[str, ArrayLike], *, count: int = 3) -> Figure:
     """The leading principal axes over positions, a panel per layer; at most six layers, evenly chosen.
 
     Args:
         bases: layer label to (p, k) principal axes.
-        relative: positions are offsets −(n − 1) … n − 1 of keys from queries.
         count: axes drawn.
     """
     labels = list(bases)
@@ -293,14 +290,13 @@ def eigenvector_lines(bases: Mapping[str, ArrayLike], *, relative: bool = False,
         for component in range(count):
             line = np.asarray(bases[label], dtype=float)[:, component]
             style = {"color": ("black", "0.45", "0.7")[component % 3], "linestyle": ("-", "--", "-")[component % 3]}
-            positions = np.arange(len(line)) - (len(line) // 2 if relative else 0)
-            axis.plot(positions, line, label=str(component + 1), linewidth=0.9, **style)
+            axis.plot(line, label=str(component + 1), linewidth=0.9, **style)
         axis.set_title(f"layer {label}")
         _tidy(axis)
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
     for axis in axes[-1]:
-        axis.set_xlabel("key position − query position" if relative else "key position")
+        axis.set_xlabel("key position")
     for row in axes:
         row[0].set_ylabel("loading")
     handles = axes[0, 0].get_legend_handles_labels()

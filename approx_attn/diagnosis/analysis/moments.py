@@ -27,12 +27,20 @@ class RowMoments(PositionMoments):
     A row is s·q_i·Kᵀ, so the outer products of all rows of a sequence add up to s²·K(QᵀQ)Kᵀ: n²·d multiply-adds
     instead of n³, and no score is ever formed. Padding only takes rows out of Q and K. Causal masks, windows, patterns
     and position biases go the long way.
+
+    Args:
+        centred: subtract from every row its own mean.
+        rows: queries per batch whose rows are taken on the long way; all if None.
+        seed: of their draw.
     """
+
+    def __init__(self, *, centred: bool, rows: int | None = None, seed: int = 0) -> None:
+        super().__init__("absolute", centred=centred, rows=rows, seed=seed)
 
     @torch.no_grad()
     def update(self, query: Tensor, key: Tensor, mask: AttentionMask, scale: float) -> None:
         """Add a batch: query (b, h, n_q, d), key (b, h_kv, n_k, d)."""
-        if mask.causal or mask.window is not None or not mask.is_structured or self.alignment != "absolute":
+        if mask.causal or mask.window is not None or not mask.is_structured:
             super().update(query, key, mask, scale)
             return
         h, n_k = query.shape[1], key.shape[-2]

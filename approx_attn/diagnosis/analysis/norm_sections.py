@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from approx_attn.comparison.report import Section
-from approx_attn.diagnosis.analysis.book import Book
+from approx_attn.diagnosis.analysis.book import Book, BookSection
 from approx_attn.diagnosis.analysis.collect import Statistics
 from approx_attn.diagnosis.analysis.explanation import Outcome
 from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded, scatter
-from approx_attn.diagnosis.analysis.reconstruction import ReconstructionError
+from approx_attn.diagnosis.reconstruction import Reconstruction
 
 
 def add_norms(book: Book, statistics: Statistics) -> None:
     """What do the weights hide that the norms show?"""
-    section = book.report.section("Weights and vector norms")
+    section = book.section("Weights and vector norms")
     layers = [(layer, layer.norms) for layer in statistics.layers if layer.norms is not None]
     without = [layer.label for layer in statistics.layers if layer.norms is None]
     section.text(
@@ -37,24 +36,20 @@ def add_norms(book: Book, statistics: Statistics) -> None:
         _add_category_figures(book, section, labels, rows, present)
     else:
         section.text(f"All tokens count as “{present[0]}”: nothing is known of their kinds.")
-    book.add_table(
-        section,
+    section.table(
         "norms",
         rows,
         "Means over heads. tokens, weight, contribution: shares of all pairs, of Σα and of Σ‖αf‖; contribution of "
         "heads: of Σ‖Σ_h αf‖; norm: mean ‖f(x)‖ of a token.",
     )
     correlations = [norms.correlation().tolist() for _, norms in layers]
-    book.add_figure(
-        section,
+    section.figure(
         "norm_correlation",
         heat_map(
             padded(correlations),
-            labels,
-            [str(head) for head in range(max(map(len, correlations)))],
-            row_title="layer",
-            column_title="head",
-            scale_title="correlation of α and ‖f(x)‖",
+            ("layer", labels),
+            ("head", [str(head) for head in range(max(map(len, correlations)))]),
+            scale="correlation of α and ‖f(x)‖",
         ),
         "Pearson correlation over all pairs of the weight α_ij and the length ‖f(x_j)‖ of what it weighs. Negative: "
         "the head attends most to what adds least.",
@@ -64,7 +59,7 @@ def add_norms(book: Book, statistics: Statistics) -> None:
 
 
 def _add_category_figures(
-    book: Book, section: Section, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], present: Sequence[str]
+    book: Book, section: BookSection, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], present: Sequence[str]
 ) -> None:
     """What the first category gets and gives, and the lengths of all."""
     first = present[0]
@@ -72,8 +67,7 @@ def _add_category_figures(
     def of(category: str, key: str) -> list[float]:
         return [row[key] for row in rows if row["category"] == category]
 
-    book.add_figure(
-        section,
+    section.figure(
         "norm_shares",
         grouped_bars(
             labels,
@@ -88,8 +82,7 @@ def _add_category_figures(
         ),
         f"What {first} tokens get and give: share of the attention weight they receive, and of the vectors added.",
     )
-    book.add_figure(
-        section,
+    section.figure(
         "norm_lengths",
         grouped_bars(labels, {c: of(c, "norm") for c in present}, x_title="layer", y_title="mean ‖f(x)‖ of a token"),
         "Mean length of the transformed vector by category of token, over heads.",
@@ -124,59 +117,54 @@ def _norm_rows(layers: Sequence[Any]) -> tuple[list[dict[str, Any]], list[dict[s
     return rows, by_head
 
 
-def add_reconstruction(book: Book, errors: Sequence[ReconstructionError], labels: Mapping[str, str], data: str) -> None:
+def add_reconstruction(book: Book, found: Sequence[Reconstruction], labels: Mapping[str, str], data: str) -> None:
     """How much would a partial computation lose?"""
-    section = book.report.section("Reconstruction from part of the pairs")
+    section = book.section("Reconstruction from part of the pairs")
     section.text(
         f"Mechanisms see the queries, keys and values of the unchanged model; nothing is trained. {data} Output: "
         "‖Ô − O‖/‖O‖. Weights: total variation, half the sum of |Â − A| over a row. Scores: ‖Ŝ − S‖/‖S‖ of centred "
         "rows, only of mechanisms that give every pair a score. A dash: the mechanism drops pairs, or returns no "
         "weights that are positive."
     )
-    by_label: dict[str, list[ReconstructionError]] = {}
-    for error in errors:
-        by_label.setdefault(error.label, []).append(error)
-    rows = []
+    rows, by_layer = [], []
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for label, parts in by_label.items():
-        name = " ".join(word for word in label.split() if not word.startswith("keep="))
-        share = float(np.mean([part.exact_share for part in parts]))
+    for each in found:
+        name = " ".join(word for word in each.label.split() if not word.startswith("keep="))
+        cost = {"exact_share": each.exact_share, "score_ratio": each.score_ratio}
         row: dict[str, Any] = {
-            "mechanism": label,
-            "exact_pairs": share,
-            "score_cost": float(np.mean([part.score_ratio for part in parts])),
+            "mechanism": each.label,
+            "exact_pairs": each.exact_share,
+            "score_cost": each.score_ratio,
         }
         for key, title in (
             ("output", "error of the output ‖Ô − O‖/‖O‖"),
             ("total_variation", "total variation of the weights"),
             ("scores", "error of centred scores ‖Ŝ − S‖/‖S‖"),
         ):
-            values = [getattr(part, key) for part in parts]
-            known = [value for value in values if value is not None]
-            row[key] = float(np.mean(known)) if len(known) == len(values) else None
+            values = [getattr(errors, key) for errors in each.layers.values()]
+            row[key] = None if None in values else float(np.mean(values))
             if row[key] is not None:
-                curves.setdefault(title, {}).setdefault(name, []).append((share, row[key]))
+                curves.setdefault(title, {}).setdefault(name, []).append((each.exact_share, row[key]))
         rows.append(row)
-    book.add_figure(
-        section,
+        for layer, errors in each.layers.items():
+            place = {"label": each.label, "mechanism": each.options["name"], "layer": labels.get(layer, layer)}
+            by_layer.append({**place, **cost, **vars(errors)})
+    section.figure(
         "reconstruction",
         error_curves(curves),
         "Errors against the share of pairs whose exact score is used, means over layers, heads and sequences.",
     )
-    book.add_table(
-        section,
+    section.table(
         "reconstruction",
         rows,
         "Means over layers. score cost: multiply-adds performed up to the weights, relative to exact attention.",
     )
-    book.keep(
-        "reconstruction_layers", [{**vars(error), "layer": labels.get(error.layer, error.layer)} for error in errors]
-    )
+    book.keep("reconstruction_layers", by_layer)
 
 
 def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:
     """Is attention explanation?"""
-    section = book.report.section("Is attention explanation?")
+    section = book.section("Is attention explanation?")
     section.text(
         "Experiments after Wiegreffe and Pinter (EMNLP 2019) around one trained classifier, the base. Further seeds "
         "show how far weights and predictions move by chance. A model with uniform weights shows whether the task "
@@ -204,8 +192,7 @@ def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:
                 name += f", λ = {outcome.divergence_weight:g}"
             points.setdefault(name, []).append((outcome.weight_divergence, outcome.prediction_distance))
     if points:
-        book.add_figure(
-            section,
+        section.figure(
             "explanation",
             scatter(
                 points,
@@ -214,8 +201,7 @@ def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:
             ),
             "Every model beside the base model on the test split. Far right and low: other weights, same predictions.",
         )
-    book.add_table(
-        section,
+    section.table(
         "explanation",
         rows,
         "Distance: mean total variation between class probabilities and the base model's. Divergence: mean "

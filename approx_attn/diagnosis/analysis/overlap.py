@@ -14,24 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 
-def principal_cosines(a: ArrayLike, b: ArrayLike) -> Array:
-    """Cosines of the principal angles between two subspaces, largest first.
-
-    Args:
-        a, b: (p, r) and (p, t) with orthonormal columns.
-
-    Returns:
-        (min(r, t),) in [0, 1].
-
-    Raises:
-        ValueError: bases of spaces of different dimension.
-    """
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
-        raise ValueError(f"a and b must be bases (p, r) of subspaces of one space, got {a.shape} and {b.shape}.")
-    return np.linalg.svd(a.T @ b, compute_uv=False).clip(0.0, 1.0)
-
-
 def subspace_overlap(a: ArrayLike, b: ArrayLike, rank: int | None = None) -> float:
     """Mean squared cosine of the principal angles: 1 for equal subspaces, 0 for orthogonal ones.
 
@@ -40,12 +22,14 @@ def subspace_overlap(a: ArrayLike, b: ArrayLike, rank: int | None = None) -> flo
     Args:
         a, b: (p, k) with orthonormal columns.
         rank: leading columns taken of both; all if None.
+
+    Raises:
+        ValueError: bases of different shape.
     """
-    a, b = np.asarray(a)[:, :rank], np.asarray(b)[:, :rank]
-    return float(np.square(principal_cosines(a, b)).mean())
+    return float(overlap_matrix([a], rank, [b])[0, 0])
 
 
-def overlap_matrix(bases: Sequence[ArrayLike], rank: int, others: Sequence[ArrayLike] | None = None) -> Array:
+def overlap_matrix(bases: Sequence[ArrayLike], rank: int | None, others: Sequence[ArrayLike] | None = None) -> Array:
     """(len(bases), len(others)) overlaps of leading `rank`-dimensional subspaces; `others` is `bases` if None."""
     left = [np.asarray(basis, dtype=np.float64)[:, :rank] for basis in bases]
     right = left if others is None else [np.asarray(basis, dtype=np.float64)[:, :rank] for basis in others]
@@ -53,12 +37,9 @@ def overlap_matrix(bases: Sequence[ArrayLike], rank: int, others: Sequence[Array
         if basis.shape != left[0].shape:
             raise ValueError(f"bases must have one shape up to rank={rank}, got {left[0].shape} and {basis.shape}.")
     beside = np.concatenate(right, axis=1)  # (p, others · rank)
-    return (
-        np.stack(
-            [np.square(basis.T @ beside).reshape(basis.shape[1], len(right), -1).sum(axis=(0, 2)) for basis in left]
-        )
-        / left[0].shape[1]
-    )
+    size = left[0].shape[1]
+    squares = (np.square(basis.T @ beside) for basis in left)  # (rank, others · rank)
+    return np.stack([square.reshape(size, len(right), -1).sum(axis=(0, 2)) for square in squares]) / size
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.fitting import run_model
 from approx_attn.conversion.calibration.moments import used_tokens
-from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.diagnosis.inputs import attention_observed
 
 TOLERANCE = 1e-3  # relative; fused kernels and half precision differ from the plain formula by less
 
@@ -35,17 +34,12 @@ def find_output_projections(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         layer that takes the attention output as it is are missing.
     """
     finder = _Finder()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), ExitStack() as stack:
-            for module in model.modules():
-                if _matrix(module) is not None:
-                    stack.callback(module.register_forward_pre_hook(finder.on_linear).remove)
-            stack.enter_context(capture_attention_inputs(model, finder.on_attention))
-            run_model(model, batch)
-    finally:
-        model.train(was_training)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if _matrix(module) is not None:
+                stack.callback(module.register_forward_pre_hook(finder.on_linear).remove)
+        stack.enter_context(attention_observed(model, finder.on_attention))
+        run_model(model, batch)
     modules = dict(model.named_modules())
     for name, heads in finder.heads.items():
         module = modules[name]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from approx_attn.diagnosis.analysis.book import Book
+from approx_attn.diagnosis.analysis.book import Book, BookSection
 from approx_attn.diagnosis.analysis.collect import Statistics
-from approx_attn.diagnosis.analysis.eigenspaces import ALL, Eigenspaces, Spectra, eigenspaces, layer_names, vectors_of
+from approx_attn.diagnosis.analysis.eigenspaces import ALL, Eigenspaces, Spectra, eigenspaces, vectors_of
 from approx_attn.diagnosis.analysis.figures import (
     eigenvector_lines,
     explained_variance,
@@ -18,7 +18,12 @@ from approx_attn.diagnosis.analysis.figures import (
     overlap_by_rank,
     padded,
 )
-from approx_attn.diagnosis.analysis.overlap import overlap_matrix, pairs_above_diagonal, random_overlap
+from approx_attn.diagnosis.analysis.overlap import (
+    overlap_matrix,
+    pairs_above_diagonal,
+    random_overlap,
+    subspace_overlap,
+)
 
 REAL, RANDOM = "data", "random tokens"
 HEADLINE_RANK = 8
@@ -27,18 +32,27 @@ Ranks = Sequence[int]
 
 def add_layers(book: Book, statistics: Statistics) -> None:
     """What was looked at."""
-    section = book.report.section("Layers")
-    book.add_table(
-        section,
+    rows = [
+        {
+            "layer": layer.label,
+            "module": layer.name,
+            "heads": layer.heads,
+            "key_heads": layer.key_value_heads,
+            "head_dim": layer.head_dim,
+            "keys": layer.length,
+        }
+        for layer in statistics.layers
+    ]
+    book.section("Layers").table(
         "layers",
-        layer_names(statistics.layers),
+        rows,
         f"Attention layers of the model, {statistics.sequences} sequences. Layers are called by these names below.",
     )
 
 
-def add_row_spectra(book: Book, spectra: Spectra, random: Spectra | None, ranks: Ranks, relative: bool = False) -> None:
-    """How many dimensions do single rows of scores have? `relative`: rows are indexed by key − query position."""
-    section = book.report.section("Spectrum of single score rows")
+def add_row_spectra(book: Book, spectra: Spectra, random: Spectra | None, ranks: Ranks) -> None:
+    """How many dimensions do single rows of scores have?"""
+    section = book.section("Spectrum of single score rows")
     section.text(
         "A row holds the scores s·q·k of one query with all keys. Softmax ignores a constant added to a row, so "
         "centred rows, each less its own mean, are what counts for the output; raw rows are shown beside them. "
@@ -48,8 +62,7 @@ def add_row_spectra(book: Book, spectra: Spectra, random: Spectra | None, ranks:
         "content rather than the position, few sequences make a layer look lower-dimensional than it is."
     )
     kinds = {f"{kind} rows": spectra.layers[kind] for kind in ("centred", "raw")}
-    book.add_figure(
-        section,
+    section.figure(
         "row_spectrum",
         explained_variance(kinds, "score rows"),
         "Share of the variance of single score rows in the first components, heads of a layer pooled. "
@@ -67,8 +80,7 @@ def add_row_spectra(book: Book, spectra: Spectra, random: Spectra | None, ranks:
     pooled = [row for row in rows if row["head"] == ALL and row["data"] == REAL]
     for kind in ("centred", "raw"):
         section.text(f"{kind.capitalize()} rows, heads pooled:")
-        book.add_table(
-            section,
+        section.table(
             f"row_spectrum_{kind}",
             [row for row in pooled if row["kind"] == kind],
             "r = k: share of the variance in the first k components. Effective rank: exp of the entropy of the "
@@ -76,33 +88,27 @@ def add_row_spectra(book: Book, spectra: Spectra, random: Spectra | None, ranks:
             shown=columns,
         )
     labels = list(spectra.layers["centred"])
-    book.add_figure(
-        section,
+    section.figure(
         "effective_rank",
         heat_map(
             padded([[s.effective_rank for s in spectra.heads["centred"][label]] for label in labels]),
-            labels,
-            _head_labels(spectra),
-            row_title="layer",
-            column_title="head",
-            scale_title="effective rank of centred rows",
+            ("layer", labels),
+            ("head", [str(head) for head in range(max(map(len, spectra.heads["centred"].values())))]),
+            scale="effective rank of centred rows",
         ),
         "Effective rank of centred score rows by layer and head.",
     )
     if all(vectors_of(spectrum).shape[1] >= 4 for spectrum in spectra.layers["centred"].values()):
-        book.add_figure(
-            section,
+        section.figure(
             "eigenvectors",
-            eigenvector_lines(
-                {label: vectors_of(s) for label, s in spectra.layers["centred"].items()}, relative=relative
-            ),
+            eigenvector_lines({label: vectors_of(s) for label, s in spectra.layers["centred"].items()}),
             "The three leading principal axes of centred rows over key positions, heads pooled.",
         )
 
 
 def add_matrix_spectra(book: Book, spectra: Spectra, ranks: Ranks) -> None:
     """How many dimensions do whole score matrices have?"""
-    section = book.report.section("Spectrum of whole score matrices")
+    section = book.section("Spectrum of whole score matrices")
     counts = sorted({spectrum.samples for spectrum in spectra.layers["centred"].values()})
     section.text(
         f"A sample is one whole n × n matrix of scores, a vector of n² entries. The spectrum is exact for the "
@@ -110,16 +116,14 @@ def add_matrix_spectra(book: Book, spectra: Spectra, ranks: Ranks) -> None:
         "have more components than that less one, so ranks close to the number of samples are lower bounds."
     )
     kinds = {f"{kind} rows": spectra.layers[kind] for kind in ("centred", "raw")}
-    book.add_figure(
-        section,
+    section.figure(
         "matrix_spectrum",
         explained_variance(kinds, "score matrices"),
         "Share of the variance of whole score matrices in the first components, heads of a layer pooled.",
     )
     rows = spectra.table("matrix", REAL, ranks)
     book.keep("matrix_spectrum", rows)
-    book.add_table(
-        section,
+    section.table(
         "matrix_spectrum_pooled",
         [row for row in rows if row["head"] == ALL],
         "Heads pooled. samples: matrices seen. Per head in tables/matrix_spectrum.csv.",
@@ -129,7 +133,7 @@ def add_matrix_spectra(book: Book, spectra: Spectra, ranks: Ranks) -> None:
 
 def add_overlap(book: Book, spectra: Spectra, random: Spectra | None, ranks: Ranks, seed: int) -> None:
     """Do layers and heads share an eigenspace?"""
-    section = book.report.section("Overlap of eigenspaces")
+    section = book.section("Overlap of eigenspaces")
     spaces = eigenspaces(spectra)
     ranks = [rank for rank in ranks if rank <= spaces.dimensions]
     rank = headline_rank(ranks)
@@ -137,8 +141,8 @@ def add_overlap(book: Book, spectra: Spectra, random: Spectra | None, ranks: Ran
     section.text(
         "Overlap is the mean squared cosine of the principal angles between the spans of the leading components of "
         "centred rows: 1 for the same subspace, 0 for orthogonal ones. Independent random subspaces of rank r in "
-        f"{spaces.dimensions} dimensions have r/{spaces.dimensions} on average: {_baseline(baselines[rank])} at r = "
-        f"{rank}. Above that, something is shared."
+        f"{spaces.dimensions} dimensions have r/{spaces.dimensions} on average: {baselines[rank].mean:.3f} ± "
+        f"{baselines[rank].std:.3f} at r = {rank}. Above that, something is shared."
     )
     random_spaces = None if random is None else eigenspaces(random)
     lines: dict[str, dict[int, Sequence[float]]] = {}
@@ -157,29 +161,25 @@ def add_overlap(book: Book, spectra: Spectra, random: Spectra | None, ranks: Ran
                 lines.setdefault(name, {})[r] = values.tolist()
                 rows.append(_overlap_row(r, name, values, baselines[r]))
     if rows:
-        book.add_figure(
-            section,
+        section.figure(
             "overlap_by_rank",
             overlap_by_rank(lines, [baselines[r] for r in ranks]),
             "Overlap against rank: mean over pairs, band over the middle half of the pairs, and the random baseline.",
         )
-        book.add_table(section, "overlap", rows, "Overlap over all pairs, and of random subspaces.")
+        section.table("overlap", rows, "Overlap over all pairs, and of random subspaces.")
     _add_overlap_maps(book, section, spaces, rank)
 
 
-def _add_overlap_maps(book: Book, section: Any, spaces: Eigenspaces, rank: int) -> None:
+def _add_overlap_maps(book: Book, section: BookSection, spaces: Eigenspaces, rank: int) -> None:
     labels = spaces.comparable
     if len(labels) > 1:
-        book.add_figure(
-            section,
+        section.figure(
             "overlap_layers",
             heat_map(
                 spaces.between_layers(rank),
-                labels,
-                labels,
-                row_title="layer",
-                column_title="layer",
-                scale_title=f"overlap, r = {rank}",
+                ("layer", labels),
+                ("layer", labels),
+                scale=f"overlap, r = {rank}",
                 limits=(0.0, 1.0),
             ),
             f"Overlap of the {rank} leading components between layers, heads pooled.",
@@ -187,16 +187,13 @@ def _add_overlap_maps(book: Book, section: Any, spaces: Eigenspaces, rank: int) 
     names = [f"{label}.{head}" for label in labels for head in range(len(spaces.heads[label]))]
     starts = np.cumsum([len(spaces.heads[label]) for label in labels])[:-1]
     matrix = spaces.between_heads(rank)
-    book.add_figure(
-        section,
+    section.figure(
         "overlap_heads",
         heat_map(
             matrix,
-            names,
-            names,
-            row_title="layer.head",
-            column_title="layer.head",
-            scale_title=f"overlap, r = {rank}",
+            ("layer.head", names),
+            ("layer.head", names),
+            scale=f"overlap, r = {rank}",
             limits=(0.0, 1.0),
             boundaries=[int(start) for start in starts],
         ),
@@ -215,7 +212,7 @@ def _add_overlap_maps(book: Book, section: Any, spaces: Eigenspaces, rank: int) 
 
 def add_random_tokens(book: Book, spectra: Spectra, random: Spectra, ranks: Ranks, seed: int) -> None:
     """Does the structure come from the data, or from the architecture and its positions?"""
-    section = book.report.section("Data beside random tokens")
+    section = book.section("Data beside random tokens")
     ranks = [rank for rank in ranks if rank <= eigenspaces(spectra).dimensions]
     rank = headline_rank(ranks)
     section.text(
@@ -229,7 +226,7 @@ def add_random_tokens(book: Book, spectra: Spectra, random: Spectra, ranks: Rank
         if vectors_of(real).shape != vectors_of(other).shape:
             continue
         baseline = random_overlap(real.dimensions, rank, seed=seed)
-        overlap = float(overlap_matrix([vectors_of(real)], rank, [vectors_of(other)])[0, 0])
+        overlap = subspace_overlap(vectors_of(real), vectors_of(other), rank)
         rows.append(
             {
                 "layer": label,
@@ -247,8 +244,7 @@ def add_random_tokens(book: Book, spectra: Spectra, random: Spectra, ranks: Rank
     if not rows:
         return
     labels = [row["layer"] for row in rows]
-    book.add_figure(
-        section,
+    section.figure(
         "random_tokens",
         grouped_bars(
             labels,
@@ -265,8 +261,7 @@ def add_random_tokens(book: Book, spectra: Spectra, random: Spectra, ranks: Rank
         f"Explained variance of {rank} components on the data and on random tokens, and how far the two eigenspaces "
         "agree.",
     )
-    book.add_table(
-        section,
+    section.table(
         "random_tokens",
         rows,
         "Centred rows, heads pooled. Variance: mean variance of a single score.",
@@ -278,7 +273,7 @@ def add_two_models(
     book: Book, spectra: Spectra, other: Spectra, names: tuple[str, str], ranks: Ranks, seed: int
 ) -> None:
     """Do two models share an eigenspace?"""
-    section = book.report.section("Two models")
+    section = book.section("Two models")
     first, second = eigenspaces(spectra), eigenspaces(other)
     if len(first.layer_bases()[0]) != len(second.layer_bases()[0]):
         section.text("The two models have attention of different lengths, so their eigenspaces cannot be compared.")
@@ -292,21 +287,18 @@ def add_two_models(
             _overlap_row(r, "layers of two models", matrix.ravel(), random_overlap(first.dimensions, r, seed=seed))
         )
     section.text(f"Eigenspaces of centred rows of {names[0]} (rows) and {names[1]} (columns) at the same length.")
-    book.add_figure(
-        section,
+    section.figure(
         "overlap_models",
         heat_map(
             overlap_matrix(first.layer_bases(), rank, second.layer_bases()),
-            first.comparable,
-            second.comparable,
-            row_title=f"layer of {short_name(names[0])}",
-            column_title=f"layer of {short_name(names[1])}",
-            scale_title=f"overlap, r = {rank}",
+            (f"layer of {short_name(names[0])}", first.comparable),
+            (f"layer of {short_name(names[1])}", second.comparable),
+            scale=f"overlap, r = {rank}",
             limits=(0.0, 1.0),
         ),
         f"Overlap of the {rank} leading components between the layers of two models.",
     )
-    book.add_table(section, "overlap_models", rows, "Overlap over all pairs of layers, and of random subspaces.")
+    section.table("overlap_models", rows, "Overlap over all pairs of layers, and of random subspaces.")
 
 
 def _overlap_row(rank: int, pairs: str, values: np.ndarray, baseline: Any) -> dict[str, Any]:
@@ -324,14 +316,6 @@ def _overlap_row(rank: int, pairs: str, values: np.ndarray, baseline: Any) -> di
 def headline_rank(ranks: Ranks) -> int:
     """The rank at which maps are drawn."""
     return min(ranks, key=lambda rank: abs(rank - HEADLINE_RANK))
-
-
-def _baseline(baseline: Any) -> str:
-    return f"{baseline.mean:.3f} ± {baseline.std:.3f}"
-
-
-def _head_labels(spectra: Spectra) -> list[str]:
-    return [str(head) for head in range(max(len(heads) for heads in spectra.heads["centred"].values()))]
 
 
 def short_name(name: str) -> str:

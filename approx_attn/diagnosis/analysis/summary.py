@@ -120,5 +120,4 @@ def _range(rows: Rows, key: str, write: Callable[[float], str]) -> str:
     return f"{write(low[key])} (layer {low['layer']}) to {write(high[key])} (layer {high['layer']})"
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
+_percent = "{:.1%}".format

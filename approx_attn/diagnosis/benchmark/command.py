@@ -10,7 +10,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,21 @@ from torch.nn import functional as F
 
 from approx_attn.attention import AttentionMask, AttentionMechanism
 from approx_attn.attention.calibrated import BasisMechanism
+from approx_attn.command import as_list, run_plain
 from approx_attn.diagnosis.benchmark.memory import OutOfMemory, fresh_process_memory, is_out_of_memory
-from approx_attn.diagnosis.benchmark.settings import DTYPES, Entry, check, label_of, listed, read_settings
+from approx_attn.diagnosis.benchmark.settings import DTYPES, check, label_of, read_settings
 from approx_attn.diagnosis.benchmark.sources import SYNTHETIC, LayerInputs, Source, build, load_inputs
-from approx_attn.diagnosis.benchmark.table import SDPA, Row, as_tables, heading, notes, read_references, write_csv
+from approx_attn.diagnosis.benchmark.table import SDPA, Row, as_tables, heading, notes, read_references
 from approx_attn.errors import ConfigError, warn
-from approx_attn.output import print_table, require_folder
+from approx_attn.output import print_table, require_folder, to_csv
 from approx_attn.run.measurement import Timing, peak_memory, time_alternately
-from approx_attn.run.record import source_commit
+from approx_attn.run.record import source_commit, write_text_atomically
 
 QUIET_LOAD = 0.5  # processes that want to run, on average over the last minute
 
 
 def main(arguments: Sequence[str]) -> int:
     """`approx-attn benchmark key=value ...`; returns the exit code."""
-    from approx_attn.command import run_plain
-
     return run_plain("benchmark", lambda: benchmark(read_settings(arguments)), arguments)
 
 
@@ -55,11 +54,11 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     left_out: dict[str, None] = {}
     for length in cfg["length"]:
-        for causal in dict.fromkeys(listed(cfg["causal"])):
+        for causal in dict.fromkeys(as_list(cfg["causal"])):
             asked = [entry for entry in entries if entry.is_asked_for(length, causal)]
             left_out |= dict.fromkeys(entry.label for entry in asked if causal and not entry.can_be_causal)
             here = {**cfg, "causal": causal}
-            specs = _specs(asked, causal)
+            specs = {entry.label: entry.options for entry in asked if entry.can_be_causal or not causal}
             source = load_inputs(here, length, list(specs.values()))
             if load is not None and load > QUIET_LOAD and device.type == "cpu":
                 said = f"the machine is not quiet (load {load:.2f} before the start)"
@@ -80,11 +79,6 @@ def benchmark(cfg: Mapping[str, Any]) -> list[Row]:
     print("\n".join(below))
     print(write_files(rows, output, "\n".join(below)))
     return rows
-
-
-def _specs(entries: Sequence[Entry], causal: bool) -> dict[str, dict[str, Any]]:
-    """Options by label of the mechanisms that run under a causality."""
-    return {entry.label: entry.options for entry in entries if entry.can_be_causal or not causal}
 
 
 def load_of_machine() -> float | None:
@@ -285,7 +279,7 @@ def conditions(cfg: Mapping[str, Any], device: torch.device, load: float | None 
     """Under which conditions the numbers were measured, in one line."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     kind = "synthetic" if cfg["source"] in SYNTHETIC else "captured"
-    causal = " and ".join("causal" if value else "not causal" for value in listed(cfg["causal"]))
+    causal = " and ".join("causal" if value else "not causal" for value in as_list(cfg["causal"]))
     return (
         f"{where}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{cfg['dtype']}; {kind} source {cfg['source']}, {cfg['sequences']} sequences to calibrate; "
@@ -298,10 +292,9 @@ def conditions(cfg: Mapping[str, Any], device: torch.device, load: float | None 
 
 def write_files(rows: Sequence[Row], folder: Path, caption: str) -> Path:
     """`table.csv`, `conditions.txt`, `time.png` and `frontier.png` in a folder, which is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, folder / "table.csv")
-    (folder / "conditions.txt").write_text(caption + "\n", encoding="utf-8")
-
+    write_text_atomically(folder / "table.csv", to_csv(list(map(asdict, rows))))
+    write_text_atomically(folder / "conditions.txt", caption + "\n")
+    # Not above: the processes in which memory is measured import this module, and draw nothing.
     from approx_attn.diagnosis.benchmark.plots import plot_frontier, plot_time
 
     plot_time(rows, folder / "time.png")

@@ -7,16 +7,14 @@ and error beside PyTorch's flash attention at long lengths in bfloat16.
 from __future__ import annotations
 
 import copy
-import csv
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
@@ -26,7 +24,8 @@ from approx_attn.diagnosis.benchmark.command import conditions, measure, write_f
 from approx_attn.diagnosis.benchmark.settings import label_of, read_settings
 from approx_attn.diagnosis.benchmark.sources import StructuredInputs, load_inputs
 from approx_attn.diagnosis.benchmark.table import Row, as_tables, notes
-from approx_attn.output import print_table, require_folder
+from approx_attn.output import print_table, require_folder, to_csv, to_table
+from approx_attn.run.record import write_text_atomically
 
 MECHANISM = "eigen_cluster"
 BOUNDS = {torch.float32: 2e-3, torch.bfloat16: 1e-2}
@@ -90,7 +89,8 @@ def examine(
     """
     start = time.monotonic()
     checks = [check(case, dtype, device, check_length) for dtype in BOUNDS for case in CASES]
-    print_table(_table(checks))
+    title = f"{MECHANISM} beside float64 on the CPU"
+    print_table(to_table(list(map(_cells, checks)), words=("type", "verdict"), title=title))
     cfg = {**read_settings(settings), "device": device.type}
     rows: list[Row] = []
     below = []
@@ -109,10 +109,7 @@ def examine(
         print_table(table)
     print("\n".join(below))
     write_files(rows, folder, "\n".join(below))
-    with (folder / "checks.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Check)), "passed"])
-        writer.writeheader()
-        writer.writerows({**asdict(check), "passed": check.is_passed} for check in checks)
+    write_text_atomically(folder / "checks.csv", to_csv([{**asdict(c), "passed": c.is_passed} for c in checks]))
     print(folder)
     return all(check.is_passed for check in checks)
 
@@ -156,14 +153,7 @@ def _pass(mechanism: AttentionMechanism, tensors: Sequence[Tensor], mask: Attent
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), tensors[3])]
 
 
-def _table(checks: Sequence[Check]) -> Table:
-    table = Table(title=f"{MECHANISM} beside float64 on the CPU", title_justify="left")
-    table.add_column("case")
-    table.add_column("type")
-    for header in ("error of output", "of gradients", "bound"):
-        table.add_column(header, justify="right")
-    table.add_column("verdict")
-    for row in checks:
-        errors = (f"{x:.1e}" for x in (row.output_error, row.gradient_error, row.bound))
-        table.add_row(row.case, row.dtype, *errors, "passed" if row.is_passed else "FAILED")
-    return table
+def _cells(row: Check) -> dict[str, str]:
+    errors = {"error of output": row.output_error, "of gradients": row.gradient_error, "bound": row.bound}
+    shown = {header: f"{error:.1e}" for header, error in errors.items()}
+    return {"case": row.case, "type": row.dtype, **shown, "verdict": "passed" if row.is_passed else "FAILED"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from approx_attn.attention import build_attention
-from approx_attn.command import settings
+from approx_attn.command import as_list, mechanism_spec, require_counts, settings
 from approx_attn.config.compose import available_choices, config_dir
 from approx_attn.config.instantiate import suggestion
 from approx_attn.errors import ConfigError
@@ -75,14 +76,14 @@ def check(cfg: Mapping[str, Any]) -> list[Entry]:
         ConfigError: an unknown name or option, or a value that nothing can be done with.
     """
     for key, accepted in (("pass", PASSES), ("dtype", tuple(DTYPES)), ("device", DEVICES)):
-        for value in listed(cfg[key]):
+        for value in as_list(cfg[key]):
             if value not in accepted:
                 raise ConfigError(f"{key} must be among {', '.join(accepted)}, got {value!r}.")
     for key in ("attention", "length", "pass"):
         if not isinstance(cfg[key], list) or not cfg[key]:
             raise ConfigError(f"{key} must be a list such as {key}=[...], got {cfg[key]!r}.")
-    for key in ("length", "batch_size", "num_heads", "head_dim", "repeats", "sequences", "error_queries"):
-        _check_counts(key, cfg[key])
+    counts = ("length", "batch_size", "num_heads", "head_dim", "repeats", "sequences", "error_queries")
+    require_counts({key: cfg[key] for key in counts})
     _check_causal("causal", cfg["causal"])
     if cfg["reference"] is not None and not isinstance(cfg["reference"], list):
         raise ConfigError(f"reference must be null or a list of files such as [table.csv], got {cfg['reference']!r}.")
@@ -91,7 +92,7 @@ def check(cfg: Mapping[str, Any]) -> list[Entry]:
             raise ConfigError(f"reference={path} is not a file; give the table.csv of another benchmark.")
     entries = [_entry(part) for part in cfg["attention"]]
     for entry in entries:
-        asked = {causal for causal in listed(cfg["causal"]) if causal in entry.only.get("causal", [causal])}
+        asked = {causal for causal in as_list(cfg["causal"]) if causal in entry.only.get("causal", [causal])}
         if asked == {True} and not entry.can_be_causal:
             raise ConfigError(
                 f"attention={entry.label} does not support causal=true; causal=[false,true] leaves it out there."
@@ -99,39 +100,25 @@ def check(cfg: Mapping[str, Any]) -> list[Entry]:
     return entries
 
 
-def listed(value: Any) -> list[Any]:
-    """A value, or the values of a list, as a list."""
-    return value if isinstance(value, list) else [value]
-
-
 def _entry(part: Any) -> Entry:
-    options = {"name": part} if isinstance(part, str) else dict(part)
-    if "name" not in options:
-        raise ConfigError(f"attention: an entry with options needs a name, got {part!r}.")
-    only = options.pop("only", {})
+    only = part.get("only", {}) if isinstance(part, dict) else {}
+    options = mechanism_spec({k: v for k, v in part.items() if k != "only"} if isinstance(part, dict) else part)
     if not isinstance(only, dict) or not set(only) <= set(PLACES):
         raise ConfigError(f"attention.only of {options['name']} takes length and causal as lists, got {only!r}.")
-    only = {key: listed(value) for key, value in only.items()}
-    _check_counts("attention.only.length", only.get("length", []))
+    only = {key: as_list(value) for key, value in only.items()}
+    require_counts({"attention.only.length": only.get("length", [])})
     _check_causal("attention.only.causal", only.get("causal", [False]))
     shape: dict[str, Any] = {"num_heads": 1, "head_dim": 8, "max_length": 16}
     try:
         build_attention(**options, **shape)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    try:
+    with suppress(ValueError):
         build_attention(**options, **shape, causal=True)
-    except ValueError:
-        return Entry(options, only, can_be_causal=False)
-    return Entry(options, only, can_be_causal=True)
-
-
-def _check_counts(key: str, values: Any) -> None:
-    for value in listed(values):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key} must be a whole number of at least 1, got {value!r}.")
+        return Entry(options, only, can_be_causal=True)
+    return Entry(options, only, can_be_causal=False)
 
 
 def _check_causal(key: str, values: Any) -> None:
-    if not listed(values) or not all(isinstance(value, bool) for value in listed(values)):
+    if not as_list(values) or not all(isinstance(value, bool) for value in as_list(values)):
         raise ConfigError(f"{key} must be true, false or [false,true], got {values!r}.")

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from approx_attn.errors import ConfigError
+from approx_attn.output import shown, to_table
 
 SDPA = "sdpa"
+# How a word of a file becomes a value, by the type of the field.
+READERS: dict[str, Callable[[str], Any]] = {
+    "bool": lambda word: word == "True",
+    "str": str,
+    "int | None": int,
+    "float | None": float,
+}
 
 
 @dataclass(frozen=True)
@@ -76,52 +84,38 @@ def heading(length: int, causal: bool, pass_name: str) -> str:
 
 def as_tables(rows: Sequence[Row]) -> list[Table]:
     """The rows for a console, one table per length, causality and pass."""
-    tables: dict[tuple[int, bool, str], Table] = {}
+    places: dict[tuple[int, bool, str], list[dict[str, str]]] = {}
     for row in rows:
-        if row.place not in tables:
-            table = Table(title=heading(*row.place), title_justify="left")
-            table.add_column("mechanism")
-            for header in (
-                "ms",
-                "±",
-                "× SDPA",
-                "MiB",
-                "exact pairs used",
-                "scores computed",
-                "multiply-adds",
-                "error",
-            ):
-                table.add_column(header, justify="right")
-            tables[row.place] = table
-        cells = (
-            _shown(row.seconds, lambda x: f"{x * 1e3:.1f}"),
-            _shown(row.spread, lambda x: f"{x * 1e3:.1f}"),
-            _shown(row.speedup, lambda x: f"{x:.2f}") + _shown(row.speedup_spread, lambda x: f" ± {x:.2f}", ""),
-            _shown(row.peak_bytes, lambda x: f"{x / 2**20:.0f}"),
-            _shown(row.exact_share, lambda x: f"{x:.1%}"),
-            _shown(row.computed_share, lambda x: f"{x:.1%}"),
-            _shown(row.relative_multiply_adds, lambda x: f"{x:.1%}"),
-            _shown(row.error, lambda x: f"{x:.4f}"),
-        )
-        tables[row.place].add_row(row.shown_label, *cells)
-    return list(tables.values())
+        places.setdefault(row.place, []).append(_cells(row))
+    return [to_table(cells, title=heading(*place)) for place, cells in places.items()]
 
 
-def _shown(value: Any, how: Callable[[Any], str], missing: str = "–") -> str:
-    return missing if value is None else how(value)
+def _cells(row: Row) -> dict[str, str]:
+    spread = "" if row.speedup_spread is None else f" ± {row.speedup_spread:.2f}"
+    return {
+        "mechanism": row.shown_label,
+        "ms": shown(row.seconds and row.seconds * 1e3, ".1f"),
+        "±": shown(None if row.spread is None else row.spread * 1e3, ".1f"),
+        "× SDPA": shown(row.speedup, ".2f", spread),
+        "MiB": shown(None if row.peak_bytes is None else row.peak_bytes / 2**20, ".0f"),
+        "exact pairs used": shown(row.exact_share, ".1%"),
+        "scores computed": shown(row.computed_share, ".1%"),
+        "multiply-adds": shown(row.relative_multiply_adds, ".1%"),
+        "error": shown(row.error, ".4f"),
+    }
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What stands under the tables: sentences about single rows, each once, and which of them ran compiled."""
-    found: dict[str, list[Row]] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.note:
-            found.setdefault(f"{row.shown_label}: {row.note}", []).append(row)
+            found.setdefault((row.shown_label, row.note), []).append(row)
     lines = []
-    for text, noted in found.items():
-        places = [row.place for row in rows if row.shown_label == noted[0].shown_label]
-        where = "" if len(noted) == len(places) else f" ({'; '.join(heading(*row.place) for row in noted)})"
-        lines.append(text + where)
+    for (label, note), noted in found.items():
+        everywhere = len(noted) == sum(row.shown_label == label for row in rows)
+        where = "" if everywhere else f" ({'; '.join(heading(*row.place) for row in noted)})"
+        lines.append(f"{label}: {note}{where}")
     measured = [row for row in rows if not row.reference and row.label != SDPA and row.seconds is not None]
     compiled, others = (
         ", ".join(dict.fromkeys(row.label for row in measured if row.compiled is wanted)) or "none"
@@ -133,14 +127,6 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "operator of PyTorch."
         )
     return lines
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """One line per row, a column per field."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def read_references(paths: Sequence[str]) -> list[Row]:
@@ -170,12 +156,6 @@ def _row(line: dict[str, str]) -> Row:
     values: dict[str, Any] = {"label": line["label"], "length": int(line["length"]), "pass_name": line["pass_name"]}
     for field in fields(Row):
         word = line.get(field.name) or ""
-        if field.name in values or not word:
-            continue
-        if field.type == "bool":
-            values[field.name] = word == "True"
-        elif field.type == "str":
-            values[field.name] = word
-        else:
-            values[field.name] = int(word) if field.type == "int | None" else float(word)
+        if word and field.name not in values:
+            values[field.name] = READERS[str(field.type)](word)
     return Row(**values)

@@ -192,7 +192,6 @@ def test_what_is_shown_is_escaped(folder: Path, tmp_path: Path) -> None:
     ("wrong", "message"),
     [
         ({"parts": "[spectra]"}, "parts must be among spectrum, matrices, overlap, norms, reconstruction"),
-        ({"alignment": "diagonal"}, "alignment must be absolute or relative, got 'diagonal'"),
         ({"ranks": "[0]"}, "ranks[0] must be a whole number"),
         ({"ranks": "[]"}, "ranks must list at least one, got []"),
         ({"matrices": 0}, "matrices must be a whole number"),

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.capture import capture_attention_inputs
-from approx_attn.diagnosis.analysis import NormMoments, collect, find_output_projections, head_products, summed_norms
-from approx_attn.diagnosis.analysis.norms import transformed_norms
+from approx_attn.diagnosis.analysis.collect import collect
+from approx_attn.diagnosis.analysis.norms import NormMoments, head_products, summed_norms, transformed_norms
+from approx_attn.diagnosis.analysis.projections import find_output_projections
 from approx_attn.models import EncoderClassifier
 
 LENGTH, WIDTH, HEADS = 7, 16, 4

@@ -14,12 +14,10 @@ from approx_attn.attention import build_attention
 from approx_attn.config.compose import load_config
 from approx_attn.config.instantiate import build
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.diagnosis.estimation import Estimate, estimate
-from approx_attn.diagnosis.estimation.command import split_words
-from approx_attn.diagnosis.estimation.duration import operations, planned
-from approx_attn.diagnosis.estimation.figures import show, verdict
-from approx_attn.diagnosis.estimation.memory import extrapolated
+from approx_attn.diagnosis.estimate import Estimate, estimate, extrapolated, split_words, verdict
+from approx_attn.diagnosis.estimated_time import operations, planned
 from approx_attn.errors import ConfigError
+from approx_attn.output import shown_seconds
 from approx_attn.run.measurement import peak_memory
 from approx_attn.run.train import train
 
@@ -109,7 +107,7 @@ def test_the_verb_prints_how_every_figure_came_about(capsys: pytest.CaptureFixtu
 
 
 def test_times_read_in_units_that_fit() -> None:
-    shown = [show(seconds, "s") for seconds in (0.00421, 2.0, 300.0, 7200.0)]
+    shown = [shown_seconds(seconds) for seconds in (0.00421, 2.0, 300.0, 7200.0)]
     assert shown == ["4.21 ms", "2.0 s", "5.0 min", "2.0 h"]
 
 

@@ -12,12 +12,7 @@ from approx_attn.attention import build_attention
 from approx_attn.conversion.calibration import calibrate
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.diagnosis.analysis.figures import error_curves
-from approx_attn.diagnosis.analysis.reconstruction import (
-    compared_mechanisms,
-    reconstruction_errors,
-    score_errors,
-    total_variation,
-)
+from approx_attn.diagnosis.reconstruction import reconstruct, score_errors, standard_mechanisms, total_variation
 
 SHAPE = {"num_heads": 2, "head_dim": 8}
 
@@ -69,8 +64,9 @@ def test_errors_on_a_model_equal_the_definition() -> None:
         "estimate": {"name": "eigen_topk", "rank": 2, "keep": 0.25},
         "blocks": {"name": "mra", "keep": 0.25},
     }
-    rows = reconstruction_errors(model, [second], mechanisms, calibration, progress=False)
-    by = {(row.label, row.layer): row for row in rows}
+    rows = reconstruct(model, [second], mechanisms, calibration, weights=True, progress=False)
+    by = {(row.label, layer): errors for row in rows for layer, errors in row.layers.items()}
+    assert rows[1].exact_share == pytest.approx(0.25)
     captured = {}
     with torch.no_grad(), capture_attention_inputs(model, lambda name, *inputs: captured.__setitem__(name, inputs)):
         model(second)
@@ -84,7 +80,6 @@ def test_errors_on_a_model_equal_the_definition() -> None:
         assert row.output == pytest.approx(float(difference.mean()), rel=1e-4)
         assert row.total_variation == pytest.approx(float((partial[1] - exact[1]).abs().sum(-1).mean() / 2), rel=1e-4)
         assert row.scores is None
-        assert row.exact_share == pytest.approx(0.25)
         whole, estimate = by["whole", name], by["estimate", name]
         assert whole.output == pytest.approx(0.0, abs=1e-5)
         assert whole.scores == pytest.approx(0.0, abs=1e-4)
@@ -94,7 +89,7 @@ def test_errors_on_a_model_equal_the_definition() -> None:
 
 
 def test_compared_mechanisms_cover_the_pair_selections() -> None:
-    table = compared_mechanisms([0.5, 0.25], 4)
+    table = standard_mechanisms([0.5, 0.25], 4, ("strided", "random", "greedy"))
     names = {spec["name"] for spec in table.values()}
     assert {"eigen_topk", "eigen_row", "topk", "sliding_window"} <= names
     selections = {spec["selection"] for spec in table.values() if spec["name"] == "eigen_row"}

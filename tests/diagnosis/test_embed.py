@@ -12,8 +12,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 
-from approx_attn.diagnosis.embed import main
-from approx_attn.diagnosis.embeddings import embeddings, preserve_embeddings
+from approx_attn.diagnosis.embed import EmbeddingPreservation, embeddings, main, preserve_embeddings
 
 transformers = pytest.importorskip("transformers")
 
@@ -110,10 +109,12 @@ def test_a_file_calibrates_with_one_half_and_is_measured_on_the_other(
 ) -> None:
     model, folder = folders
     file, drawn = folder / "train.parquet", []
-    monkeypatch.setattr(
-        "approx_attn.diagnosis.embed.preserve_embeddings",
-        lambda model, taken, texts, *rest, **options: drawn.extend([taken, texts["train.parquet"]]) or [],
-    )
+
+    def measure_nothing(model: Any, taken: Any, texts: Any, *rest: Any, **options: Any) -> list[EmbeddingPreservation]:
+        drawn.extend([taken, texts["train.parquet"]])
+        return [EmbeddingPreservation("topk", "train.parquet", 1.0, 1.0, 1.0, 1.0)]
+
+    monkeypatch.setattr("approx_attn.diagnosis.embed.preserve_embeddings", measure_nothing)
     small = ["length=64", "sequences=6", "test_sequences=6", f"output={folder / 'out.csv'}"]
     assert main([f"model={model}", f"calibration={file}", f"data=[{file}]", *small]) == 0
     first, second = ({tuple(row.tolist()) for batch in half for row in batch["input_ids"]} for half in drawn)

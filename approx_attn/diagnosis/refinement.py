@@ -18,8 +18,8 @@ from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
-from approx_attn.conversion.calibration.reconstruction import ReconstructionMeasurement, relative_errors
-from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.diagnosis.inputs import attention_observed
+from approx_attn.diagnosis.reconstruction import ReconstructionMeasurement, relative_errors
 from approx_attn.errors import require_count
 
 LEARNING_RATE = 0.01
@@ -61,15 +61,10 @@ def refine_basis(
         raise ValueError("refine got no batches.")
     require_refinable(attention)
     learner = _Learner(attention, calibration)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), capture_attention_inputs(model, learner):
-            for step in with_progress(range(steps), progress, "refining"):
-                learner.pace = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-                run_model(model, batches[step % len(batches)])
-    finally:
-        model.train(was_training)
+    with attention_observed(model, learner):
+        for step in with_progress(range(steps), progress, "refining"):
+            learner.pace = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            run_model(model, batches[step % len(batches)])
     return replace(calibration, tensors=calibration.tensors | learner.maps())
 
 
@@ -124,7 +119,7 @@ class _Learner(ReconstructionMeasurement):
     def __call__(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float
     ) -> None:
-        mechanism = self._mechanism("refined", layer, query, key, value, mask)
+        mechanism = self.mechanism("refined", layer, query, key, value, mask)
         if layer not in self.optimizers:
             maps = [parameter for parameter in mechanism.parameters() if parameter.requires_grad]
             groups = [{"params": [x], "scale": float(x.square().mean().sqrt())} for x in maps]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.config.instantiate import build
 from approx_attn.data.base import SequenceDataModule
-from approx_attn.diagnosis.estimation.figures import Figure
 from approx_attn.errors import ConfigError
+from approx_attn.output import shown_bytes, shown_seconds
 from approx_attn.run import train as training
 from approx_attn.run.measurement import synchronize
 from approx_attn.run.steps import batch_of, silent
@@ -32,6 +32,32 @@ EVALUATED_BATCHES = 4  # in each of them, at most
 
 
 @dataclass(frozen=True)
+class Amount:
+    """One line of an estimate.
+
+    Attributes:
+        name: what it is of.
+        value: bytes, seconds or a number, as `unit` says.
+        unit: `B`, `s`, `s/step`, or empty for a number.
+        how: `computed`, `measured` or `extrapolated`, and from what.
+    """
+
+    name: str
+    value: float
+    unit: str
+    how: str
+
+    @property
+    def shown(self) -> str:
+        """The value for people, with its unit."""
+        if self.unit == "B":
+            return shown_bytes(self.value)
+        if self.unit == "s":
+            return shown_seconds(self.value)
+        return f"{1000 * self.value:.2f} ms" if self.unit == "s/step" else f"{self.value:.3g}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """How many batches a run has: of training in all, of validation in all, of the test, and epochs."""
 
@@ -39,6 +65,10 @@ class Plan:
     validation: int
     test: int
     epochs: int
+
+    @property
+    def evaluated(self) -> int:
+        return self.validation + self.test
 
 
 def planned(config: Mapping[str, Any], data: SequenceDataModule, world: int) -> Plan:
@@ -48,16 +78,13 @@ def planned(config: Mapping[str, Any], data: SequenceDataModule, world: int) -> 
         ConfigError: nothing but time ends the run.
     """
     trainer = config["trainer"]
-    items, val_items, test_items = data.spec.num_items or (0, 0, 0)
-    limits = [trainer.get(f"limit_{split}_batches", 1.0) for split in ("train", "val", "test")]
-    sizes = (data.batch_size, data.eval_batch_size, data.eval_batch_size)
-    per_epoch = max(items // (sizes[0] * world), 1)
-    evaluated = [
-        math.ceil(count / (size * world)) for count, size in zip((val_items, test_items), sizes[1:], strict=True)
-    ]
+    items, *evaluated = data.spec.num_items or (0, 0, 0)
+    whole = [max(items // (data.batch_size * world), 1)]
+    whole += [math.ceil(count / (data.eval_batch_size * world)) for count in evaluated]
     train, val, test = (
         min(limit, batches) if isinstance(limit, int) and not isinstance(limit, bool) else int(batches * float(limit))
-        for limit, batches in zip(limits, (per_epoch, *evaluated), strict=True)
+        for split, batches in zip(("train", "val", "test"), whole, strict=True)
+        for limit in (trainer.get(f"limit_{split}_batches", 1.0),)
     )
     epochs, max_steps = trainer["max_epochs"], trainer.get("max_steps", -1)
     batches = train * max(epochs, 0) if epochs != -1 else math.inf
@@ -79,13 +106,12 @@ def _evaluations(trainer: Mapping[str, Any], batches: int, per_epoch: int, epoch
 
 
 class Stopwatch(pl.Callback):
-    """When training batches, evaluations and epochs began and ended."""
+    """When training batches, evaluations and epochs began and ended, in seconds; the first epoch warms up."""
 
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
-        self.evaluations: list[tuple[float, int]] = []
-        self.ended = 0.0
-        self._began = 0.0
+        self.evaluations: list[tuple[float, int]] = []  # seconds and batches
+        self.ended = self._began = 0.0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.batches.append([])
@@ -93,16 +119,13 @@ class Stopwatch(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        synchronize()
-        self.batches[-1].append(time.perf_counter())
+        self.batches[-1].append(_now())
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        synchronize()
-        self._began = time.perf_counter()
+        self._began = _now()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        synchronize()
-        self.evaluations.append((time.perf_counter() - self._began, int(sum(trainer.num_val_batches))))
+        self.evaluations.append((_now() - self._began, int(sum(trainer.num_val_batches))))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.ended = time.perf_counter()
@@ -110,31 +133,32 @@ class Stopwatch(pl.Callback):
     @property
     def step(self) -> float:
         """Median seconds from one training batch to the next, all that happens between them included."""
-        return statistics.median(
-            later - earlier for epoch in self.batches[1:] for earlier, later in itertools.pairwise(epoch)
-        )
+        return median(later - earlier for epoch in self.batches[1:] for earlier, later in itertools.pairwise(epoch))
 
     @property
     def evaluated_batch(self) -> float:
         """Median seconds of an evaluated batch."""
-        return statistics.median(seconds / max(count, 1) for seconds, count in self.evaluations[1:])
+        return median(seconds / max(count, 1) for seconds, count in self.evaluations[1:])
 
     @property
     def rest_of_epoch(self) -> float:
         """Median seconds of an epoch that neither its steps nor its evaluation take, such as for checkpoints."""
-        starts = [epoch[0] for epoch in self.batches] + [self.ended]
-        rests = [
-            later - earlier - len(epoch) * self.step - seconds
-            for earlier, later, epoch, (seconds, _) in zip(
-                starts, starts[1:], self.batches, self.evaluations, strict=False
-            )
-        ]
-        return max(statistics.median(rests[1:]), 0.0)
+        starts = [*(epoch[0] for epoch in self.batches), self.ended]
+        spent = [len(epoch) * self.step for epoch in self.batches]
+        evaluated = [seconds for seconds, _ in self.evaluations]
+        lengths = (later - earlier for earlier, later in itertools.pairwise(starts))
+        rests = [whole - sum(parts) for whole, *parts in zip(lengths, spent, evaluated, strict=False)]
+        return max(median(rests[1:]), 0.0)
+
+
+def _now() -> float:
+    synchronize()
+    return time.perf_counter()
 
 
 def measured_time(
     single: dict[str, Any], config: Mapping[str, Any], data: SequenceDataModule, world: int, steps: int, folder: Path
-) -> list[Figure]:
+) -> list[Amount]:
     """Time of the run at the speed of this machine, from a few steps of its trainer.
 
     Args:
@@ -145,11 +169,7 @@ def measured_time(
         folder: where the trainer writes.
     """
     timed = copy.deepcopy(single)
-    watch = Stopwatch()
-    small = build(timed["data"], "data", SequenceDataModule)
-    small.setup()
-    pl.seed_everything(timed["seed"], workers=True, verbose=False)
-    task = training.build_task(timed, small.spec)
+    timed["progress_bar"] = False
     timed["trainer"].update(
         max_epochs=TIMED_EPOCHS,
         max_steps=-1,
@@ -158,29 +178,27 @@ def measured_time(
         val_check_interval=1.0,
         check_val_every_n_epoch=1,
     )
-    timed["progress_bar"] = False
+    small = build(timed["data"], "data", SequenceDataModule)
+    small.setup()
+    pl.seed_everything(timed["seed"], workers=True, verbose=False)
+    watch = Stopwatch()
     trainer = build_trainer(timed, folder)
-    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
-    trainer.fit(task, datamodule=small)
-    ratio = config["data"]["batch_size"] / timed["data"]["batch_size"]
-    how = "measured" if ratio == 1 else f"measured with batches of {timed['data']['batch_size']}, in proportion"
+    trainer.callbacks.append(watch)  # type: ignore[attr-defined]  # last, so that checkpoints count as evaluation
+    trainer.fit(training.build_task(timed, small.spec), datamodule=small)
+    size = timed["data"]["batch_size"]
+    ratio = config["data"]["batch_size"] / size
+    how = "measured" if ratio == 1 else f"measured with batches of {size}, in proportion"
     plan = planned(config, data, world)
+    rest = plan.epochs * watch.rest_of_epoch
     return [
-        Figure("one training step", watch.step * ratio, "s/step", how),
-        Figure("training", plan.train * watch.step * ratio, "s", f"{plan.train:,} steps of {plan.epochs} epochs"),
-        Figure(
-            "evaluation",
-            (plan.validation + plan.test) * watch.evaluated_batch,
-            "s",
-            f"{plan.validation + plan.test:,} batches, measured",
-        ),
-        Figure("checkpoints and the rest", plan.epochs * watch.rest_of_epoch, "s", f"{plan.epochs} epochs, measured"),
+        *_times(plan, watch.step * ratio, how, watch.evaluated_batch, "measured"),
+        Amount("checkpoints and the rest", rest, "s", f"{plan.epochs} epochs, measured"),
     ]
 
 
 def computed_time(
     config: Mapping[str, Any], task: SequenceTask, data: SequenceDataModule, world: int, speed: float
-) -> list[Figure]:
+) -> list[Amount]:
     """Time of the run on a device of a given speed (operations per second), from counted operations."""
     size = max(config["data"]["batch_size"] // 4, 1)
     batch = batch_of(data, size, torch.device("cpu"))
@@ -191,23 +209,25 @@ def computed_time(
     task.zero_grad()
     per_step = backward * config["data"]["batch_size"] / size
     per_batch = forward * data.eval_batch_size / size
-    plan = planned(config, data, world)
+    how = "operations / (tflops · utilization)"
     return [
-        Figure("operations of a training step", per_step, "", f"counted at a batch of {size}: matrix products alone"),
-        Figure("one training step", per_step / speed, "s/step", "operations / (tflops · utilization)"),
-        Figure("training", plan.train * per_step / speed, "s", f"{plan.train:,} steps of {plan.epochs} epochs"),
-        Figure(
-            "evaluation",
-            (plan.validation + plan.test) * per_batch / speed,
-            "s",
-            f"{plan.validation + plan.test:,} batches, likewise",
-        ),
+        Amount("operations of a training step", per_step, "", f"counted at a batch of {size}: matrix products alone"),
+        *_times(planned(config, data, world), per_step / speed, how, per_batch / speed, "likewise"),
+    ]
+
+
+def _times(plan: Plan, step: float, how: str, evaluated: float, how_evaluated: str) -> list[Amount]:
+    """The time of a plan at the seconds of a training step and of an evaluated batch."""
+    return [
+        Amount("one training step", step, "s/step", how),
+        Amount("training", plan.train * step, "s", f"{plan.train:,} steps of {plan.epochs} epochs"),
+        Amount("evaluation", plan.evaluated * evaluated, "s", f"{plan.evaluated:,} batches, {how_evaluated}"),
     ]
 
 
 def operations(function: Callable[[], Any]) -> int:
     """Floating point operations of the matrix products in a call, twice its multiply-adds."""
-    # Of the fused attention of a CPU the counter knows nothing.
+    # The counter knows nothing of the fused attention of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return int(counter.get_total_flops())

@@ -74,7 +74,7 @@ class PretrainedModel(SequenceModel):
             raise ValueError(f"model.calibrate must be a number of training batches of at least 0, got {calibrate!r}.")
         require_choice("model.train", train, TRAINED)
         self.calibration_batches = calibrate
-        self.new_parameters = []  # those that `path` did not have
+        self.new_parameters: list[str] = []  # those that `path` did not have
         self.network = self._load(path, architecture, num_classes)
         if pad_id is not None and getattr(self.network.config, "pad_token_id", None) is None:
             self.network.config.pad_token_id = pad_id

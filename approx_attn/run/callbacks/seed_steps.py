@@ -37,8 +37,9 @@ class SeedSteps(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning tells loaders where to go on when it makes them, but a schedule that asks for the number of steps
         # has them made before the checkpoint is read.
+        loader: Any = trainer.train_dataloader
         for state in self._loader_states:
-            trainer.train_dataloader.load_state_dict(state)
+            loader.load_state_dict(state)
         self._loader_states = []
 
     def on_train_batch_start(

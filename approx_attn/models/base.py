@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,10 @@ class SequenceModel(nn.Module):
 
     new_parameters: Sequence[str] | None = None
     """Parameters that start at random in a model whose others were trained before; None where all start so."""
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse what can be seen to be wrong before the data are read; raises `ValueError`."""
 
     @property
     def mechanisms(self) -> list[AttentionMechanism]:

@@ -87,6 +87,20 @@ class PretrainedModel(SequenceModel):
         self.network.train()
         self._freeze(train)
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse a `path` at which no model lies: data that take its tokenizer would name the tokenizer instead."""
+        path = options.get("path")
+        if options.get("architecture") is not None or not path:
+            return
+        if Path(path).suffix == ".ckpt":
+            _read_checkpoint(path)
+            return
+        try:
+            _auto_class("AutoConfig").from_pretrained(path, trust_remote_code=False)
+        except OSError as error:
+            raise ValueError(f"model.path={path!r} cannot be loaded: {' '.join(str(error).split())}") from error
+
     # -- for subclasses ----------------------------------------------------------------------------
 
     def example(self) -> dict[str, Tensor]:
@@ -346,14 +360,7 @@ def _from_architecture(auto: Any, architecture: Mapping[str, Any], labels: Mappi
 
 def _from_checkpoint(auto: Any, path: str, labels: dict[str, Any]) -> tuple[Any, list[str]]:
     """The network of a checkpoint without its mechanisms, and the names of the parameters that it had not."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        architecture = saved["hyper_parameters"]["config"]["model"]["architecture"]
-        weights = saved["state_dict"]
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(
-            f"model.path={path!r} is not a checkpoint of a pretrained model ({' '.join(str(error).split())})."
-        ) from error
+    architecture, weights = _read_checkpoint(path)
     network = _from_architecture(auto, architecture or {}, labels)
     prefix = "model.network."
     own = {
@@ -365,6 +372,17 @@ def _from_checkpoint(auto: Any, path: str, labels: dict[str, Any]) -> tuple[Any,
     fitting = {key: value for key, value in own.items() if key in expected and expected[key].shape == value.shape}
     network.load_state_dict(fitting, strict=False)
     return network, sorted(set(expected) - set(fitting))
+
+
+def _read_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """Architecture and weights of a checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return saved["hyper_parameters"]["config"]["model"]["architecture"], saved["state_dict"]
+    except Exception as error:  # damaged files fail in many ways
+        raise ValueError(
+            f"model.path={path!r} is not a checkpoint of a pretrained model ({' '.join(str(error).split())})."
+        ) from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import SHAPE_ARGUMENTS
 from approx_attn.config.compose import plain
-from approx_attn.config.instantiate import check_arguments, require_plain_name, target_class
+from approx_attn.config.instantiate import check_arguments, require_plain_name, sentence, target_class
 from approx_attn.config.trust import refuse_plugins
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError, suggestion
@@ -62,6 +62,19 @@ def check_config(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     target_class(container["model"], "model", SequenceModel)
     check_arguments(container["attention"], "attention", AttentionMechanism, SHAPE_ARGUMENTS)
     return container
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """What can be refused of a model before the data are read, such as a path at which there is none.
+
+    Raises:
+        ConfigError: one sentence that names the key.
+    """
+    model: type[SequenceModel] = target_class(config["model"], "model", SequenceModel)
+    try:
+        model.check_options(config["model"])
+    except ValueError as error:
+        raise ConfigError(sentence(error, "model")) from error
 
 
 def _pinned(init_from: Any) -> dict[str, str]:

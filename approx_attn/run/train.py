@@ -36,7 +36,7 @@ from approx_attn.errors import ConfigError
 from approx_attn.output import require_folder
 from approx_attn.run import checkpoints, distributed, record
 from approx_attn.run.callbacks import StepTimer, Validations
-from approx_attn.run.checks import check_config, check_trained
+from approx_attn.run.checks import check_config, check_model, check_trained
 from approx_attn.run.folders import (
     attention_label,
     extend_run,
@@ -100,6 +100,7 @@ def train(config: DictConfig | Mapping[str, Any], callbacks: Sequence[pl.Callbac
     with quiet(container["verbose"]), deterministic_algorithms_restored():
         trainer = build_trainer(container, folder, callbacks)
         data = build(container["data"], "data", SequenceDataModule)
+        check_model(container)
         if not data.has_static_spec:  # the shape of the model is in the data
             make_splits(data)
         task = build_task(container, data.spec)

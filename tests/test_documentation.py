@@ -48,6 +48,7 @@ SMALL = {
         "progress_bar=false",
         "trainer.accelerator=cpu",
         "measure.repeats=0",
+        "seeds=[1]",
     ],
     "evaluate": ["progress_bar=false"],
     "estimate": ["steps=1", "trainer.accelerator=cpu"],
@@ -60,7 +61,7 @@ SMALL = {
 """What makes a command of each verb short."""
 
 SIZES = {f"data.{split}_size" for split in ("train", "val", "test")} | {"sequences", "test_sequences", "batch_size"}
-SIZES |= {"length", "table", "repeats", "warm_up", "memory", "debug", "steps"}
+SIZES |= {"length", "table", "repeats", "warm_up", "memory", "debug", "steps", "seeds"}
 """Keys for which a test has no time, or its stand-ins not enough data."""
 
 
@@ -220,7 +221,8 @@ def _run(words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def shortened(verb: str, words: list[str]) -> list[str]:
     """The words of a command without its sizes, and with those that make it short."""
-    kept = [word if not word.startswith("refine=") else "refine=1" for word in words]
+    fewer = {"refine": "refine=1", "seed": "seed=1"}
+    kept = [fewer.get(word.partition("=")[0], word) for word in words]
     kept = [word for word in kept if word.partition("=")[0] not in SIZES]
     return [*kept, *SMALL.get(verb, [])]
 

@@ -97,7 +97,13 @@ def purpose(path: Path) -> str:
             break
         if not line.startswith("# @package"):
             lines.append(line.lstrip("# "))
-    return "\n".join(re.sub(r"(python scripts/\S+ .*|approx-attn \S.*)$", r"`\1`", escaped(line)) for line in lines)
+    return "\n".join(map(with_command, lines))
+
+
+def with_command(line: str) -> str:
+    """A line as Markdown; the command at its end is code, and ends a paragraph."""
+    match = re.search(r"(python scripts/\S+ |approx-attn )\S.*$", line)
+    return f"{escaped(line[: match.start()])}`{match[0]}`\n" if match else escaped(line)
 
 
 def key_table(path: Path) -> str:

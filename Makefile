@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install compare gpu test test-all lint types format wheel clean
+.PHONY: help install compare gpu test test-all lint types format package docs clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,8 +45,15 @@ format: install ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: install ## Build the wheel into dist/
-	$(BIN)/python -m build --wheel
+package: install ## Build wheel and sdist into dist/ and check each in a fresh environment
+	$(BIN)/python scripts/package.py
+
+docs: $(DOCS_STAMP) ## Build the documentation into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 clean: ## Remove the environment and build products (runs and results stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

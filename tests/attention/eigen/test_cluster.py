@@ -6,6 +6,7 @@ The operator runs on a CPU in float32; the same mechanism in float64 takes PyTor
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -326,7 +327,7 @@ def test_the_compiled_kernel_can_be_switched_off(monkeypatch, caplog):
         ),  # a program that does nothing but fail
         (lambda m: m.setattr(native.sys, "platform", "darwin"), "it is built on Linux only"),
         (lambda m: m.setenv("TORCH_EXTENSIONS_DIR", __file__), "Not a directory"),  # where nothing can be written
-        (lambda m: m.setattr(native, "SOURCE", Path("gone.cpp")), "No such file"),
+        (lambda m: m.setattr(native, "SOURCE", Path("gone/operators.cpp")), "No such file"),
     ],
     ids=["no_compiler", "failing_compiler", "other_system", "no_folder", "no_source"],
 )
@@ -342,7 +343,16 @@ def test_what_keeps_the_compiled_kernel_from_being_built_is_told_in_one_sentence
     assert "\n" not in caplog.messages[-1]
 
 
+def test_a_change_of_a_header_makes_another_library(monkeypatch, tmp_path):
+    copy = shutil.copytree(native.SOURCE.parent, tmp_path / "source")
+    monkeypatch.setattr(native, "SOURCE", copy / native.SOURCE.name)
+    before = native._place("g++")
+    with (copy / "vectors.h").open("a") as header:
+        header.write("\n")
+    assert native._place("g++") != before
+
+
 def test_the_first_error_of_a_compiler_is_what_is_told():
-    stderr = "In file included from a.h\ncluster_cpu.cpp:1: error: no such header\ncompilation terminated."
+    stderr = "In file included from a.h\noperators.cpp:1: error: no such header\ncompilation terminated."
     error = subprocess.CalledProcessError(1, "g++", stderr=stderr)
-    assert native._first_error(error) == "cluster_cpu.cpp:1: error: no such header"
+    assert native._first_error(error) == "operators.cpp:1: error: no such header"

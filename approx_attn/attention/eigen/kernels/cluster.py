@@ -1,6 +1,6 @@
 """Attention over exact keys and cluster moments under one softmax, and the plan of which keys are which.
 
-Where it runs: one compiled operator (cluster_cpu.cpp) on a CPU in float32, PyTorch operators (cluster_torch.py)
+Where it runs: one compiled operator (cluster_cpu/) on a CPU in float32, PyTorch operators (cluster_torch.py)
 elsewhere. Neither holds an array of queries by keys in training or inference.
 """
 

@@ -58,6 +58,13 @@ def is_available() -> bool:
     return load() is not None
 
 
+@torch.compiler.assume_constant_result
+def has_bfloat16_products() -> bool:
+    """Whether the operators multiply bfloat16 on this processor: where it has AMX."""
+    kernel = load()
+    return kernel is not None and kernel.has_bfloat16_products()
+
+
 def _load() -> ModuleType:
     if sys.platform != "linux":
         raise OSError(f"it is built on Linux only, this is {platform.system()}")

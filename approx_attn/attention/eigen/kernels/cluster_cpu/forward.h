@@ -16,20 +16,24 @@ struct Forward {
   Block block;
   Own own;
   Highest highest;
-  std::vector<float> rating, moments;
+  std::vector<float> rating, moments, values, queries, wide;
 
   // Blocks first..last-1 of one head.
   void run(
       const Problem& p, int64_t head, Range blocks, const Clusters& clusters, int32_t* chosen, int64_t most,
-      float* output, float* lse) {
-    int64_t start = -1, count = 0;
+      float* output, at::BFloat16* narrow_output, float* lse) {
+    block.place(p, head * p.Q + blocks.first);
+    const int64_t start = block.row();
+    float* to = p.narrow ? resized(wide, blocks.size() * p.R * p.v) : output + start * p.v;
     for (int64_t index = blocks.first; index < blocks.last; ++index) {
       block.place(p, head * p.Q + index);
-      const int64_t row = head * p.n_q + block.first;
-      others(p, clusters, chosen + row * most, most, output + row * p.v, lse + row);
-      start = start < 0 ? row : start, count += block.count;
+      const int64_t row = block.row();
+      others(p, clusters, chosen + row * most, most, to + (row - start) * p.v, lse + row);
     }
-    if (most) own_clusters(p, head, start, count, clusters, chosen + start * most, most, output + start * p.v, lse + start);
+    const int64_t count = block.row() + block.count - start;
+    if (most) own_clusters(p, head, start, count, clusters, chosen + start * most, most, to, lse + start);
+    if constexpr (kTiles)
+      if (p.narrow) to_bfloat16(to, count * p.v, narrow_output + start * p.v);
   }
 
  private:
@@ -47,16 +51,16 @@ struct Forward {
     int64_t column = 0;
     for (const Range& range : block.near) {
       product(
-          block.count, v, range.size(), block.near_weights + column, block.near_size(),
-          p.values(block.head) + range.first * v, v, true, output, v);
+          p.narrow, block.count, v, range.size(), block.near_weights + column, block.near_size(),
+          p.values(block.head, range.first, range.size(), values), v, true, output, v);
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
     if (!size) return;
     const float* weights = block.far_weights + block.far.first - block.base;
-    if (o == 1) return product(block.count, v, size, weights, width, far, v, true, output, v);
+    if (o == 1) return product(p.narrow, block.count, v, size, weights, width, far, v, true, output, v);
     float* sums = resized(moments, block.count * o * v);
-    product(block.count, o * v, size, weights, width, far, o * v, false, sums, o * v);
+    product(p.narrow, block.count, o * v, size, weights, width, far, o * v, false, sums, o * v);
     for (int64_t i = 0; i < block.count; ++i) {
       for (int64_t x = 0; x < o; ++x) {
         const float a = x ? block.coordinates[i * p.s() + x - 1] : 1.0f;
@@ -70,7 +74,7 @@ struct Forward {
       const Problem& p, int64_t head, int64_t row, int64_t count, const Clusters& clusters, const int32_t* chosen,
       int64_t most, float* output, float* lse) {
     own.sort_pairs(p, head, count, chosen, most);
-    own.scores(p.query + row * p.d, clusters);
+    own.scores(p.query.read(row * p.d, count * p.d, queries), clusters);
     for (int64_t i = 0; i < count; ++i) {
       float* x = own.weights + i * own.stride;
       const float highest = std::max(maximum(x, own.stride), lse[i]);
@@ -81,11 +85,12 @@ struct Forward {
         continue;
       }
       const float others = exp_nonpositive(lse[i] - highest), sum = others + exponentials(x, own.stride, highest);
-      for (int64_t j = 0; j < own.stride; ++j) x[j] /= sum;
+      const float share = 1.0f / sum;
+      for (int64_t j = 0; j < own.stride; ++j) x[j] *= share;
       own.for_each_of(chosen + i * most, most, clusters, [&](int64_t at, const int32_t* keys) {
         p.dropout.drop(x + at, p.L, row + i, [&](int64_t l) { return keys[l]; });
       });
-      for (int64_t t = 0; t < p.v; ++t) output[i * p.v + t] *= others / sum;
+      for (int64_t t = 0; t < p.v; ++t) output[i * p.v + t] *= others * share;
       lse[i] = highest + std::log(sum);
     }
     own.add_products(own.weights, clusters.value, p.v, output);
@@ -132,24 +137,23 @@ std::vector<Tensor> forward(
   const Problem p =
       unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, dropout_p, seed);
   const int64_t heads = p.b * p.h, C = p.C();
-  const auto places = query.options().dtype(at::kInt);
-  Tensor output = numbers({p.b, p.h, p.n_q, p.v}, query), lse = numbers({p.b, p.h, p.n_q}, query);
-  Tensor own = at::empty({p.b, p.h, p.n_q, most}, places), members = at::empty({heads, C, p.L}, places);
-  Tensor centre = numbers({heads, C, p.d}, query), moments = numbers({heads, C, p.o(), p.v}, query);
-  Tensor spread = numbers({heads, C, p.f()}, query), log_count = numbers({heads, C}, query);
-  Tensor sorted_key = numbers({heads, C, p.L, p.d}, query), sorted_value = numbers({heads, C, p.L, p.v}, query);
-  Tensor panels = numbers({heads, p.panels(), p.d + p.f() + 1, kPanel}, query);
+  Tensor output = at::empty({p.b, p.h, p.n_q, p.v}, value.options()), lse = numbers({p.b, p.h, p.n_q});
+  Tensor own = at::empty({p.b, p.h, p.n_q, most}, at::kInt), members = at::empty({heads, C, p.L}, at::kInt);
+  Tensor centre = numbers({heads, C, p.d}), moments = numbers({heads, C, p.o(), p.v});
+  Tensor spread = numbers({heads, C, p.f()}), log_count = numbers({heads, C});
+  const SortedStorage sorted_key(p, p.d, true, false), sorted_value(p, p.v, false, true);
+  const PanelStorage panels(p);
   const Clusters clusters{
-      members.data_ptr<int32_t>(), sorted_key.data_ptr<float>(), sorted_value.data_ptr<float>(),
-      centre.data_ptr<float>(), moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>(),
-      panels.data_ptr<float>()};
+      members.data_ptr<int32_t>(), sorted_key.sorted, sorted_value.sorted, centre.data_ptr<float>(),
+      moments.data_ptr<float>(), spread.data_ptr<float>(), log_count.data_ptr<float>(), panels.panels};
   make_clusters(p, clusters), pack_all(p, clusters);
   int32_t* chosen = own.data_ptr<int32_t>();
-  float *out = output.data_ptr<float>(), *sums = lse.data_ptr<float>();
+  float *out = p.narrow ? nullptr : output.data_ptr<float>(), *sums = lse.data_ptr<float>();
+  at::BFloat16* narrow_out = p.narrow ? output.data_ptr<at::BFloat16>() : nullptr;
   const int64_t parts = (p.Q + kTogether - 1) / kTogether;
-  for_each_task<Forward>(heads * parts, [&](Forward& forward, int64_t task) {
+  for_each_task<Forward>(p, heads * parts, [&](Forward& forward, int64_t task) {
     const int64_t part = task % parts * kTogether;
-    forward.run(p, task / parts, {part, std::min(part + kTogether, p.Q)}, clusters, chosen, most, out, sums);
+    forward.run(p, task / parts, {part, std::min(part + kTogether, p.Q)}, clusters, chosen, most, out, narrow_out, sums);
   });
   return {output, lse, own, members, centre, moments, spread, log_count};
 }

@@ -18,6 +18,7 @@
 #include "forward.h"
 
 TORCH_LIBRARY(approx_attn_cpu, library) {
+  library.def("has_bfloat16_products() -> bool", &tiles_available);
   library.def(
       "cluster_forward(Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, Tensor? key_open, "
       "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, "

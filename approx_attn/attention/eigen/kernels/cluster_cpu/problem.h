@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dropout.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -25,9 +26,41 @@ const float* floats(const Tensor& x) {
   return x.const_data_ptr<float>();
 }
 
+template <typename T>
+T* resized(std::vector<T>& x, int64_t n) {
+  if (static_cast<int64_t>(x.size()) < n) x.resize(n);
+  return x.data();
+}
+
+// A tensor of float32 or bfloat16, read as float32.
+struct Numbers {
+  const float* wide = nullptr;
+  const at::BFloat16* narrow = nullptr;
+
+  Numbers() = default;
+  explicit Numbers(const Tensor& x) {
+    if (x.scalar_type() != at::kBFloat16) {
+      wide = floats(x);
+      return;
+    }
+    TORCH_CHECK(x.is_contiguous(), "cluster attention takes contiguous bfloat16");
+    narrow = x.const_data_ptr<at::BFloat16>();
+  }
+
+  // `count` numbers from `first` on: where they are, or in `scratch`.
+  const float* read(int64_t first, int64_t count, std::vector<float>& scratch) const {
+    if (wide) return wide + first;
+    float* to = resized(scratch, count);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(narrow[first + i]);
+    return to;
+  }
+};
+
 struct Problem {
   Tensor query_maps, key_maps;  // (h, d, s)
-  const float *query, *key, *value, *query_map, *key_map;
+  Numbers query, key, value;
+  bool narrow;  // keys and values are bfloat16, and so are the factors of products
+  const float *query_map, *key_map;
   const bool* key_open;  // (b, n), null if all are
   const int64_t* plan;   // (b | 1, Q, 5): far_first, far_last, near_first, near_last (runs), own (clusters)
   int64_t b, h, h_kv, n_q, n, d, v, r, Q, plan_samples;
@@ -41,8 +74,12 @@ struct Problem {
   int64_t panels() const { return (C() + kPanel - 1) / kPanel; }
   int64_t f() const { return order > 0 ? r * (r + 1) / 2 : 0; }
   int64_t o() const { return order > 1 ? 1 + r : 1; }
-  const float* keys(int64_t head) const { return key + key_head(head) * n * d; }
-  const float* values(int64_t head) const { return value + key_head(head) * n * v; }
+  const float* keys(int64_t head, int64_t first, int64_t count, std::vector<float>& scratch) const {
+    return key.read((key_head(head) * n + first) * d, count * d, scratch);
+  }
+  const float* values(int64_t head, int64_t first, int64_t count, std::vector<float>& scratch) const {
+    return value.read((key_head(head) * n + first) * v, count * v, scratch);
+  }
   int64_t key_head(int64_t head) const { return head / h * h_kv + head % h / (h / h_kv); }  // head counts samples too
   int64_t s() const { return (r + kLanes - 1) / kLanes * kLanes; }  // between rows of maps and of coordinates
   bool open(int64_t head, int64_t j) const { return j < n && (!key_open || key_open[head / h * n + j]); }
@@ -54,7 +91,8 @@ Problem unpack(
     int64_t cluster, int64_t order, double dropout_p, int64_t seed) {
   Problem p;
   p.dropout = {static_cast<float>(dropout_p), static_cast<uint64_t>(seed)};
-  p.query = floats(query), p.key = floats(key), p.value = floats(value);
+  p.narrow = key.scalar_type() == at::kBFloat16;
+  p.query = Numbers(query), p.key = Numbers(key), p.value = Numbers(value);
   TORCH_CHECK(plan.is_contiguous() && plan.scalar_type() == at::kLong, "cluster attention takes a contiguous plan");
   p.plan = plan.const_data_ptr<int64_t>();
   if (key_open.has_value()) TORCH_CHECK(key_open->is_contiguous(), "cluster attention takes contiguous masks");
@@ -71,19 +109,15 @@ Problem unpack(
 
 // Runs `body(state, task)` for all tasks, each thread with a state of its own, in any order.
 template <typename State, typename Body>
-void for_each_task(int64_t tasks, const Body& body) {
+void for_each_task(const Problem& p, int64_t tasks, const Body& body) {
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), tasks), 1, [&](int64_t, int64_t) {
+    const TileState tiles(p.narrow);
     State state;
     for (int64_t task = next++; task < tasks; task = next++) body(state, task);
   });
 }
 
-float* resized(std::vector<float>& x, int64_t n) {
-  if (static_cast<int64_t>(x.size()) < n) x.resize(n);
-  return x.data();
-}
-
-Tensor numbers(std::initializer_list<int64_t> shape, const Tensor& like) { return at::empty(shape, like.options()); }
+Tensor numbers(std::initializer_list<int64_t> shape) { return at::empty(shape, at::kFloat); }
 
 }  // namespace

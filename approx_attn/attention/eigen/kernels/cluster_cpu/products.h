@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "tiles.h"
 #include "vectors.h"
 
 // Column-major, as every BLAS has it; PyTorch's library exports the one that it was built with.
@@ -13,10 +14,10 @@ namespace {
 
 void gemm(
     char a_order, char b_order, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b,
-    int64_t b_stride, float beta, float* c, int64_t c_stride) {
+    int64_t b_stride, bool add, float* c, int64_t c_stride) {
   if (m == 0 || n == 0 || k == 0) return;
   const int rows = m, columns = n, inner = k, lda = a_stride, ldb = b_stride, ldc = c_stride;
-  const float one = 1.0f;
+  const float one = 1.0f, beta = add;
   sgemm_(&b_order, &a_order, &columns, &rows, &inner, &one, b, &ldb, a, &lda, &beta, c, &ldc);
 }
 
@@ -35,10 +36,13 @@ inline void product_tile(
     }
 }
 
-// a (m × k) · b (k × n), with n in whole vectors: few columns, for which the BLAS is not made.
+// a (m × k) · b (k × n): the BLAS is not made for few columns. `narrow`, here and below: of factors rounded to bfloat16.
 void product(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, bool add,
-    float* c, int64_t c_stride) {
+    bool narrow, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+    bool add, float* c, int64_t c_stride) {
+  if constexpr (kTiles)
+    if (narrow) return multiply<false, false>(m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
+  if (n % kLanes) return gemm('N', 'N', m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
   const auto columns = [&](auto vectors, int64_t j) {
     int64_t i = 0;
     const auto tiles = [&](auto rows) {
@@ -55,16 +59,20 @@ void product(
 
 // a (m × k) · b (n × k)ᵀ
 void product_bt(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
-    float* c, int64_t c_stride) {
-  gemm('N', 'T', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+    bool narrow, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+    bool add, float* c, int64_t c_stride) {
+  if constexpr (kTiles)
+    if (narrow) return multiply<false, true>(m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
+  gemm('N', 'T', m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
 }
 
 // a (k × m)ᵀ · b (k × n)
 void product_at(
-    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float beta,
-    float* c, int64_t c_stride) {
-  gemm('T', 'N', m, n, k, a, a_stride, b, b_stride, beta, c, c_stride);
+    bool narrow, int64_t m, int64_t n, int64_t k, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+    bool add, float* c, int64_t c_stride) {
+  if constexpr (kTiles)
+    if (narrow) return multiply<true, false>(m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
+  gemm('T', 'N', m, n, k, a, a_stride, b, b_stride, add, c, c_stride);
 }
 
 }  // namespace

@@ -48,13 +48,14 @@ struct Block {
   Range far, near[2];          // clusters; keys before and after the far runs, by position: what follows a query moves none
   int64_t base, width;         // the first cluster in the rows of far_weights, and how many there are: whole panels
   int64_t own;                 // clusters per query
-  std::vector<float> coordinates_, pairs_, far_, bonus_, near_;
+  std::vector<Tile> left_, spread_left_;
+  std::vector<float> parts_, queries_, keys_, coordinates_, pairs_, far_, bonus_, near_;
+  const float* queries;        // (count, d), from scores() on
   float *coordinates, *pairs;  // (count, r), (count, f): aₓ·a_y
   float *far_weights, *bonus, *near_weights;  // (count, width) twice, (count, near)
 
   int64_t row() const { return head * p->n_q + first; }  // of the first query among all
   int64_t near_size() const { return near[0].size() + near[1].size(); }
-  const float* queries() const { return p->query + (head * p->n_q + first) * p->d; }
 
   void place(const Problem& problem, int64_t task) {
     p = &problem;
@@ -76,23 +77,19 @@ struct Block {
   // Scores of all far clusters and of the near keys, not yet of own clusters.
   void scores(const Clusters& clusters) {
     const int64_t f = p->f(), r = p->r;
+    queries = p->query.read(row() * p->d, count * p->d, queries_);
     const float* map = p->query_map + head % p->h * p->d * p->s();
-    product(count, p->s(), p->d, queries(), p->d, map, p->s(), false, coordinates, p->s());
+    product(false, count, p->s(), p->d, queries, p->d, map, p->s(), false, coordinates, p->s());
     for (int64_t i = 0; f && i < count; ++i) {
       const float* a = coordinates + i * p->s();
       float* to = pairs + i * f;
       for (int64_t x = 0; x < r; ++x)
         for (int64_t y = x; y < r; ++y) *to++ = a[x] * a[y];
     }
-    for (int64_t c = 0; c < width; c += kPanel) {
-      const float* panel = clusters.panels + (head * p->panels() + (base + c) / kPanel) * (p->d + f + 1) * kPanel;
-      constexpr int kRows = 6;
-      const int64_t step = count < kRows ? 1 : kRows;
-      for (int64_t start = 0; start < count; start += step) {
-        const int64_t i = std::min(start, count - step);  // the last rows twice where they do not fill a tile
-        const auto tile = step == 1 ? logits_tile<1> : logits_tile<kRows>;
-        tile(queries() + i * p->d, p->d, pairs + i * f, f, panel, far_weights + i * width + c, bonus + i * width + c, width);
-      }
+    if (p->narrow) {
+      narrow_logits(clusters);
+    } else {
+      logits(clusters);
     }
     for (int64_t i = 0; width && i < count; ++i) {  // what whole panels have beside the far clusters: chosen after empty ones
       float* x = far_weights + i * width;
@@ -102,11 +99,54 @@ struct Block {
     for (const Range& range : near) {
       if (!range.size()) continue;
       product_bt(
-          count, range.size(), p->d, queries(), p->d, p->keys(head) + range.first * p->d, p->d, 0.0f,
-          near_weights + column, near_size());
+          p->narrow, count, range.size(), p->d, queries, p->d,
+          p->keys(head, range.first, range.size(), keys_), p->d, false, near_weights + column, near_size());
       close(range, near_weights + column);
       column += range.size();
     }
+  }
+
+  void logits(const Clusters& clusters) const {
+    const int64_t f = p->f();
+    for (int64_t c = 0; c < width; c += kPanel) {
+      const float* panel = clusters.panels.wide + (head * p->panels() + (base + c) / kPanel) * (p->d + f + 1) * kPanel;
+      constexpr int kRows = 6;
+      const int64_t step = count < kRows ? 1 : kRows;
+      for (int64_t start = 0; start < count; start += step) {
+        const int64_t i = std::min(start, count - step);  // the last rows twice where they do not fill a tile
+        const auto tile = step == 1 ? logits_tile<1> : logits_tile<kRows>;
+        tile(queries + i * p->d, p->d, pairs + i * f, f, panel, far_weights + i * width + c, bonus + i * width + c, width);
+      }
+    }
+  }
+
+  void narrow_logits(const Clusters& clusters) {
+    const int64_t f = p->f(), d = p->d, rows = rounded(count), groups = rows / 16;
+    Tile* left = resized(left_, groups * tiles_along(3 * d, kDepth));
+    Tile* spread_left = resized(spread_left_, groups * tiles_along(3 * f, kDepth));
+    split_to_tiles<Factor::kLeft>(queries, count, d, parts_, left);
+    split_to_tiles<Factor::kLeft>(pairs, count, f, parts_, spread_left);
+    float *x = resized(parts_, 2 * rows * kPanel), *spreads = x + rows * kPanel;
+    for (int64_t c = 0; c < width; c += kPanel) {
+      const int64_t panel = head * p->panels() + (base + c) / kPanel;
+      const Tile *centre = clusters.panels.centre + panel * panel_tiles(d), *spread = clusters.panels.spread + panel * panel_tiles(f);
+      if constexpr (kTiles) {
+        multiply_tiles(rows, kPanel, 3 * d, left, centre, false, x, kPanel);
+        multiply_tiles(rows, kPanel, 3 * f, spread_left, spread, false, spreads, kPanel);
+      }
+      add_up(x, spreads, clusters.panels.log_count + panel * kPanel, far_weights + c, bonus + c);
+    }
+  }
+
+  // Logits of a panel from their parts, of which the spread is kept too.
+  void add_up(const float* x, const float* spreads, const float* log_counts, float* logits, float* bonuses) const {
+    const Vector limit = Vector{} + kSpreadLimit;
+    for (int64_t i = 0; i < count; ++i, x += kPanel, spreads += kPanel, logits += width, bonuses += width)
+      for (int64_t c = 0; c < kPanel; c += kLanes) {
+        const Vector spread = load(spreads + c);
+        store(bonuses + c, spread);
+        store(logits + c, load(x + c) + load(log_counts + c) + (spread < limit ? spread : limit));
+      }
   }
 
   void close(const Range& range, float* x) {

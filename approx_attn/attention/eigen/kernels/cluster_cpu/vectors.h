@@ -159,6 +159,37 @@ inline uint32_t above(const float* x, float least) {
 #endif
 }
 
+// Writes those of 16 numbers that reach `least`, and their places from `first` on, before others; returns how many do.
+inline int64_t pick(const float* x, float least, int32_t first, float* values, int32_t* places) {
+#ifdef __AVX512F__
+  const Lanes lanes = first + Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const __mmask16 mask = reaching(x, least);
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, _mm512_loadu_ps(x)));
+  _mm512_storeu_si512(places, _mm512_maskz_compress_epi32(mask, reinterpret_cast<__m512i>(lanes)));
+  return __builtin_popcount(mask);
+#else
+  int64_t found = 0;
+  for (int i = 0; i < 16; ++i)
+    if (x[i] >= least) values[found] = x[i], places[found++] = first + i;
+  return found;
+#endif
+}
+
+// How many of 16 or 32 numbers are higher than each of them, or as high and before it: as numbers below zero.
+template <int vectors>
+inline void ranks(const float* x, float* rank) {
+  for (int w = 0; w < vectors; ++w) {
+    const Vector mine = load(x + w * kLanes);
+    Lanes count = {};
+    for (int j = 0; j < vectors * kLanes; ++j) {
+      const Vector other = Vector{} + x[j];
+      const Lanes lanes = w * 16 + Lanes{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      count += (other > mine) | ((other == mine) & (lanes > j));
+    }
+    store(rank + w * kLanes, __builtin_convertvector(count, Vector));
+  }
+}
+
 // How many of n numbers come before number i in ascending order, equal ones by place. Read in whole vectors.
 inline int64_t before(const float* x, int64_t n, int64_t i) {
   int64_t count = 0;

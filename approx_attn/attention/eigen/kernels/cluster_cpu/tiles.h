@@ -41,8 +41,13 @@ struct TileState {
   explicit TileState(bool) {}
 };
 
+// Named where kTiles is false, never called.
+template <Factor factor, bool transposed, typename Row>
+void to_tiles(int64_t, int64_t, const Row&, Tile*) {}
+inline void to_bfloat16(const float*, int64_t, void*) {}
+inline void multiply_tiles(int64_t, int64_t, int64_t, const Tile*, const Tile*, bool, float*, int64_t) {}
 template <bool a_transposed, bool b_transposed>
-void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, bool, float*, int64_t);
+void multiply(int64_t, int64_t, int64_t, const float*, int64_t, const float*, int64_t, bool, float*, int64_t) {}
 
 #else
 

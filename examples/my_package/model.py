@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from approx_attn.models.base import SequenceModel
 from torch import Tensor, nn
 
 from approx_attn.attention.registry import AttentionSpec
 from approx_attn.models import Transformer
+from approx_attn.models.base import SequenceModel
 
 
 class MaxPoolClassifier(SequenceModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.eigen.kernels import native
-from approx_attn.attention.eigen.kernels.cluster import cluster_attention, preparation, products, unpadded_plan, work
+from approx_attn.attention.eigen.kernels.cluster import (
+    cluster_attention,
+    multiplies_bfloat16,
+    preparation,
+    products,
+    unpadded_plan,
+    work,
+)
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
@@ -100,21 +108,28 @@ class EigenClusterAttention(HasContentBasis):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         mask, scale, dropout_p, need_weights = request
-        # Exponentials of sums over clusters: float32 throughout, also under autocast.
+        # Exponentials of sums over clusters: float32, also under autocast; products alone may be of bfloat16.
         with torch.autocast(query.device.type, enabled=False):
-            query, key, value = at_least_float32(query) * scale, at_least_float32(key), at_least_float32(value)
+            types = {x.dtype for x in (query, key, value)}
+            narrow = len(types) == 1 and not need_weights and multiplies_bfloat16(key, self.cluster_size)
+            if not narrow:
+                key, value = at_least_float32(key), at_least_float32(value)
+            if not narrow or math.frexp(scale)[0] != 0.5:  # a power of two rounds nothing
+                query = at_least_float32(query)
+            query = query * scale
             if mask.query_keep is not None:  # whatever stands in the padding, even NaN
                 query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
             self.basis.require_ready()
             expand = (self.num_heads, -1, -1)
-            query_map = self.basis.query_map.to(query.dtype).expand(expand)
-            key_map = self.basis.key_map.to(query.dtype).expand(expand)
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            query_map = self.basis.query_map.to(dtype).expand(expand)
+            key_map = self.basis.key_map.to(dtype).expand(expand)
             inputs = Inputs(query, key, value, query_map, key_map, mask.key_keep)
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
-        # Narrower types are computed in float32.
+        # Narrower types are multiplied as they are or computed in float32.
         return device.type == "cpu" and dtype != torch.float64 and native.is_available()
 
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:

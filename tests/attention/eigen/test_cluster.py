@@ -1,17 +1,20 @@
 """`eigen_cluster` beyond the contract, which runs it against a naive reference: compiled operator, memory, building.
 
-The operator runs on a CPU in float32; the same mechanism in float64 takes PyTorch's operators, here the reference.
+The operator runs on a CPU in float32 and bfloat16; the same mechanism in float64 takes PyTorch's operators, here the
+reference.
 """
 
 from __future__ import annotations
 
 import functools
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
@@ -24,6 +27,10 @@ SMALL = {"block_size": 16, "cluster_size": 4, "rank": 3, "keep": 12}
 needs_compiler = pytest.mark.skipif(
     native.load() is None,
     reason="no C++ compiler was found (or the kernel is switched off), so the compiled kernel was not tested.",
+)
+needs_bfloat16_products = pytest.mark.skipif(
+    not native.has_bfloat16_products(),
+    reason="the processor has no AMX (or the kernel was not built), so products of bfloat16 were not tested.",
 )
 
 
@@ -46,13 +53,19 @@ def inputs(
     return [torch.randn(2, *shape, generator=generator) for shape in shapes]
 
 
-def solve(mechanism: AttentionMechanism, tensors: list[Tensor], mask: AttentionMask) -> dict[str, Tensor | None]:
-    """Output and all gradients, in float64."""
-    dtype = mechanism.basis.key_map.dtype
+def solve(
+    mechanism: AttentionMechanism,
+    tensors: list[Tensor],
+    mask: AttentionMask,
+    dtype: torch.dtype | None = None,
+    **words: float,
+) -> dict[str, Tensor | None]:
+    """Output and all gradients, in float64, computed from inputs of a type (of the mechanism's by default)."""
+    dtype = dtype or mechanism.basis.key_map.dtype
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
-    output = mechanism(*leaves, mask)[0]
+    output = mechanism(*leaves, mask, **words)[0]
     generator = torch.Generator().manual_seed(3)
-    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64).to(dtype))
+    output.backward(torch.randn(output.shape, generator=generator).bfloat16().to(dtype))  # the same number in all types
     maps = {name: getattr(mechanism.basis, name).grad for name in ("query_map", "key_map")}
     grads = dict(zip(("query", "key", "value"), (x.grad for x in leaves), strict=True))
     found = {"output": output.detach(), **grads, **maps}
@@ -187,6 +200,67 @@ def test_decoding_equals_the_rows_of_one_pass(dtype, window):
         torch.testing.assert_close(row, whole[:, :, i : i + 1], rtol=1e-5, atol=1e-5)
 
 
+# -- products of bfloat16 -----------------------------------------------------------------------------------------
+
+BFLOAT16_ERROR = (
+    1e-2  # that of scaled_dot_product_attention on normal inputs: 0.002 in outputs, 0.003 to 0.005 in gradients
+)
+
+
+@needs_bfloat16_products
+@pytest.mark.parametrize("case", CASES)
+def test_products_of_bfloat16_equal_the_reference(case):
+    options, tensors, mask = problem(case)
+    tensors = [x.bfloat16() for x in tensors]
+    expected = solve(build(torch.float64, **options), tensors, mask)
+    check_equal(solve(build(**options), tensors, mask, torch.bfloat16), expected, BFLOAT16_ERROR)
+
+
+@needs_bfloat16_products
+@pytest.mark.parametrize("causal", [False, True])
+def test_products_of_bfloat16_are_as_exact_as_pytorchs(causal):
+    tensors = [x.bfloat16() for x in inputs(130, dim=32, value_dim=32)]
+    exact = build(heads=HEADS, dim=32, value_dim=32, keep=1.0)
+    generator = torch.Generator().manual_seed(5)
+    gradient = torch.randn(tensors[0].shape, generator=generator).bfloat16()
+    found = []
+    for attend, dtype in (
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), torch.float64),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), torch.bfloat16),
+        (lambda q, k, v: exact(q, k, v, AttentionMask(causal=causal))[0], torch.bfloat16),
+    ):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+        output = attend(*leaves)
+        output.backward(gradient.to(dtype))
+        found.append([x.double() for x in (output.detach(), *(x.grad for x in leaves))])
+    for reference, pytorchs, ours in zip(*found, strict=True):
+        assert (ours - reference).norm() <= 2.0 * (pytorchs - reference).norm()
+
+
+@needs_bfloat16_products
+def test_products_of_bfloat16_drop_what_those_of_float32_drop():
+    options, tensors, mask = problem("causal")
+    tensors = [x.bfloat16() for x in tensors]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(6)
+        found.append(solve(build(**options), tensors, mask, dtype, dropout_p=0.4))
+    check_equal(found[1], found[0], BFLOAT16_ERROR)
+    assert not torch.equal(found[0]["output"], solve(build(**options), tensors, mask)["output"]), "some were dropped"
+
+
+@needs_bfloat16_products
+def test_a_sample_without_keys_is_zero_in_bfloat16_too():
+    tensors = [x.bfloat16().requires_grad_() for x in inputs(50)]
+    key_keep = torch.tensor([True, False])[:, None].expand(-1, 50)
+    output = build()(*tensors, AttentionMask(key_keep=key_keep))[0]
+    assert output.dtype == torch.bfloat16
+    assert (output[1] == 0).all()
+    assert (output[0] != 0).any()
+    output.square().sum().backward()
+    assert all(x.grad.isfinite().all() and (x.grad[1] == 0).all() for x in tensors)
+
+
 # -- memory, gradients, wrappers ------------------------------------------------------------------------------
 
 
@@ -242,21 +316,20 @@ def test_activation_checkpointing_changes_nothing():
         assert torch.equal(plain, again)
 
 
-def test_autocast_computes_in_float32():
-    mechanism = build()
-    tensors = [x.bfloat16().requires_grad_() for x in inputs(70)]
-    expected = build()(*(x.detach().float() for x in tensors))[0]
+def test_autocast_changes_no_more_than_bfloat16_does():
+    mechanism, mask = build(), AttentionMask()
+    tensors = [x.bfloat16() for x in inputs(70)]
+    expected = solve(build(torch.float64), tensors, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        output = mechanism(*tensors)[0]
-    torch.testing.assert_close(output.float(), expected, rtol=2**-8, atol=1e-6)  # rounded once, at the end
-    output.float().square().sum().backward()
-    assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in tensors)
+        check_equal(solve(mechanism, tensors, mask, torch.bfloat16), expected, BFLOAT16_ERROR)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-def test_it_is_one_graph_to_the_compiler(causal):
+def test_it_is_one_graph_to_the_compiler(causal, dtype):
     torch._dynamo.reset()
-    mechanism, tensors, mask = build(order=2), inputs(70), AttentionMask(causal=causal)
+    mechanism, mask = build(order=2), AttentionMask(causal=causal)
+    tensors = [x.to(dtype) for x in inputs(70)]
     compiled = torch.compile(mechanism, backend="eager", fullgraph=True)
     gradients = []
     for function in (mechanism, compiled):
@@ -326,7 +399,7 @@ def test_the_compiled_kernel_can_be_switched_off(monkeypatch, caplog):
         ),  # a program that does nothing but fail
         (lambda m: m.setattr(native.sys, "platform", "darwin"), "it is built on Linux only"),
         (lambda m: m.setenv("TORCH_EXTENSIONS_DIR", __file__), "Not a directory"),  # where nothing can be written
-        (lambda m: m.setattr(native, "SOURCE", Path("gone.cpp")), "No such file"),
+        (lambda m: m.setattr(native, "SOURCE", Path("gone/operators.cpp")), "No such file"),
     ],
     ids=["no_compiler", "failing_compiler", "other_system", "no_folder", "no_source"],
 )
@@ -342,7 +415,16 @@ def test_what_keeps_the_compiled_kernel_from_being_built_is_told_in_one_sentence
     assert "\n" not in caplog.messages[-1]
 
 
+def test_a_change_of_a_header_makes_another_library(monkeypatch, tmp_path):
+    copy = shutil.copytree(native.SOURCE.parent, tmp_path / "source")
+    monkeypatch.setattr(native, "SOURCE", copy / native.SOURCE.name)
+    before = native._place("g++")
+    with (copy / "vectors.h").open("a") as header:
+        header.write("\n")
+    assert native._place("g++") != before
+
+
 def test_the_first_error_of_a_compiler_is_what_is_told():
-    stderr = "In file included from a.h\ncluster_cpu.cpp:1: error: no such header\ncompilation terminated."
+    stderr = "In file included from a.h\noperators.cpp:1: error: no such header\ncompilation terminated."
     error = subprocess.CalledProcessError(1, "g++", stderr=stderr)
-    assert native._first_error(error) == "cluster_cpu.cpp:1: error: no such header"
+    assert native._first_error(error) == "operators.cpp:1: error: no such header"

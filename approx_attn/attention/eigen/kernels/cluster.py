@@ -1,7 +1,7 @@
 """Attention over exact keys and cluster moments under one softmax, and the plan of which keys are which.
 
-Where it runs: one compiled operator (cluster_cpu.cpp) on a CPU in float32, PyTorch operators (cluster_torch.py)
-elsewhere. Neither holds an array of queries by keys in training or inference.
+Where it runs: one compiled operator (cluster_cpu/) on a CPU in float32 or bfloat16, PyTorch operators
+(cluster_torch.py) elsewhere. Neither holds an array of queries by keys in training or inference.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from approx_attn.attention.eigen.kernels import cluster_torch, native
 from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 
 KERNEL_LANES = 16  # numbers in a vector of the compiled kernel: it takes features in multiples of this
+LEAST_BFLOAT16_CLUSTER = 4  # its bfloat16 products take 16 keys of a cluster at a time, whether or not they are there
 SHARE_ROUNDING = 1e-6  # a share of keys that is a whole number but for rounding is that number
 
 
@@ -62,15 +63,22 @@ def cluster_attention(
         need_weights: return the weights; an array of queries by keys, which nothing else here makes.
     """
     plan = make_plan(layout, keep, inputs.key_open, inputs.query.device)
-    if runs_compiled(inputs.query) and not need_weights:
+    if runs_compiled(inputs.key) and not need_weights:
         return _compiled(inputs, plan, layout, most_own(layout, keep), dropout_p), None
     fixed = near_runs(layout, keep, inputs.key_open is not None), most_own(layout, keep)
     return cluster_torch.attend(inputs, plan, *fixed, layout, dropout_p, need_weights)
 
 
-def runs_compiled(query: Tensor) -> bool:
-    """Whether the compiled operator works on such queries."""
-    return query.device.type == "cpu" and query.dtype == torch.float32 and native.is_available()
+def runs_compiled(key: Tensor) -> bool:
+    """Whether the compiled operator works on such keys."""
+    return key.device.type == "cpu" and key.dtype in (torch.float32, torch.bfloat16) and native.is_available()
+
+
+def multiplies_bfloat16(key: Tensor, cluster: int) -> bool:
+    """Whether it multiplies such keys as they are, in clusters of such a size; else they are to be float32."""
+    if key.dtype != torch.bfloat16 or not runs_compiled(key):
+        return False
+    return native.has_bfloat16_products() and cluster >= LEAST_BFLOAT16_CLUSTER
 
 
 def _compiled(inputs: Inputs, plan: Tensor, layout: Layout, most: int, dropout_p: float) -> Tensor:
@@ -223,14 +231,14 @@ def _forward_shapes(
     v, r = value.shape[-1], query_map.shape[-1]
     clusters = -(-key.shape[2] // run) * (run // cluster)
     return [
-        query.new_empty(b, h, n_q, v),
-        query.new_empty(b, h, n_q),
+        query.new_empty(b, h, n_q, v, dtype=value.dtype),
+        query.new_empty(b, h, n_q, dtype=torch.float32),
         query.new_empty(b, h, n_q, most, dtype=torch.int32),
         query.new_empty(b * h, clusters, cluster, dtype=torch.int32),
-        query.new_empty(b * h, clusters, d),
-        query.new_empty(b * h, clusters, 1 + r if order == 2 else 1, v),
-        query.new_empty(b * h, clusters, r * (r + 1) // 2 if order else 0),
-        query.new_empty(b * h, clusters),
+        query.new_empty(b * h, clusters, d, dtype=torch.float32),
+        query.new_empty(b * h, clusters, 1 + r if order == 2 else 1, v, dtype=torch.float32),
+        query.new_empty(b * h, clusters, r * (r + 1) // 2 if order else 0, dtype=torch.float32),
+        query.new_empty(b * h, clusters, dtype=torch.float32),
     ]
 
 
@@ -264,7 +272,9 @@ def _backward_op(
     )
     parts = key_grad.shape[2] > 1
     key_grad, value_grad = ((x.sum(2) if parts else x.squeeze(2)) for x in (key_grad, value_grad))
-    return [query_grad, key_grad, value_grad, *(parts.sum(0) for parts in map_grads)]  # views of one are refused
+    wide = (query_grad, key_grad, value_grad)
+    narrow = (x.to(like.dtype) for x, like in zip(wide, (query, key, value), strict=True))
+    return [*narrow, *(parts.sum(0) for parts in map_grads)]  # views of one are refused
 
 
 @_backward_op.register_fake

@@ -16,7 +16,9 @@ from types import ModuleType
 
 import torch
 
-SOURCE = Path(__file__).with_name("cluster_cpu.cpp")
+SOURCE = Path(__file__).with_name("cluster_cpu") / "operators.cpp"
+"""Includes the headers beside it."""
+
 SWITCH = "APPROX_ATTN_CPU_KERNEL"
 """Environment variable; 0 keeps to PyTorch's operators."""
 
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def load() -> ModuleType | None:
-    """The operators of cluster_cpu.cpp (`cluster_forward`, `cluster_backward`), or None where they cannot be built.
+    """The operators of cluster_cpu/ (`cluster_forward`, `cluster_backward`), or None where they cannot be built.
 
     The first call on a machine compiles for about ten seconds and says so. Where nothing can be compiled a warning says
     why, once per process, and PyTorch's operators do the work, which takes several times as long.
@@ -54,6 +56,13 @@ def load() -> ModuleType | None:
 def is_available() -> bool:
     """Whether `load` gives operators; torch.compile takes the answer as it is, without a look at how it was found."""
     return load() is not None
+
+
+@torch.compiler.assume_constant_result
+def has_bfloat16_products() -> bool:
+    """Whether the operators multiply bfloat16 on this processor: where it has AMX."""
+    kernel = load()
+    return kernel is not None and kernel.has_bfloat16_products()
 
 
 def _load() -> ModuleType:
@@ -82,7 +91,8 @@ def _place(compiler: str) -> Path:
     """Where the library for this source, compiler, PyTorch and kind of processor is kept."""
     from torch.utils import cpp_extension  # imports setuptools, which takes time and may be missing
 
-    what = (SOURCE.read_text(), compiler, *_flags(), platform.machine(), torch.__version__, sys.version)
+    source = [file.read_text() for file in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    what = (*source, compiler, *_flags(), platform.machine(), torch.__version__, sys.version)
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
     return Path(folder) / "approx_attn" / f"cluster_cpu-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.so"
 

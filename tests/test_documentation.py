@@ -126,7 +126,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models, texts and images under the names that the pages use."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("stand_ins")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"[unused{i}]" for i in range(300))]
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     torch.manual_seed(0)
     for name in ("bert-base-uncased", "google-bert/bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"):

@@ -49,18 +49,13 @@ def test_rooms_import_each_other_without_a_circle():
 
 def test_the_map_in_the_readme_equals_the_tree():
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Map")[1].split("```")[1]
-    places, folder = [], ""
-    for line in text.splitlines():
-        name = line.split()[0] if line.startswith("  ") else ""
-        if line.startswith("    "):
-            places.append(f"{folder}{name}")
-        elif name:
-            places.append(name)
-            folder = name
-    inner = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("__init__.py")} - {"./"}
-    kernels = {place for place in inner if place.count("/") > 2}
-    loose = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
-    assert sorted(places) == sorted((inner - kernels) | loose)
+    inside, beside = text.split("\nconfigs/")
+    places = {word for word in inside.split() if word.endswith(".py")}
+    places |= {line.split()[0] for line in inside.splitlines() if line.startswith("  ") and "/ " in line}
+    rooms = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert places == rooms | {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    for folder in filter(lambda word: word.endswith("/"), f"configs/{beside}".split()):
+        assert (ROOT / folder).is_dir(), folder
 
 
 def test_few_modules_stand_loose_and_files_can_be_read():

@@ -101,8 +101,6 @@ class PretrainedModel(SequenceModel):
         except OSError as error:
             raise ValueError(f"model.path={path!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
-    # -- for subclasses ----------------------------------------------------------------------------
-
     def example(self) -> dict[str, Tensor]:
         """A small input of the network, to measure its attention layers with."""
         # The end of the sequence, which encoder-decoder classifiers look for.

@@ -81,6 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / PACKAGE / name).write_text(text)
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(folder / "image.png")
     path = list(sys.path)
+    forget()  # what other tests of this process have trusted
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert cli.main(["train", WORD, *TINY, "attention=mine", "paths.run_dir=run"]) == 0

@@ -94,6 +94,7 @@ class RunWatcher(pl.Callback):
         """Bring the line up to date; `share` of the run is done."""
         left = _words(self.time_left.left(self.label, time.perf_counter() - self.started, share))
         self.bar.update(self.bar.task_ids[0], completed=self.ended + share, head=self.head, where=where, left=left)
+        self.bar.refresh()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +127,7 @@ def train_missing(comparison: Comparison, console: Console) -> None:
             time_left.add(label, known.get("seconds"))
     columns = [TextColumn("{task.fields[head]}", markup=False), TextColumn("{task.fields[where]}"), BarColumn(20)]
     columns.append(TextColumn("{task.fields[left]}"))
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
     bar.add_task("", total=len(jobs), head="", where="", left="")
     with bar:
         for number, (label, seed, run) in enumerate(jobs, start=1):

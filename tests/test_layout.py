@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from approx_attn.cli import VERBS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "approx_attn"
 MODULES = {
@@ -63,3 +65,8 @@ def test_few_modules_stand_loose_and_files_can_be_read():
     assert {
         path.name: lines for path in PACKAGE.rglob("*.py") if (lines := len(path.read_text().splitlines())) > 400
     } == {}
+
+
+def test_every_verb_has_a_script():
+    doors = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert doors - {"gpu", "package"} == set(VERBS)

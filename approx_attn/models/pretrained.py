@@ -98,7 +98,7 @@ class PretrainedModel(SequenceModel):
             return
         try:
             _auto_class("AutoConfig").from_pretrained(path, trust_remote_code=False)
-        except OSError as error:
+        except Exception as error:  # what the library raises depends on what is missing
             raise ValueError(f"model.path={path!r} cannot be loaded: {' '.join(str(error).split())}") from error
 
     def example(self) -> dict[str, Tensor]:

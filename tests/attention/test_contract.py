@@ -347,6 +347,8 @@ def test_padded_equals_unpadded(name, case, causal):
     """Whatever stands in the padding: NaN in keys, values and queries."""
     if causal and not attention_class(name).capabilities.causal:
         pytest.skip("not causal")
+    if case == "interpolated":
+        pytest.skip("its axis is stretched to the keys given, padded or not, as its docstring says")
     mechanism = build(name, case)
     query, key, value = inputs(22)
     kept = (22, 13)
@@ -600,6 +602,10 @@ def test_input_that_is_not_contiguous(name, case):
 # -- training -------------------------------------------------------------------------------------------
 
 
+NOTHING_ESTIMATED = {"eigen_cluster-single", "eigen_linear-all", "eigen_topk-drop"}
+"""Cases in which a basis decides at most what is computed exactly, so that its gradient is zero."""
+
+
 @each_case()
 def test_gradients_are_finite_and_reach_every_parameter(name, case):
     mechanism = build(name, case).train()
@@ -617,7 +623,7 @@ def test_gradients_are_finite_and_reach_every_parameter(name, case):
         if parameter.requires_grad:
             assert parameter.grad is not None, label
             assert parameter.grad.isfinite().all(), label
-            assert parameter.grad.abs().max() > 0, label
+            assert f"{name}-{case}" in NOTHING_ESTIMATED or parameter.grad.abs().max() > 0, label
 
 
 @every_case()

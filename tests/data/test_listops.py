@@ -212,7 +212,8 @@ def test_interrupted_generation_goes_on(tmp_path, small_shards, monkeypatch):
 
 GENERATE_SLOWLY = """
 import sys, time
-from approx_attn.data.generators import listops, shards
+from approx_attn.data import shards
+from approx_attn.data.generators import listops
 
 def slowly(rng, options, make=listops.make_shard):
     time.sleep(0.05)

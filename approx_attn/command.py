@@ -21,7 +21,7 @@ from yaml import YAMLError
 from approx_attn.config.compose import compose_config, config_dir, further_files, parse_overrides, plain
 from approx_attn.config.help import help_page
 from approx_attn.config.trust import plugins, refuse_taken_names, trust
-from approx_attn.errors import ConfigError, Stopped, Unsuccessful, suggestion
+from approx_attn.errors import ConfigError, Stopped, Unsuccessful, require_count, suggestion
 
 WRONG_INPUT = 2  # exit code of a command that was refused
 FAILED = 1  # ... of one that started and failed
@@ -174,10 +174,12 @@ def require_counts(values: Mapping[str, Any], least: int = 1) -> None:
     Raises:
         ConfigError: the first that is not.
     """
-    for key, value in values.items():
-        for count in as_list(value):
-            if isinstance(count, bool) or not isinstance(count, int) or count < least:
-                raise ConfigError(f"{key} must be a whole number of at least {least}, got {count!r}.")
+    try:
+        for key, value in values.items():
+            for count in as_list(value):
+                require_count(key, count, least)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def require_shares(key: str, values: Sequence[Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -35,7 +34,6 @@ def build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequence
     tasks: dict[str, SequenceTask] = {}
     for label, config in firsts.items():
         container = training.check_config(config)
-        pl.seed_everything(container["seed"], workers=True, verbose=False)
         tasks[label] = training.build_task(container, data.spec)
         training.warm_start(tasks[label], container)
         training.compile_model(tasks[label], container)

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 from rich.table import Table
@@ -90,7 +89,6 @@ def estimate(
     with quiet(), deterministic_algorithms_restored(), tempfile.TemporaryDirectory() as nowhere:
         data = training.check_run(container, Path(nowhere))
         training.make_splits(data)
-        pl.seed_everything(container["seed"], workers=True, verbose=False)
         task = training.build_task(container, data.spec)
         world = build_trainer(container, Path(nowhere)).world_size
         result = estimate_memory(container, task, data, world)

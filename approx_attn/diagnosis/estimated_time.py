@@ -180,7 +180,6 @@ def measured_time(
     )
     small = build(timed["data"], "data", SequenceDataModule)
     small.setup()
-    pl.seed_everything(timed["seed"], workers=True, verbose=False)
     watch = Stopwatch()
     trainer = build_trainer(timed, folder)
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]  # last, so that checkpoints count as evaluation

@@ -373,9 +373,9 @@ def _from_checkpoint(auto: Any, path: str, labels: dict[str, Any]) -> tuple[Any,
 
 
 def _read_checkpoint(path: str) -> tuple[Any, dict[str, Tensor]]:
-    """Architecture and weights of a checkpoint."""
+    """Architecture and weights of a checkpoint, the weights read from the file only when they are used."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return saved["hyper_parameters"]["config"]["model"]["architecture"], saved["state_dict"]
     except Exception as error:  # damaged files fail in many ways
         raise ValueError(

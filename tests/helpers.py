@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from approx_attn.attention import AttentionMask, AttentionMechanism
+from approx_attn.attention.base import Cost
+from approx_attn.attention.exact import ExactAttention
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +25,20 @@ TINY = ("debug=fast", *QUIET, *SMALL_MODEL)
 
 
 # -- mechanisms -----------------------------------------------------------------------------------------
+
+
+class MechanismPath(AttentionMechanism):
+    """Exact attention that is not the class layer and function hand to PyTorch, and keeps the mask it was given."""
+
+    name = "mechanism_path"
+    capabilities = ExactAttention.capabilities
+
+    def attend(self, query, key, value, request):
+        self.seen = request.mask
+        return ExactAttention.attend(self, query, key, value, request)
+
+    def cost(self, query_length, key_length=None, *, causal=None):
+        return Cost(0, 0, 0, 0, 0)
 
 
 def draw(

@@ -4,25 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from approx_attn import AttentionMechanism, Capabilities, Cost, register_attention, scaled_dot_product_attention
+from approx_attn import Capabilities, register_attention, scaled_dot_product_attention
 from approx_attn.attention import AttentionShape, registry
-from approx_attn.attention.exact import ExactAttention
+from helpers import MechanismPath
 
 BATCH, HEADS, N_QUERY, N_KEY, DIM, VALUE_DIM = 2, 4, 5, 7, 8, 6
-
-
-class MechanismPath(AttentionMechanism):
-    """Exact attention that is not the class the function hands to PyTorch, and keeps the mask it was given."""
-
-    name = "mechanism_path"
-    capabilities = ExactAttention.capabilities
-
-    def attend(self, query, key, value, request):
-        self.seen = request.mask
-        return ExactAttention.attend(self, query, key, value, request)
-
-    def cost(self, query_length, key_length=None, *, causal=None):
-        return Cost(0, 0, 0, 0, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from approx_attn import AttentionMask, AttentionMechanism, Capabilities, Cost, MultiheadAttention
+from approx_attn import AttentionMask, Capabilities, MultiheadAttention
 from approx_attn.attention import AttentionShape
-from approx_attn.attention.exact import ExactAttention
+from helpers import MechanismPath
 
 EMBED_DIM, NUM_HEADS, BATCH, N_QUERY, N_KEY = 16, 4, 3, 5, 7
 
@@ -35,20 +35,6 @@ MASKS = {
     "bool_and_padding": ("bool_mask", "bool_padding"),
     "float_and_padding": ("float_mask", "float_padding"),
 }
-
-
-class MechanismPath(AttentionMechanism):
-    """Exact attention that is not the class the layer hands to PyTorch, and keeps the mask it was given."""
-
-    name = "mechanism_path"
-    capabilities = ExactAttention.capabilities
-
-    def attend(self, query, key, value, request):
-        self.seen = request.mask
-        return ExactAttention.attend(self, query, key, value, request)
-
-    def cost(self, query_length, key_length=None, *, causal=None):
-        return Cost(0, 0, 0, 0, 0)
 
 
 class NoWeights(MechanismPath):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from approx_attn import cli
 from approx_attn.attention import available_attention
 from approx_attn.config.compose import load_config
 from helpers import TINY
+
+FIRST = int(os.environ.get("FUZZ_SEED", "1"))  # another one looks elsewhere
 
 # Where a run writes, what starts other processes, and what prints tracebacks when asked to.
 LEFT_ALONE = ("paths", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.max_time", "verbose")
@@ -66,11 +69,13 @@ def check(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert code == 1 or not runs.exists(), f"{line}: wrote something, then {errors}"
 
 
-def fuzz(examples: int, derandomize: bool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def fuzz(examples: int, seeded: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same examples every time: what fails is a change's doing, never chance."""
+
+    @seed(seeded)
     @settings(
         max_examples=examples,
         deadline=None,
-        derandomize=derandomize,
         database=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -88,7 +93,7 @@ def test_changed_configurations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(12, True, tmp_path, capsys)
+    fuzz(12, 0, tmp_path, capsys)
 
 
 @pytest.mark.slow
@@ -97,4 +102,4 @@ def test_many_changed_configurations(
     part: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(200, False, tmp_path, capsys)
+    fuzz(200, part + FIRST, tmp_path, capsys)

@@ -100,6 +100,9 @@ def _check_budget(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"trainer.max_epochs must be a whole number, 0 to test without training or -1 for no limit, got {epochs!r}."
         )
+    accumulated = trainer.get("accumulate_grad_batches", 1)
+    if not _is_whole(accumulated) or accumulated < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches must be a whole number above 0, got {accumulated!r}.")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, int | float) and not ((interval >= 1 and isinstance(interval, int)) or 0 < interval <= 1):
         raise ConfigError(

@@ -285,13 +285,15 @@ def check_weights(problem: Problem, output: Tensor) -> None:
     torch.testing.assert_close(again, output, rtol=1e-3, atol=1e-3, msg="output with and without weights")
 
 
-def fuzz(name: str, examples: int, derandomize: bool) -> None:
+def fuzz(name: str, examples: int) -> None:
+    """The same problems every time: what fails is a change's doing, never chance."""
+
     @settings(
         max_examples=examples,
         deadline=None,
-        derandomize=derandomize,
+        derandomize=True,
         database=None,
-        phases=[Phase.generate, Phase.shrink] if not derandomize else [Phase.generate],
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
@@ -320,10 +322,10 @@ def test_more_queries_than_keys_of_which_none_is_usable(name: str) -> None:
 
 @pytest.mark.parametrize("name", available_attention())
 def test_any_problem(name: str) -> None:
-    fuzz(name, examples=12, derandomize=True)
+    fuzz(name, examples=12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", available_attention())
 def test_many_problems(name: str) -> None:
-    fuzz(name, examples=150, derandomize=False)
+    fuzz(name, examples=150)

@@ -46,7 +46,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "memory and time of a run before it is started: data=listops trainer=ddp",
     ),
     "runs": ("approx_attn.comparison.listing:main", "list, filter and prune runs: status=failed optimizer.lr=0.004"),
-    "results": ("approx_attn.comparison.document:main", "put finished comparisons into RESULTS.md: <folder> <folder>"),
+    "results": (
+        "approx_attn.comparison.document:main",
+        "write RESULTS.md anew from records of comparisons: publish=[listops,mqar]",
+    ),
     "list": ("approx_attn.cli:list_mechanisms", "the mechanisms: what they can do, what they cost"),
 }
 

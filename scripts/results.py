@@ -1,4 +1,4 @@
-"""Put the tables of finished comparisons into RESULTS.md: python scripts/results.py results/listops results/mqar"""
+"""Write RESULTS.md anew from records of comparisons: python scripts/results.py publish=[listops,mqar]"""
 
 import sys
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from approx_attn.comparison.command import compare
+from approx_attn.comparison.records_file import read_records
 from approx_attn.config.compose import compose_config
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Tally, figures, metric_direction, metric_names, metric_of
@@ -147,9 +147,11 @@ def test_old_runs_are_compared_by_metrics_that_their_predictions_tell(
     line = next(line for line in others if line.startswith("f1,exact"))
     assert float(line.split(",")[2]) == pytest.approx(np.mean(by_hand))
     assert checked["test/calibration_error"] > 0.0
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["metric"] == "calibration_error"
-    assert summary["figures"]["exact"]["1"] == pytest.approx(checked["test/calibration_error"], rel=1e-4)
+    stored = read_records(folder / "records.json")
+    assert stored.metric.name == "calibration_error"
+    assert stored.records["exact"][1]["metrics"]["test/calibration_error"] == pytest.approx(
+        checked["test/calibration_error"], rel=1e-4
+    )
     assert "Other metrics" in (folder / "report.html").read_text()
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from approx_attn.comparison.statistics import PairedDifference, item_spread, paired_difference, summarise
+from approx_attn.comparison.statistics import (
+    Disagreement,
+    PairedDifference,
+    disagreement,
+    item_spread,
+    paired_difference,
+    summarise,
+)
 from approx_attn.comparison.table import ComparisonRow, MetricRows
 from approx_attn.metrics import Metric, metric_of
 from approx_attn.run.stored_metrics import PREDICTIONS_FILE
@@ -93,20 +100,20 @@ def finished_runs(by_seed: Mapping[int, Record | None]) -> dict[int, Record]:
     return {seed: run for seed, run in by_seed.items() if run and run["status"] == "finished"}
 
 
-def correct_pairs(
-    by_seed: Mapping[int, Record | None], base: Mapping[int, Record | None]
-) -> dict[int, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Seed -> which test items a mechanism and the reference got right, where both kept predictions of the same items.
+def disagreements(by_seed: Mapping[int, Record | None], base: Mapping[int, Record | None]) -> dict[int, Disagreement]:
+    """Seed -> how a mechanism and the reference differ by test items, where both kept predictions of the same items.
 
     Args:
-        by_seed, base: seed -> record with its `run_dir`.
+        by_seed, base: seed -> record with its `run_dir`, or with the `disagreement` that a file of records tells.
     """
-    pairs = {}
+    found = {}
     for seed, run in by_seed.items():
         mine, theirs = _correct(run), _correct(base.get(seed))
-        if mine is not None and theirs is not None and mine.shape == theirs.shape and mine.size:
-            pairs[seed] = (mine, theirs)
-    return pairs
+        if run and "disagreement" in run:
+            found[seed] = Disagreement(*run["disagreement"])
+        elif mine is not None and theirs is not None and mine.shape == theirs.shape and mine.size:
+            found[seed] = disagreement(mine, theirs)
+    return found
 
 
 def _having(records: Records, metric: Metric) -> Records:
@@ -126,8 +133,8 @@ def _difference(runs: Mapping[int, Record], base: Mapping[int, Record], metric: 
     shared = [seed for seed in figures if seed in base_figures]
     if not shared:
         return None
-    pairs = correct_pairs(runs, base).values() if metric.is_share_of_items else ()
-    spread = float(np.sqrt(np.mean([item_spread(*pair) ** 2 for pair in pairs]))) if pairs else 0.0
+    found = disagreements(runs, base).values() if metric.is_share_of_items else ()
+    spread = float(np.sqrt(np.mean([item_spread(each) ** 2 for each in found]))) if found else 0.0
     return paired_difference([figures[seed] for seed in shared], [base_figures[seed] for seed in shared], spread)
 
 

@@ -17,7 +17,8 @@ from approx_attn.comparison.aggregate import comparison_rows, other_rows
 from approx_attn.comparison.comparison_report import write_comparison
 from approx_attn.comparison.missing_runs import train_missing
 from approx_attn.comparison.plan import Comparison, plan
-from approx_attn.comparison.step_measurement import build_all, measure_steps
+from approx_attn.comparison.records_file import RECORDS_FILE, StoredComparison, write_records
+from approx_attn.comparison.step_measurement import MEASUREMENTS_FILE, build_all, measure_steps
 from approx_attn.comparison.table import OTHERS_CAPTION, ComparisonRow, for_terminal, other_cells, wide_console
 from approx_attn.errors import Unsuccessful
 from approx_attn.output import require_folder, to_table
@@ -74,6 +75,8 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
         others = other_rows(records, comparison.reference, comparison.others)
         named = (comparison.name, comparison.command, comparison.reference)
         caption = write_comparison(folder, rows, records, metric, *named, others)
+        measured = (record.read_json(folder / MEASUREMENTS_FILE) or {}) if measurements else {}
+        write_records(folder / RECORDS_FILE, StoredComparison(*named, metric, comparison.others, measured, records))
     console.print(for_terminal(rows, metric, comparison.name, caption, console.width))
     if others:
         words = ("attention", "verdict")

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: table.csv, table.md, figures, report.html and summary.json, from the same rows."""
+"""What a comparison leaves behind: table.csv, table.md, figures and report.html, from the same rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from approx_attn.comparison.aggregate import Record, Records, correct_pairs, finished_runs
+from approx_attn.comparison.aggregate import Record, Records, disagreements, finished_runs
 from approx_attn.comparison.plots import budget_figure, comparison_figure, learning_curves, save_figure
 from approx_attn.comparison.report import Report
 from approx_attn.comparison.statistics import PairedDifference, detectable_gap, mcnemar
-from approx_attn.comparison.summary import SUMMARY_FILE, summarise_comparison
 from approx_attn.comparison.table import (
     OTHERS_CAPTION,
     WORDS,
@@ -53,16 +52,14 @@ def write_comparison(
         reference: the mechanism that differences are relative to.
         others: the same runs by other metrics.
     """
-    caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
+    table, caption = table_and_caption(rows, records, metric, reference)
     lines, other_lines = [cells(row, metric) for row in rows], other_cells(others)
     more = f"\n{to_markdown(other_lines, ('attention', 'verdict'))}\n{OTHERS_CAPTION}\n" if others else ""
-    markdown = f"{to_markdown(lines, WORDS)}\n{caption}\n\n`{command}`\n{more}"
+    markdown = f"{table}\n{caption}\n\n`{command}`\n{more}"
     record.write_text_atomically(folder / "table.csv", comparison_csv(rows, metric))
     record.write_text_atomically(folder / "table.md", markdown)
     if others:
         record.write_text_atomically(folder / "other_metrics.csv", others_csv(others))
-    summary = summarise_comparison(records, metric=metric, name=name, command=command, reference=reference)
-    record.write_json_atomically(folder / SUMMARY_FILE, summary)
 
     report = Report(f"Comparison: {name}", " · ".join([command, *_machine(records)]))
     section = report.section("Table")
@@ -87,7 +84,7 @@ def write_comparison(
     if others:
         report.section("Other metrics").table(other_lines, OTHERS_CAPTION)
     _add_statistics(report, MetricRows(metric, [row for row in rows if row.difference]), records, reference)
-    curves = {label: [_curve(run, metric) for run in by_seed.values()] for label, by_seed in records.items()}
+    curves = {label: [validation_curve(run, metric) for run in by_seed.values()] for label, by_seed in records.items()}
     learning = learning_curves(curves, metric)
     if learning is not None:
         caption_of_curves = "Mean over seeds; the band spans the lowest and highest seed."
@@ -95,6 +92,14 @@ def write_comparison(
     _add_runs(report, records)
     report.save(folder / "report.html")
     return caption
+
+
+def table_and_caption(
+    rows: Sequence[ComparisonRow], records: Records, metric: Metric, reference: str
+) -> tuple[str, str]:
+    """The table in Markdown, and what is said below it; arguments as `write_comparison`."""
+    caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
+    return to_markdown([cells(row, metric) for row in rows], WORDS), caption
 
 
 def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric) -> str:
@@ -158,7 +163,7 @@ def _add_statistics(report: Report, compared: MetricRows, records: Records, refe
         assert difference is not None
         gap = _found_gap(difference)
         of_items = " (of items)" if difference.spread_of_items else ""
-        pairs = correct_pairs(records[row.name], records[reference])
+        found = disagreements(records[row.name], records[reference])
         lines.append(
             {
                 "attention": row.name,
@@ -167,7 +172,7 @@ def _add_statistics(report: Report, compared: MetricRows, records: Records, refe
                 "p (paired t)": show_p(difference.p_value),
                 "p (Holm)": show_p(p_holm),
                 "gap found with 80% power": metric.show(gap) if math.isfinite(gap) else MISSING,
-                "McNemar p by seed": ", ".join(f"{seed}: {show_p(mcnemar(*pair))}" for seed, pair in pairs.items()),
+                "McNemar p by seed": ", ".join(f"{seed}: {show_p(mcnemar(each))}" for seed, each in found.items()),
             }
         )
     if not lines:
@@ -181,8 +186,10 @@ def _add_statistics(report: Report, compared: MetricRows, records: Records, refe
     )
 
 
-def _curve(run: Record | None, metric: Metric) -> dict[int, float]:
-    """Training step -> validation figure of one run, from its metrics.csv."""
+def validation_curve(run: Record | None, metric: Metric) -> dict[int, float]:
+    """Training step -> validation figure of one run, from its metrics.csv where the record does not tell it."""
+    if run and "curve" in run:
+        return dict(run["curve"])
     path = Path(run["run_dir"]) / "metrics.csv" if run and "run_dir" in run else None
     if path is None or not path.is_file():
         return {}
@@ -197,4 +204,5 @@ def _add_runs(report: Report, records: Records) -> None:
         for seed, run in by_seed.items():
             if run is not None and "config" in run:
                 content = f"{run['command']}\n\n{json.dumps(run['config'], indent=2)}"
-                section.details(f"{name}, seed {seed}: {run['status']}, {run['run_dir']}", content)
+                place = f", {run['run_dir']}" if "run_dir" in run else ""
+                section.details(f"{name}, seed {seed}: {run['status']}{place}", content)

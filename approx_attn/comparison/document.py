@@ -1,30 +1,33 @@
 """RESULTS.md: the tables of finished comparisons, as `compare` made them, between hand-written text.
 
-    approx-attn results results/listops results/mqar output=RESULTS.md
+    approx-attn results publish=[listops,mqar]
+    approx-attn results
 
-A comparison stands between `<!-- comparison: <name> -->` and `<!-- end -->`. What is between is written anew from the
-comparison's folder; everything else in the document is left as it is: headings, readings, and comparisons whose folders
-were not given. A comparison that the document does not have yet is added at its end.
+The first copies the records of two comparisons to `results/<name>.json`; both write the document anew from the records
+that lie there. A comparison stands between `<!-- comparison: <name> -->` and `<!-- end -->`. Everything else in the
+document is left as it is: headings, readings, and comparisons without records. A comparison that the document does not
+have yet is added at its end.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from approx_attn.command import exit_code
+from approx_attn.command import as_list, run_plain, settings
+from approx_attn.comparison.comparison_report import table_and_caption
+from approx_attn.comparison.records_file import RECORDS_FILE, read_records, without_paths
 from approx_attn.comparison.schedule import describe_schedule
 from approx_attn.comparison.statistics import paired_difference, summarise
-from approx_attn.comparison.summary import SUMMARY_FILE
+from approx_attn.comparison.summary import summarise_comparison
 from approx_attn.comparison.table import show_difference, show_summary
-from approx_attn.config.instantiate import suggestion
+from approx_attn.config.instantiate import require_plain_name
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Metric
-from approx_attn.output import MISSING, require_file
+from approx_attn.output import MISSING, require_file, require_folder
 from approx_attn.run import record
 
 BASELINES = ("linformer", "performer", "nystromformer", "sliding_window", "low_rank_topk")
@@ -32,9 +35,6 @@ FAMILY = "eigen_"
 END = "<!-- end -->"
 OVERVIEW = "<!-- overview -->"
 NO_READING = "*Reading: to be written.*"
-# Keys that say where things are kept; a command without them computes the same.
-PLACES = ("results", "paths.runs", "paths.run_dir", "data.cache_dir")
-ABSOLUTE_PATH = re.compile(r"(?<![\w.)\]>])(?:~|file:/)?/[\w.~-][^\s,\]}'\"]*")
 
 NEW_DOCUMENT = f"""# Results
 
@@ -57,10 +57,10 @@ OVERVIEW_FOOT = (
 
 @dataclass(frozen=True)
 class WrittenComparison:
-    """A finished comparison as its folder tells it.
+    """A finished comparison as its records tell it.
 
     Attributes:
-        summary: what summary.json holds.
+        summary: of `summarise_comparison`.
         table: Markdown of the table.
         caption: the sentences below the table.
         measured: environment in which step times were measured; None if they were not.
@@ -86,37 +86,75 @@ class WrittenComparison:
 
 def main(arguments: Sequence[str]) -> int:
     """The verb `results`; returns the exit code."""
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print("usage: approx-attn results <folder of a comparison> ... [output=RESULTS.md]")
-        return 0
-    return exit_code(lambda: _write_and_report(arguments))
+    return run_plain("results", lambda: _run(arguments), arguments)
 
 
-def _write_and_report(arguments: Sequence[str]) -> None:
-    folders = [argument for argument in arguments if "=" not in argument]
-    options = dict(argument.split("=", 1) for argument in arguments if argument not in folders)
-    for key in options:
-        if key != "output":
-            raise ConfigError(f"{key} is not a key of results{suggestion(key, ['output'])}")
-    if not folders:
-        raise ConfigError("results needs at least one folder of a comparison, got none.")
-    output = options.get("output", "RESULTS.md")
-    text = write_document(require_file("output", output), [Path(folder) for folder in folders])
+def _run(arguments: Sequence[str]) -> None:
+    folders = [Path(argument) for argument in arguments if "=" not in argument]
+    given = settings("results", [argument for argument in arguments if "=" in argument])
+    results = Path(given["results"])
+    output = require_file("output", given["output"])
+    if folders and (given["publish"] or given["report"]):
+        raise ConfigError("results: publish and report take names of comparisons, and no folders beside them.")
+    if given["report"]:
+        _draw_reports(results, as_list(given["report"]))
+        return
+    names = as_list(given["publish"] or [])
+    copies = {results / f"{require_plain_name('publish', name)}.json": _records_of(results / name) for name in names}
+    for path, text in copies.items():
+        record.write_text_atomically(path, text)
+        print(f"Written: {path}")
+    comparisons = [read_comparison(folder) for folder in folders] or published(results)
+    text = write_document(output, comparisons)
     print(f"Written: {output}")
+    known = {comparison.name for comparison in comparisons}
+    without = [name for name in re.findall(r"<!-- comparison: (.+) -->", text) if name not in known]
+    if without:
+        print(f"As they were, for want of records: {', '.join(without)}")
     unread = text.count(NO_READING)
     if unread:
         print(f"{unread} of its comparisons have no reading yet: replace {NO_READING!r}.")
 
 
-def write_document(path: Path, folders: Sequence[Path]) -> str:
-    """Bring a document up to date with the comparisons in these folders; returns its text.
+def _records_of(folder: Path) -> str:
+    """The records of a finished comparison, as text."""
+    read_comparison(folder)
+    return (folder / RECORDS_FILE).read_text(encoding="utf-8")
+
+
+def _draw_reports(results: Path, names: Sequence[str]) -> None:
+    """Write table, plots and report of published comparisons."""
+    stored = {name: read_records(results / f"{require_plain_name('report', name)}.json") for name in names}
+    for name in names:
+        require_folder("report", results / name)
+    for name, comparison in stored.items():
+        comparison.write_report(results / name)
+        print(f"Written: {results / name}/table.csv, table.md, plot.png, report.html")
+
+
+def published(results: Path) -> list[WrittenComparison]:
+    """The comparisons whose records are published in a folder, by name.
 
     Raises:
-        ConfigError: a folder without a finished comparison; nothing has been written.
+        ConfigError: there are none, or a file there holds something else.
     """
-    comparisons = [read_comparison(folder) for folder in folders]
+    paths = sorted(results.glob("*.json"))
+    if not paths:
+        raise ConfigError(
+            f"results: {results} holds no published records (<name>.json); publish=[<name>] puts those of a finished "
+            "comparison there."
+        )
+    return [read_comparison(path) for path in paths]
+
+
+def write_document(path: Path, comparisons: Sequence[WrittenComparison]) -> str:
+    """Bring a document up to date with these comparisons; returns its text.
+
+    Raises:
+        ConfigError: two comparisons of one name, or a mark without its end; nothing has been written.
+    """
     if len({comparison.name for comparison in comparisons}) < len(comparisons):
-        raise ConfigError("results: two of the folders hold comparisons of one name; run one again with name=<other>.")
+        raise ConfigError("results: two of the comparisons have one name; run one again with name=<other>.")
     text = path.read_text(encoding="utf-8") if path.is_file() else NEW_DOCUMENT
     for comparison in comparisons:
         text = put_block(text, f"<!-- comparison: {comparison.name} -->", section(comparison), comparison.name)
@@ -139,21 +177,21 @@ def put_block(text: str, start: str, content: str, title: str) -> str:
     return before + block + after
 
 
-def read_comparison(folder: Path) -> WrittenComparison:
-    """What `compare` left in a folder.
+def read_comparison(path: Path) -> WrittenComparison:
+    """A finished comparison from the folder that `compare` wrote, or from a file of records.
 
     Raises:
-        ConfigError: not the folder of a comparison with at least one finished run.
+        ConfigError: neither of both, or no run of it finished.
     """
-    summary = record.read_json(folder / SUMMARY_FILE)
-    if summary is None or not summary.get("environments"):
-        raise ConfigError(
-            f"results: {folder} has no {SUMMARY_FILE} of finished runs; it must be a folder that compare wrote "
-            "(the same command again writes it without training again)."
-        )
-    table, caption, *_ = (folder / "table.md").read_text(encoding="utf-8").split("\n\n")
-    measured = record.read_json(folder / "measurements.json") or {}
-    return WrittenComparison(summary, table, caption, measured.get("environment"))
+    comparison = read_records(path / RECORDS_FILE if path.is_dir() else path)
+    metric, records, reference = comparison.metric, comparison.records, comparison.reference
+    summary = summarise_comparison(
+        records, metric=metric, name=comparison.name, command=comparison.command, reference=reference
+    )
+    if not summary["environments"]:
+        raise ConfigError(f"results: no run of {path} has finished; the same compare command tries again.")
+    table, caption = table_and_caption(comparison.rows(), records, metric, reference)
+    return WrittenComparison(summary, table.strip(), caption, comparison.measurements.get("environment"))
 
 
 # -- one comparison ------------------------------------------------------------------------------------
@@ -171,30 +209,11 @@ def section(comparison: WrittenComparison) -> str:
     commit = f"; commit {known}{' and others' if None in commits else ''}" if known else ""
     seeds = ", ".join(map(str, summary["seeds"]))
     return (
-        f"```\n{portable_command(summary['command'], summary['config']['name'])}\n```\n\n"
+        f"```\n{summary['command']}\n```\n\n"
         f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n"
         f"- Seeds {seeds}; runs ended {_dates(summary)}; {where}{times}{commit}.\n\n"
         f"{comparison.table}\n\n{without_paths(comparison.caption)}"
     )
-
-
-def portable_command(command: str, recipe: str) -> str:
-    """A command line without the places of one machine: where results go is left out, other paths are named."""
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.partition("=")
-        if equals and key in PLACES:
-            continue
-        # A hub id, or the name of a folder nearby, is not a place of one machine.
-        if equals and key.endswith("path") and (value.startswith(("/", "~", ".")) or value.count("/") > 1):
-            value = f"<{recipe} folder>" if key == "data.path" else f"<{key}>"
-        words.append(without_paths(f"{key}{equals}{value}"))
-    return shlex.join(words)
-
-
-def without_paths(text: str) -> str:
-    """Text with `<path>` for every absolute path."""
-    return ABSOLUTE_PATH.sub("<path>", text)
 
 
 def _dates(summary: Mapping[str, Any]) -> str:

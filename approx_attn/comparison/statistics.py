@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,14 +101,40 @@ def paired_difference(
     return PairedDifference(mean, mean - half, mean + half, p_value, count, spread, same)
 
 
-def item_spread(correct: NDArray[np.bool_], reference_correct: NDArray[np.bool_]) -> float:
-    """Standard deviation of a difference of two accuracies, had the test items been drawn anew.
+class Disagreement(NamedTuple):
+    """How two trained models differ on the same test items.
+
+    Attributes:
+        gained: items that the model got right and the reference wrong.
+        lost: items that it got wrong and the reference right.
+        items: all items.
+    """
+
+    gained: int
+    lost: int
+    items: int
+
+
+def disagreement(correct: NDArray[np.bool_], reference_correct: NDArray[np.bool_]) -> Disagreement:
+    """Count where a model and the reference differ.
 
     Args:
         correct, reference_correct: (items,) bool, item by item in the same order.
     """
-    difference = np.asarray(correct, np.float64) - np.asarray(reference_correct, np.float64)
-    return float(difference.std() / math.sqrt(len(difference)))
+    correct, reference_correct = np.asarray(correct, bool), np.asarray(reference_correct, bool)
+    if correct.shape != reference_correct.shape:
+        raise ValueError(f"both need the same items, got shapes {correct.shape} and {reference_correct.shape}.")
+    gained, lost = (correct & ~reference_correct).sum(), (~correct & reference_correct).sum()
+    return Disagreement(int(gained), int(lost), correct.size)
+
+
+def item_spread(found: Disagreement) -> float:
+    """Standard deviation of a difference of two accuracies, had the test items been drawn anew.
+
+    Item by item the difference is 1 (gained), -1 (lost) or 0; this is its standard deviation by the root of the items.
+    """
+    gained, lost, items = found
+    return math.sqrt((gained + lost) * items - (gained - lost) ** 2) / (items * math.sqrt(items))
 
 
 def holm_adjust(p_values: Sequence[float]) -> list[float]:
@@ -121,20 +148,10 @@ def holm_adjust(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def mcnemar(correct: NDArray[np.bool_], reference_correct: NDArray[np.bool_]) -> float:
-    """Exact McNemar test: two-sided p-value that two models err equally often on the same test items.
-
-    Args:
-        correct, reference_correct: (items,) bool, item by item in the same order.
-    """
-    correct, reference_correct = np.asarray(correct, bool), np.asarray(reference_correct, bool)
-    if correct.shape != reference_correct.shape:
-        raise ValueError(f"both need the same items, got shapes {correct.shape} and {reference_correct.shape}.")
-    gained = int((correct & ~reference_correct).sum())
-    lost = int((~correct & reference_correct).sum())
-    if gained + lost == 0:
-        return 1.0
-    return float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+def mcnemar(found: Disagreement) -> float:
+    """Exact McNemar test: two-sided p-value that two models err equally often on the same test items."""
+    differing = found.gained + found.lost
+    return float(stats.binomtest(found.gained, differing, 0.5).pvalue) if differing else 1.0
 
 
 def power(gap: float, std: float, count: int) -> float:

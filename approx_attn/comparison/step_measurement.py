@@ -20,6 +20,8 @@ from approx_attn.run.steps import Precision, autocast_of, device_of, silent, tra
 from approx_attn.run.tasks.base import SequenceTask
 from approx_attn.run.trainer import quiet
 
+MEASUREMENTS_FILE = "measurements.json"
+
 
 def build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], SequenceDataModule]:
     """Every variant's task on the data of the first, so that a mechanism that cannot be used is refused now.
@@ -49,7 +51,7 @@ def measure_steps(
     """
     if comparison.repeats == 0:
         return {}
-    path = comparison.folder / "measurements.json"
+    path = comparison.folder / MEASUREMENTS_FILE
     config = plain(next(iter(comparison.runs[comparison.reference].values())).config)
     device = device_of(config)
     wanted = {"fingerprint": comparison.fingerprint, "repeats": comparison.repeats, "device": str(device)}

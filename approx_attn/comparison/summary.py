@@ -1,4 +1,4 @@
-"""What a comparison was, as one file for machines: summary.json, beside the table that it says everything about."""
+"""What a comparison was, beside its table: where and when it ran, for how long, and what validation said."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 from approx_attn.comparison.aggregate import Record, Records, finished_runs
 from approx_attn.metrics import Metric, metric_direction
 from approx_attn.run.record import RESULT_FILE
-
-SUMMARY_FILE = "summary.json"
 
 
 def summarise_comparison(
@@ -32,7 +30,7 @@ def summarise_comparison(
     finished = {label: finished_runs(by_seed) for label, by_seed in records.items()}
     runs = [run for by_seed in finished.values() for run in by_seed.values()]
     first: Record = runs[0] if runs else {}
-    ended = sorted(filter(None, map(_ended, runs)))
+    ends = sorted(filter(None, map(ended, runs)))
 
     def by_seed(value: Callable[[Record], Any]) -> dict[str, dict[str, Any]]:
         return {label: {str(seed): value(run) for seed, run in each.items()} for label, each in finished.items()}
@@ -52,8 +50,8 @@ def summarise_comparison(
         "environments": environments,
         "config": first.get("config"),
         "spec": first.get("spec"),
-        "first_run": ended[0] if ended else None,
-        "last_run": ended[-1] if ended else None,
+        "first_run": ends[0] if ends else None,
+        "last_run": ends[-1] if ends else None,
     }
 
 
@@ -68,8 +66,10 @@ def _validation_mode(config: Mapping[str, Any]) -> str | None:
     return next((metric_direction(monitor) for monitor in watched if monitor is not None), None)
 
 
-def _ended(run: Record) -> str | None:
-    """When the record of a run was written, which is the last thing that a run does."""
+def ended(run: Record) -> str | None:
+    """When the record of a run was written (UTC), which is the last thing that a run does."""
+    if "ended" in run:
+        return str(run["ended"])
     path = Path(run["run_dir"]) / RESULT_FILE if "run_dir" in run else None
     if path is None or not path.is_file():
         return None

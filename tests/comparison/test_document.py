@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from rich.console import Console
 
 from approx_attn.cli import run_verb
 from approx_attn.comparison.command import compare
-from approx_attn.comparison.document import overview_line, portable_command, read_comparison
+from approx_attn.comparison.document import overview_line, read_comparison
+from approx_attn.comparison.records_file import portable_command, without_paths
 from approx_attn.comparison.schedule import describe_schedule, load_reference, reference_experiment
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["data.train_size=64", "data.val_size=16", "data.test_size=32", "data.max_depth=3", "data.max_args=4"]
 TINY = ["data.min_length=5", "data.max_length=20", "model.dim=16", "model.depth=1", "trainer.max_epochs=2", *SIZES]
 
@@ -40,7 +44,7 @@ def test_the_table_is_the_one_of_the_comparison_with_everything_that_made_it(fin
     assert (finished / "table.md").read_text().split("\n\n")[0] in text
     assert "python scripts/compare.py data=listops" in text
     assert "Seeds 1, 2" in text
-    environment = json.loads((finished / "summary.json").read_text())["environments"][0]
+    environment = read_comparison(finished).summary["environments"][0]
     assert f"torch {environment['packages']['torch']}" in text
     assert environment["processor"] in text
     # 4 steps of 32, of the 5,000 of 32 that the reference has; positions 20 of 2,000 each.
@@ -68,21 +72,19 @@ def test_best_eigen_against_best_baseline(finished, document):
     assert cells[6].startswith("at least as good" if difference >= 0 else "worse")
 
 
-def test_the_best_is_chosen_by_validation_and_not_by_test_figures(finished, tmp_path):
-    summary = json.loads((finished / "summary.json").read_text())
+def test_the_best_is_chosen_by_validation_and_not_by_test_figures(finished):
+    comparison = read_comparison(finished)
+    summary = comparison.summary
     assert summary["validation_mode"] == "max"
     test = {"eigen_topk": 0.9, "eigen_row": 0.8, "linformer": 0.5, "performer": 0.6, "uniform": 1.0}
     validation = {"eigen_topk": 0.1, "eigen_row": 0.2, "linformer": 0.4, "performer": 0.3, "uniform": 1.0}
     figures = {
         part: {name: {"1": value} for name, value in by.items()} for part, by in [("t", test), ("v", validation)]
     }
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
 
     def line(**changes):
-        text = json.dumps({**summary, "figures": figures["t"], "validation": figures["v"], **changes})
-        (copy / "summary.json").write_text(text)
-        return overview_line(read_comparison(copy)).split(" | ")
+        changed = {**summary, "figures": figures["t"], "validation": figures["v"], **changes}
+        return overview_line(replace(comparison, summary=changed)).split(" | ")
 
     assert line()[1:5] == ["eigen_row", "80.00", "linformer", "50.00"]
     assert line(validation_mode="min")[1:5] == ["eigen_topk", "90.00", "performer", "60.00"]
@@ -99,8 +101,8 @@ def test_writing_again_changes_tables_alone(finished, document, tmp_path):
     document.write_text(stale)
     second = tmp_path / "second"
     shutil.copytree(finished, second)
-    summary = json.loads((second / "summary.json").read_text())
-    (second / "summary.json").write_text(json.dumps({**summary, "name": "second"}))
+    content = json.loads((second / "records.json").read_text())
+    (second / "records.json").write_text(json.dumps({**content, "name": "second"}))
     assert run_verb("results", [str(finished), f"output={document}"]) == 0
     assert document.read_text() == by_hand
     assert run_verb("results", [str(second), f"output={document}"]) == 0
@@ -126,11 +128,19 @@ def test_lines_that_another_rule_chose_do_not_stay_under_a_new_head(finished, do
 def test_folders_and_documents_that_cannot_be_used_are_refused(finished, document, tmp_path, capsys):
     before = document.read_text()
     assert run_verb("results", [str(tmp_path), f"output={document}"]) == 2
-    assert "summary.json" in capsys.readouterr().err
+    assert "does not hold the records of a comparison" in capsys.readouterr().err
     assert run_verb("results", [str(finished), str(finished), f"output={document}"]) == 2
     assert "name=<other>" in capsys.readouterr().err
     assert run_verb("results", [str(finished), f"outptu={document}"]) == 2
     assert "did you mean 'output'" in capsys.readouterr().err
+    published = [f"results={finished.parent}", f"output={document}"]
+    assert run_verb("results", published) == 2
+    assert "publish=[<name>] puts those of a finished comparison there" in capsys.readouterr().err
+    assert run_verb("results", ["publish=[tiny,missing]", *published]) == 2
+    assert "missing does not hold the records of a comparison" in capsys.readouterr().err
+    assert run_verb("results", ["publish=[tiny]", str(finished), *published]) == 2
+    assert "no folders beside them" in capsys.readouterr().err
+    assert list(finished.parent.glob("*.json")) == []
     assert document.read_text() == before
     document.write_text(before.replace("<!-- end -->", ""))
     assert run_verb("results", [str(finished), f"output={document}"]) == 2
@@ -178,3 +188,52 @@ def test_a_comparison_of_a_mechanism_that_is_gone_is_written_as_it_was(finished,
     table = (tmp_path / "RESULTS.md").read_text()
     assert "| eigen_block |" in table
     assert overview_line(read_comparison(old)).split(" | ")[1] == "eigen_block"
+
+
+# -- published records -----------------------------------------------------------------------------------
+
+
+def pictures(report: Path) -> list[str]:
+    return re.findall(r"data:image/png;base64,[^\"]+", report.read_text())
+
+
+def test_published_records_alone_give_the_same_document_and_report(finished, document, tmp_path, capsys):
+    results = tmp_path / "results"
+    shutil.copytree(finished, results / "tiny")
+    places = [f"results={results}", f"output={tmp_path / 'published.md'}"]
+    assert run_verb("results", ["publish=[tiny]", *places]) == 0
+    shutil.rmtree(results / "tiny")
+    (tmp_path / "published.md").unlink()
+    assert run_verb("results", places) == 0
+    assert (tmp_path / "published.md").read_text() == document.read_text()
+    assert run_verb("results", ["report=[tiny]", *places]) == 0
+    for name in ("table.csv", "plot.png"):
+        assert (results / "tiny" / name).read_bytes() == (finished / name).read_bytes()
+    assert pictures(results / "tiny" / "report.html") == pictures(finished / "report.html")
+    assert "Learning curves" in (results / "tiny" / "report.html").read_text()
+
+
+def test_sections_without_records_stay_and_are_named(finished, document, tmp_path, capsys):
+    older = document.read_text().replace("comparison: tiny", "comparison: older").replace("| tiny |", "| older |")
+    document.write_text(older)
+    shutil.copy(finished / "records.json", tmp_path / "tiny.json")
+    assert run_verb("results", [f"results={tmp_path}", f"output={document}"]) == 0
+    assert "As they were, for want of records: older" in capsys.readouterr().out
+    assert document.read_text().startswith(older.split("<!-- overview -->")[0])
+    assert older.split("## tiny")[1].strip() in document.read_text()
+
+
+def test_results_are_what_the_published_records_tell(tmp_path):
+    """A table in RESULTS.md that was changed by hand, or a record published without the document, fails here."""
+    copy = tmp_path / "RESULTS.md"
+    shutil.copy(ROOT / "RESULTS.md", copy)
+    assert run_verb("results", [f"results={ROOT / 'results'}", f"output={copy}"]) == 0
+    assert copy.read_text() == (ROOT / "RESULTS.md").read_text(), "approx-attn results writes it anew"
+
+
+def test_published_records_are_small_and_name_no_place_of_a_machine():
+    paths = sorted((ROOT / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        assert path.stat().st_size < 100_000
+        assert without_paths(path.read_text()) == path.read_text()

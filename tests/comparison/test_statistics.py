@@ -8,6 +8,7 @@ from scipy import stats
 
 from approx_attn.comparison.statistics import (
     detectable_gap,
+    disagreement,
     holm_adjust,
     item_spread,
     mcnemar,
@@ -56,7 +57,7 @@ def test_a_real_gap_is_found_as_often_as_the_stated_power(seeds):
 def differ_in_items(rng, chance, other_chance, seeds):
     """A comparison of two mechanisms, each of which gets an item right with a chance of its own for that item."""
     ours, theirs = (rng.random((seeds, len(chance))) < c for c in (chance, other_chance))
-    spread = math.sqrt(np.mean([item_spread(a, b) ** 2 for a, b in zip(ours, theirs, strict=True)]))
+    spread = math.sqrt(np.mean([item_spread(disagreement(a, b)) ** 2 for a, b in zip(ours, theirs, strict=True)]))
     return paired_difference(list(ours.mean(axis=1)), list(theirs.mean(axis=1)), spread)
 
 
@@ -114,7 +115,9 @@ def test_the_spread_of_items_is_that_of_other_test_sets():
     pools = rng.random((2, 4000)) < chances
     drawn = [rng.integers(4000, size=300) for _ in range(4000)]
     differences = [pools[0, items].mean() - pools[1, items].mean() for items in drawn]
-    assert item_spread(pools[0, drawn[0]], pools[1, drawn[0]]) == pytest.approx(np.std(differences), rel=0.1)
+    assert item_spread(disagreement(pools[0, drawn[0]], pools[1, drawn[0]])) == pytest.approx(
+        np.std(differences), rel=0.1
+    )
 
 
 def test_detectable_gap_inverts_power():
@@ -144,10 +147,10 @@ def test_holm_adjustment():
 
 def test_mcnemar_counts_only_discordant_items():
     a = np.array([True] * 90 + [False] * 10)
-    assert mcnemar(a, a) == 1.0
+    assert mcnemar(disagreement(a, a)) == 1.0
     b = a.copy()
     b[:8] = False
-    assert mcnemar(a, b) == pytest.approx(2 * 0.5**8)
+    assert mcnemar(disagreement(a, b)) == pytest.approx(2 * 0.5**8)
 
 
 def test_pareto_frontier_keeps_the_unbeaten():

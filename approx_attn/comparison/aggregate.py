@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class StepMeasurement:
     Attributes:
         relative_time: median over rounds of its time by the reference's in the same round.
         spread: half the interquartile range of that ratio.
-        seconds: median time.
+        seconds: that ratio times the median time of the reference's.
         memory: peak bytes held during the step.
     """
 
@@ -42,6 +42,18 @@ class StepMeasurement:
     spread: float
     seconds: float
     memory: int
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> StepMeasurement:
+        """What was written to a file.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a measurement.
+        """
+        found = cls(*(content[field.name] for field in fields(cls)))
+        if not (found.relative_time > 0 and found.seconds > 0):
+            raise ValueError("a step takes time.")
+        return found
 
 
 def comparison_rows(
@@ -71,6 +83,9 @@ def comparison_rows(
                 step_time=measured.relative_time if measured else None,
                 step_time_spread=measured.spread if measured else None,
                 memory=measured.memory if measured else None,
+                steps=float(np.mean([run["steps"] for run in runs.values()])) if runs else None,
+                step_seconds=_step_seconds(runs, measured),
+                learning_rate=next((_learning_rate(run) for run in runs.values()), None),
                 parameters=next((run["parameters"] for run in runs.values()), None),
                 is_reference=name == reference,
                 finished=tuple(runs),
@@ -154,6 +169,18 @@ def _cost(runs: Mapping[int, Record]) -> dict[str, float] | None:
 
 def _multiply_adds(cost: Mapping[str, float]) -> float:
     return cost["score_multiply_adds"] + cost["value_multiply_adds"]
+
+
+def _step_seconds(runs: Mapping[int, Record], measured: StepMeasurement | None) -> float | None:
+    """Seconds of a step of the optimizer, which may take several measured ones."""
+    if measured is None or not runs:
+        return None
+    trainer = next(iter(runs.values()))["config"]["trainer"]
+    return measured.seconds * int(trainer.get("accumulate_grad_batches", 1))
+
+
+def _learning_rate(run: Record) -> float | None:
+    return (run.get("config") or {}).get("optimizer", {}).get("lr")
 
 
 def _reason(run: Record | None) -> str:

@@ -2,7 +2,8 @@
 
     compare(["data=digits", "attention=[exact,eigen_row,topk]", "seeds=[1,2,3]"])
 
-`plan` reads the words, `missing_runs` trains, `step_measurement` measures, `comparison_report` writes.
+`plan` reads the words, `step_measurement` measures, `equal_time` and `tuning` set how long and how fast each learns,
+`missing_runs` trains, `comparison_report` writes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from rich.console import Console
 from approx_attn.command import run_plain
 from approx_attn.comparison.aggregate import comparison_rows, other_rows
 from approx_attn.comparison.comparison_report import write_comparison
+from approx_attn.comparison.equal_time import at_equal_time
 from approx_attn.comparison.missing_runs import train_missing
 from approx_attn.comparison.plan import Comparison, plan
 from approx_attn.comparison.records_file import RECORDS_FILE, StoredComparison, write_records
 from approx_attn.comparison.step_measurement import MEASUREMENTS_FILE, build_all, measure_steps
 from approx_attn.comparison.table import OTHERS_CAPTION, ComparisonRow, for_terminal, other_cells, wide_console
+from approx_attn.comparison.tuning import tuned
 from approx_attn.errors import Unsuccessful
 from approx_attn.output import require_folder, to_table
 from approx_attn.run import record
@@ -66,18 +69,26 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
             require_folder("paths.runs", run.folder)
     with quiet():
         tasks, data = build_all(comparison)  # refuses what cannot run before the first step
-    train_missing(comparison, console)
     with record.run_lock(folder):  # the same comparison may have been started twice
-        record.remove_unfinished(folder)
         measurements = measure_steps(comparison, tasks, data, console)
+    if comparison.equal == "time":
+        comparison = at_equal_time(comparison, measurements, len(data.train_dataloader()))
+    del tasks, data  # training makes its own
+    if comparison.tune:
+        comparison = tuned(comparison, console)
+    train_missing(list(comparison.jobs()), metric, console)
+    with record.run_lock(folder):
+        record.remove_unfinished(folder)
         records = comparison.records()
         rows = comparison_rows(records, comparison.reference, metric, measurements)
         others = other_rows(records, comparison.reference, comparison.others)
         named = (comparison.name, comparison.command, comparison.reference)
-        caption = write_comparison(folder, rows, records, metric, *named, others)
+        caption = write_comparison(folder, rows, records, metric, *named, others, comparison.terms)
         measured = (record.read_json(folder / MEASUREMENTS_FILE) or {}) if measurements else {}
-        write_records(folder / RECORDS_FILE, StoredComparison(*named, metric, comparison.others, measured, records))
-    console.print(for_terminal(rows, metric, comparison.name, caption, console.width))
+        stored = StoredComparison(*named, metric, comparison.others, measured, records, comparison.terms)
+        write_records(folder / RECORDS_FILE, stored)
+        comparison.write_folders()
+    console.print(for_terminal(rows, metric, comparison.name, caption, console.width, comparison.terms))
     if others:
         words = ("attention", "verdict")
         console.print(to_table(other_cells(others), words=words, title="Other metrics", caption=OTHERS_CAPTION))

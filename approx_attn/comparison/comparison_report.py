@@ -25,8 +25,9 @@ from approx_attn.comparison.table import (
     others_csv,
     show_p,
 )
-from approx_attn.metrics import Metric
-from approx_attn.output import MISSING, to_markdown
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms, Tuning
+from approx_attn.metrics import Metric, metric_of
+from approx_attn.output import MISSING, shown, to_markdown
 from approx_attn.run import record
 
 
@@ -39,6 +40,7 @@ def write_comparison(
     command: str,
     reference: str,
     others: Sequence[MetricRows] = (),
+    terms: Terms = EQUAL_STEPS,
 ) -> str:
     """Write all files and return the caption of the table.
 
@@ -51,9 +53,10 @@ def write_comparison(
         command: what to type to get it again.
         reference: the mechanism that differences are relative to.
         others: the same runs by other metrics.
+        terms: what was equal, and how learning rates were chosen.
     """
-    table, caption = table_and_caption(rows, records, metric, reference)
-    lines, other_lines = [cells(row, metric) for row in rows], other_cells(others)
+    table, caption = table_and_caption(rows, records, metric, reference, terms)
+    lines, other_lines = [cells(row, metric, terms) for row in rows], other_cells(others)
     more = f"\n{to_markdown(other_lines, ('attention', 'verdict'))}\n{OTHERS_CAPTION}\n" if others else ""
     markdown = f"{table}\n{caption}\n\n`{command}`\n{more}"
     record.write_text_atomically(folder / "table.csv", comparison_csv(rows, metric))
@@ -81,6 +84,8 @@ def write_comparison(
             f"One curve per mechanism that was run at several budgets. {reference} is the line across, "
             "in a band of one standard deviation.",
         )
+    if terms.tuning is not None:
+        _add_tuning(report, terms.tuning)
     if others:
         report.section("Other metrics").table(other_lines, OTHERS_CAPTION)
     _add_statistics(report, MetricRows(metric, [row for row in rows if row.difference]), records, reference)
@@ -95,11 +100,11 @@ def write_comparison(
 
 
 def table_and_caption(
-    rows: Sequence[ComparisonRow], records: Records, metric: Metric, reference: str
+    rows: Sequence[ComparisonRow], records: Records, metric: Metric, reference: str, terms: Terms = EQUAL_STEPS
 ) -> tuple[str, str]:
     """The table in Markdown, and what is said below it; arguments as `write_comparison`."""
-    caption = " ".join([table_caption(rows, reference, metric), *_mixed_commits(records)])
-    return to_markdown([cells(row, metric) for row in rows], WORDS), caption
+    caption = " ".join([*terms.sentences(reference), table_caption(rows, reference, metric), *_mixed_commits(records)])
+    return to_markdown([cells(row, metric, terms) for row in rows], WORDS), caption
 
 
 def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric) -> str:
@@ -184,6 +189,17 @@ def _add_statistics(report: Report, compared: MetricRows, records: Records, refe
         "McNemar's exact test asks, for one seed, whether the two trained models err equally often on the same test "
         "items. The gap is the smallest true difference that this many seeds find four times out of five.",
     )
+
+
+def _add_tuning(report: Report, tuning: Tuning) -> None:
+    """All figures that learning rates were chosen by."""
+    metric, lines = metric_of(tuning.monitor), []
+    for label, figures in tuning.figures.items():
+        tried = zip(tuning.grid, figures, strict=True)
+        shown_figures = {f"{rate:g}": MISSING if each is None else metric.show(each) for rate, each in tried}
+        lines.append({"attention": label, **shown_figures, "chosen": shown(tuning.best(label), "g")})
+    figure = f"{tuning.monitor}{' in %' if metric.percent else ''}"
+    report.section("Learning rates").table(lines, f"Best {figure} of seed {tuning.seed}, by learning rate.")
 
 
 def validation_curve(run: Record | None, metric: Metric) -> dict[int, float]:

@@ -190,7 +190,7 @@ def read_comparison(path: Path) -> WrittenComparison:
     )
     if not summary["environments"]:
         raise ConfigError(f"results: no run of {path} has finished; the same compare command tries again.")
-    table, caption = table_and_caption(comparison.rows(), records, metric, reference)
+    table, caption = table_and_caption(comparison.rows(), records, metric, reference, comparison.terms)
     return WrittenComparison(summary, table.strip(), caption, comparison.measurements.get("environment"))
 
 

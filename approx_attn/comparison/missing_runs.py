@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from approx_attn.comparison.aggregate import Record
-from approx_attn.comparison.plan import Comparison, Run
+from approx_attn.comparison.plan import Job, Run
 from approx_attn.config.compose import ConfigError
 from approx_attn.metrics import Metric
 from approx_attn.output import shown_seconds
@@ -112,12 +112,16 @@ class RunWatcher(pl.Callback):
         self.show("testing", 1.0)
 
 
-def train_missing(comparison: Comparison, console: Console) -> None:
+def train_missing(jobs: Sequence[Job], metric: Metric, console: Console) -> None:
     """Train the runs without a finished record; a failing run is recorded and the others go on.
 
     A signal or a full disk ends the comparison; the same command continues it.
+
+    Args:
+        jobs: the runs.
+        metric: the test figure that is shown of each.
+        console: where progress is printed.
     """
-    jobs = list(comparison.jobs())
     time_left, missing = TimeLeft([]), set()
     for label, seed, run in jobs:
         known = _finished(run)
@@ -134,7 +138,7 @@ def train_missing(comparison: Comparison, console: Console) -> None:
             head = f"[{number}/{len(jobs)}] {label} seed {seed}"
             known = _finished(run)  # by now, another comparison may have trained it
             if known is not None:
-                figure = _figure(known, comparison.metric)
+                figure = _figure(known, metric)
                 console.print(f"{head}: done before, {figure}", highlight=False, markup=False)
                 continue
             time_left.waiting = [other for other, its_seed, _ in jobs[number:] if (other, its_seed) in missing]
@@ -143,7 +147,7 @@ def train_missing(comparison: Comparison, console: Console) -> None:
             seconds = time.perf_counter() - watcher.started
             if result["status"] == "finished":
                 time_left.add(label, seconds)
-                outcome = _figure(result, comparison.metric)
+                outcome = _figure(result, metric)
             else:
                 outcome = f"FAILED: {result['error']}"
             left = _words(time_left.left()) if time_left.waiting else ""

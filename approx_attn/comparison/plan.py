@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from approx_attn.attention.registry import attention_options, suggestion
 from approx_attn.command import as_list, mechanism_spec, require_counts
 from approx_attn.comparison.aggregate import Record, Records
+from approx_attn.comparison.summary import watched_figure
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms
 from approx_attn.config.compose import ConfigError, compose_config, config_dir, parse_overrides, plain
 from approx_attn.config.instantiate import require_plain_name
 from approx_attn.config.trust import plugin_words
@@ -28,6 +31,9 @@ from approx_attn.metrics import DEFAULT, METRICS, Metric, metric_names
 from approx_attn.run import record
 from approx_attn.run import train as training
 from approx_attn.run.stored_metrics import how_to_get, lacking, with_metrics
+
+EQUAL = ("steps", "time")
+FOLDERS_FILE = "runs.json"  # beside a table: where its runs lie on this machine
 
 # Keys of training that a comparison sets itself, and what to write instead.
 REFUSED = {
@@ -40,6 +46,10 @@ REFUSED = {
         for key in ("launcher", "hydra/launcher")
     },
 }
+
+
+def _word(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Variant:
         return [f"attention={self.attention}", *(f"attention.{setting}" for setting in self._settings())]
 
     def _settings(self) -> list[str]:
-        return [f"{key}={'null' if value is None else value}" for key, value in self.options]
+        return [f"{key}={_word(value)}" for key, value in self.options]
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,13 @@ class Run:
     def folder(self) -> Path:
         return training.run_folder(plain(self.config))
 
+    def having(self, settings: Mapping[str, Any]) -> Run:
+        """The run with other values of some keys."""
+        if not settings:
+            return self
+        kept = [word for word in self.overrides if word.partition("=")[0].lstrip("+") not in settings]
+        return Run.compose([*kept, *(f"{key}={_word(value)}" for key, value in settings.items())])
+
     def read(self) -> Record | None:
         """The record of the run with where it lies and how to get it, or None if it has not ended."""
         result = record.read_result(self.folder)
@@ -85,6 +102,10 @@ class Run:
             result = with_metrics(result, self.folder, metric_names(self.config.get("metrics")))
         command = shlex.join(["python", "scripts/train.py", *plugin_words(), *self.overrides])
         return {**result, "run_dir": str(self.folder), "command": command}
+
+
+Job = tuple[str, int, Run]
+"""Label, seed and run."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +121,10 @@ class Comparison:
         folder: where the table goes.
         command: what to type to get it again.
         repeats, warm_up: measured and unmeasured rounds of training steps; without repeats none are measured.
+        equal: what is to be the same for all, `steps` or `time`.
+        tune: learning rates to choose from for every mechanism; empty: all have the one of the configuration.
+        fingerprint: six hexadecimal digits of what is compared.
+        terms: what has come of `equal` and `tune` so far.
     """
 
     name: str
@@ -111,10 +136,31 @@ class Comparison:
     command: str
     repeats: int
     warm_up: int
+    equal: str
+    tune: tuple[float, ...]
+    fingerprint: str
+    terms: Terms = EQUAL_STEPS
 
-    def jobs(self) -> Iterator[tuple[str, int, Run]]:
-        """Label, seed and run of all runs, in the order of the table."""
-        return ((label, seed, run) for label, by_seed in self.runs.items() for seed, run in by_seed.items())
+    def jobs(self) -> Iterator[Job]:
+        """Label, seed and run of all runs to make, in the order of the table: not of what no learning rate trains."""
+        for label, by_seed in self.runs.items():
+            if self.terms.tuning is None or self.terms.tuning.best(label) is not None:
+                yield from ((label, seed, run) for seed, run in by_seed.items())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration of a run of the reference."""
+        return plain(next(iter(self.runs[self.reference].values())).config)
+
+    @property
+    def monitor(self) -> str | None:
+        """The figure that the best checkpoint is kept by."""
+        return watched_figure(self.config)
+
+    def write_folders(self) -> None:
+        """Note where the runs lie, for comparisons that start from them."""
+        folders = {label: {seed: str(run.folder) for seed, run in each.items()} for label, each in self.runs.items()}
+        record.write_json_atomically(self.folder / FOLDERS_FILE, folders)
 
     def records(self) -> Records:
         """What the runs left; in place of a record that lacks the compared figure one that says so."""
@@ -125,11 +171,6 @@ class Comparison:
         if result is None or result["status"] != "finished" or not lacking(result, [name]):
             return result
         return {**result, "status": "failed", "error": f"{name}: {how_to_get(name, run.folder)}"}
-
-    @property
-    def fingerprint(self) -> str:
-        """Six hexadecimal digits of what is compared."""
-        return _fingerprint(self.runs)
 
 
 def plan(arguments: Sequence[str]) -> Comparison:
@@ -158,8 +199,13 @@ def plan(arguments: Sequence[str]) -> Comparison:
         variant.label: {seed: Run.compose([*common, *variant.overrides, f"seed={seed}"]) for seed in seeds}
         for variant in variants
     }
-    name = settings["name"] or f"{runs[variants[0].label][seeds[0]].config.name}-{_fingerprint(runs)}"
-    return Comparison(
+    if settings["start_from"] is not None:
+        runs = started_from(Path(settings["results"]) / require_plain_name("start_from", settings["start_from"]), runs)
+    equal, tune = settings["equal"], _checked_rates(settings["tune"], passed_on)
+    # Comparisons at equal steps are called as they were before there were others.
+    fingerprint = _fingerprint(runs, [] if equal == "steps" and not tune else [equal, *tune])
+    name = settings["name"] or f"{runs[variants[0].label][seeds[0]].config.name}-{fingerprint}"
+    comparison = Comparison(
         name=require_plain_name("name", name),
         runs=runs,
         reference=reference,
@@ -169,7 +215,41 @@ def plan(arguments: Sequence[str]) -> Comparison:
         command=shlex.join(["python", "scripts/compare.py", *plugin_words(), *arguments]),
         repeats=measure["repeats"],
         warm_up=measure["warm_up"],
+        equal=equal,
+        tune=tune,
+        fingerprint=fingerprint,
     )
+    _check_terms(comparison)
+    return comparison
+
+
+def started_from(folder: Path, runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, Run]]:
+    """The runs, each from the best weights that its mechanism and seed reached in another comparison.
+
+    Args:
+        folder: of the results of that comparison.
+        runs: label -> seed -> run.
+
+    Raises:
+        ConfigError: that comparison lacks one of them.
+    """
+    known = record.read_json(folder / FOLDERS_FILE)
+    if known is None:
+        raise ConfigError(f"start_from={folder.name} must be the name of a finished comparison in {folder.parent}.")
+
+    def start(label: str, seed: int) -> Path:
+        checkpoint = Path(known.get(label, {}).get(str(seed), "")) / "checkpoints" / "best.ckpt"
+        if not checkpoint.is_file():
+            there = ", ".join(f"{name} (seeds {', '.join(each)})" for name, each in known.items())
+            raise ConfigError(
+                f"start_from={folder.name} has no best checkpoint of {label} seed {seed}; it has {there}."
+            )
+        return checkpoint
+
+    return {
+        label: {seed: run.having({"init_from": start(label, seed)}) for seed, run in by_seed.items()}
+        for label, by_seed in runs.items()
+    }
 
 
 def _settings(overrides: Sequence[Override] = ()) -> dict[str, Any]:
@@ -251,8 +331,38 @@ def _checked_reference(reference: Any, variants: Sequence[Variant]) -> str:
     return matching[0]
 
 
-def _fingerprint(runs: Mapping[str, Mapping[int, Run]]) -> str:
+def _checked_rates(value: Any, passed_on: Sequence[Override]) -> tuple[float, ...]:
+    """The learning rates of `tune`."""
+    if value is None:
+        return ()
+    rates = as_list(value)
+    numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in rates)
+    if not rates or not numbers or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+        raise ConfigError(f"tune must be a list of different learning rates above 0 or null, got {value!r}.")
+    if any(item.key_or_group == "optimizer.lr" for item in passed_on):
+        raise ConfigError("optimizer.lr is chosen from tune=[...]; leave one of them out.")
+    return tuple(rates)
+
+
+def _check_terms(comparison: Comparison) -> None:
+    equal, trainer = comparison.equal, comparison.config["trainer"]
+    if equal not in EQUAL:
+        raise ConfigError(f"equal must be {' or '.join(EQUAL)}, got {equal!r}.")
+    if comparison.tune and comparison.monitor is None:
+        raise ConfigError("tune chooses by the figure of callbacks.best_checkpoint.monitor, which is null.")
+    if equal == "steps":
+        return
+    if comparison.repeats == 0:
+        raise ConfigError("measure.repeats must be at least 1 with equal=time, which needs the time of a step, got 0.")
+    if trainer.get("max_time"):
+        raise ConfigError("trainer.max_time must be null with equal=time, which counts steps; set trainer.max_epochs.")
+    for key in ("devices", "num_nodes"):
+        if trainer.get(key, 1) != 1:
+            raise ConfigError(f"trainer.{key} must be 1 with equal=time, which times one device, got {trainer[key]!r}.")
+
+
+def _fingerprint(runs: Mapping[str, Mapping[int, Run]], terms: Sequence[Any]) -> str:
     hashes = sorted(
         f"{record.config_hash(plain(run.config))}-{seed}" for by_seed in runs.values() for seed, run in by_seed.items()
     )
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:6]
+    return hashlib.sha256(json.dumps([*hashes, *terms]).encode()).hexdigest()[:6]

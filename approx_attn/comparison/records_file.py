@@ -29,6 +29,7 @@ from approx_attn.comparison.aggregate import (
 from approx_attn.comparison.comparison_report import validation_curve, write_comparison
 from approx_attn.comparison.summary import ended
 from approx_attn.comparison.table import ComparisonRow
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import Metric, metric_of
 from approx_attn.run import record
@@ -53,6 +54,7 @@ class StoredComparison:
         measurements: the measured training `steps` by mechanism and the `environment` of that; empty if none were.
         records: of all runs, each with the time at which it `ended` (UTC), its validation `curve` (step and figure) and
             its `disagreement` with the reference, as far as these are known.
+        terms: what was equal, and how learning rates were chosen.
     """
 
     name: str
@@ -62,6 +64,7 @@ class StoredComparison:
     others: tuple[str, ...]
     measurements: Mapping[str, Any]
     records: Records
+    terms: Terms = EQUAL_STEPS
 
     def rows(self) -> list[ComparisonRow]:
         """The table."""
@@ -72,7 +75,7 @@ class StoredComparison:
         """Write table, plots and report as `compare` does."""
         others = other_rows(self.records, self.reference, self.others)
         named = (self.name, self.command, self.reference)
-        write_comparison(folder, self.rows(), self.records, self.metric, *named, others)
+        write_comparison(folder, self.rows(), self.records, self.metric, *named, others, self.terms)
 
 
 def write_records(path: Path, comparison: StoredComparison) -> None:
@@ -89,6 +92,7 @@ def write_records(path: Path, comparison: StoredComparison) -> None:
         "reference": shown[comparison.reference],
         "others": list(comparison.others),
         "measurements": measured if steps else {},
+        "terms": comparison.terms.renamed(shown).to_json(),
     }
     whole: dict[str, dict[int, Record | None]] = {}
     for label, by_seed in comparison.records.items():
@@ -113,6 +117,7 @@ def read_records(path: Path) -> StoredComparison:
     try:
         head = {key: content[key] for key in ("name", "command", "reference", "measurements")}
         metric, others = str(content["metric"]), tuple(content["others"])
+        terms = Terms.from_json(content["terms"])
         runs = _each_by_its_base(content["runs"], lambda run, base: 2 * (restored(run, base),))
         records = {
             label: {int(seed): _with_command(run, seed) for seed, run in each.items()} for label, each in runs.items()
@@ -124,7 +129,7 @@ def read_records(path: Path) -> StoredComparison:
             f"results: {path} does not hold the records of a comparison, as compare writes them; the same compare "
             "command again writes them without training again."
         ) from error
-    return StoredComparison(**head, metric=metric_of(metric), others=others, records=records)
+    return StoredComparison(**head, metric=metric_of(metric), others=others, records=records, terms=terms)
 
 
 # -- runs as differences -------------------------------------------------------------------------------

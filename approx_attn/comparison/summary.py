@@ -30,6 +30,7 @@ def summarise_comparison(
     finished = {label: finished_runs(by_seed) for label, by_seed in records.items()}
     runs = [run for by_seed in finished.values() for run in by_seed.values()]
     first: Record = runs[0] if runs else {}
+    watched = watched_figure(first["config"]) if first else None
     ends = sorted(filter(None, map(ended, runs)))
 
     def by_seed(value: Callable[[Record], Any]) -> dict[str, dict[str, Any]]:
@@ -44,8 +45,8 @@ def summarise_comparison(
         "reference": reference,
         "seeds": sorted({seed for each in records.values() for seed in each}),
         "figures": by_seed(lambda run: run["metrics"][metric.key]),
-        "validation": by_seed(_validation_figure),
-        "validation_mode": _validation_mode(first["config"]) if first else None,
+        "validation": by_seed(validation_figure),
+        "validation_mode": metric_direction(watched) if watched else None,
         "steps": by_seed(lambda run: run["steps"]),
         "environments": environments,
         "config": first.get("config"),
@@ -55,15 +56,16 @@ def summarise_comparison(
     }
 
 
-def _validation_figure(run: Record) -> float | None:
+def validation_figure(run: Record) -> float | None:
+    """What made the best checkpoint of a run the best; None where it kept none."""
     return next((value for key, value in run["metrics"].items() if key.startswith("best_val/")), None)
 
 
-def _validation_mode(config: Mapping[str, Any]) -> str | None:
-    """The direction of the figure that the best checkpoint is kept by."""
+def watched_figure(config: Mapping[str, Any]) -> str | None:
+    """The figure that the best checkpoint is kept by, such as `val/accuracy`."""
     callbacks = filter(None, (config.get("callbacks") or {}).values())
     watched = (each.get("monitor") for each in callbacks if each["_target_"].endswith("ModelCheckpoint"))
-    return next((metric_direction(monitor) for monitor in watched if monitor is not None), None)
+    return next((str(monitor) for monitor in watched if monitor is not None), None)
 
 
 def ended(run: Record) -> str | None:

@@ -12,12 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from approx_attn.comparison.statistics import PairedDifference, Summary, holm_adjust
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms
 from approx_attn.metrics import Metric
 from approx_attn.output import MISSING, Rows, shown, to_csv, to_table
 
 WORDS = ("attention", "verdict")  # columns of words; the others hold figures
 RESULTS = ("attention", "difference (95%)", "verdict", "seeds")  # what a narrow terminal shows above the costs
-FULL_WIDTH = 168  # characters of a terminal that holds all columns side by side
+FULL_WIDTH = 204  # characters of a terminal that holds all columns side by side
 OTHERS_CAPTION = (
     "Differences are paired by seed, with Student's t interval; p by the paired t-test, after Holm's correction for "
     "the mechanisms compared by one metric."
@@ -38,6 +39,9 @@ class ComparisonRow:
         step_time_spread: half the interquartile range of the same ratio.
         memory: peak bytes of a training step.
         parameters: trainable parameters of the model.
+        steps: of training that runs made, mean over the finished seeds.
+        step_seconds: measured time of one.
+        learning_rate: at its peak.
         is_reference: the row that the others are relative to.
         finished: seeds that ended well.
         missing: seeds that did not, with the reason.
@@ -52,6 +56,9 @@ class ComparisonRow:
     step_time_spread: float | None = None
     memory: int | None = None
     parameters: int | None = None
+    steps: float | None = None
+    step_seconds: float | None = None
+    learning_rate: float | None = None
     is_reference: bool = False
     finished: tuple[int, ...] = ()
     missing: dict[int, str] = field(default_factory=dict)
@@ -66,6 +73,11 @@ class ComparisonRow:
         """The options in the name, with their values as they were written."""
         words = (word.partition("=") for word in self.name.split(" ")[1:])
         return {option: value for option, _, value in words}
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Time of all steps; validation is not among them."""
+        return None if self.steps is None or self.step_seconds is None else self.steps * self.step_seconds
 
     def verdict(self, metric: Metric) -> str:
         """The difference in words."""
@@ -98,15 +110,20 @@ class MetricRows:
 # -- rows as cells -------------------------------------------------------------------------------------
 
 
-def cells(row: ComparisonRow, metric: Metric) -> dict[str, str]:
-    """A row for people, by header."""
+def cells(row: ComparisonRow, metric: Metric, terms: Terms = EQUAL_STEPS) -> dict[str, str]:
+    """A row for people, by header; with steps and seconds if steps are not equal, and tuned learning rates."""
     wanted = len(row.finished) + len(row.missing)
     spread = f" ± {row.step_time_spread:.2f}" if row.step_time_spread else ""
+    seconds = row.training_seconds
+    learned = {"learning rate": shown(row.learning_rate, "g")} if terms.tuning else {}
+    length = {"steps": shown(row.steps, ",.0f"), "seconds": shown(seconds, ".2g" if (seconds or 0) < 10 else ",.0f")}
     return {
         "attention": row.name,
         f"test {metric.header}": show_summary(row.figure, metric),
         "difference (95%)": show_difference(row.difference, metric),
         "verdict": row.verdict(metric),
+        **learned,
+        **(length if terms.equal == "time" else {}),
         "exact pairs": shown(row.exact_share, ".0%"),
         "multiply-adds": shown(row.multiply_adds, ".2f", "×"),
         "step time": shown(row.step_time, ".2f", f"×{spread}"),
@@ -174,6 +191,10 @@ def _values(row: ComparisonRow, metric: Metric) -> dict[str, Any]:
         "difference_high": difference and difference.high,
         "p_value": difference and difference.p_value,
         "step_time_spread": row.step_time_spread,
+        "steps": row.steps,
+        "step_seconds": row.step_seconds,
+        "training_seconds": row.training_seconds,
+        "learning_rate": row.learning_rate,
         "missing_seeds": " ".join(map(str, row.missing)),
     }
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
@@ -205,9 +226,11 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=FULL_WIDTH)
 
 
-def for_terminal(rows: Sequence[ComparisonRow], metric: Metric, title: str, caption: str, width: int) -> Group:
+def for_terminal(
+    rows: Sequence[ComparisonRow], metric: Metric, title: str, caption: str, width: int, terms: Terms = EQUAL_STEPS
+) -> Group:
     """The table for a terminal of `width` characters; a narrow one gets results above costs."""
-    lines = [cells(row, metric) for row in rows]
+    lines = [cells(row, metric, terms) for row in rows]
     costs = [header for header in lines[0] if header not in (*RESULTS, f"test {metric.header}")]
     results = [header for header in lines[0] if header not in costs]
     parts = [list(lines[0])] if width >= FULL_WIDTH else [results, ["attention", *costs]]

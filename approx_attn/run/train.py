@@ -35,7 +35,7 @@ from approx_attn.data.base import DataSpec, SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.output import require_folder
 from approx_attn.run import checkpoints, distributed, record
-from approx_attn.run.callbacks import StepTimer, Validations
+from approx_attn.run.callbacks import DivergedError, StepTimer, Validations
 from approx_attn.run.checks import check_config, check_model, check_trained
 from approx_attn.run.folders import (
     attention_label,
@@ -152,6 +152,7 @@ def _fit_and_test(
         fit_from(start, task, data, trainer)
     except Exception as error:
         failure = {**describe_run(config, task, data.spec), "status": "failed", "error": sentence(error, "train")}
+        failure["diverged"] = isinstance(error, DivergedError)  # as it would be again
         if distributed.is_first() and not record.is_disk_full(error):
             record.write_json_atomically(folder / record.RESULT_FILE, failure)
         raise

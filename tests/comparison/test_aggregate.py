@@ -13,6 +13,7 @@ def finished_run(exact_pairs: int, multiply_adds: int) -> dict:
         "metrics": {"test/accuracy": 0.5},
         "cost": {"exact_pairs": exact_pairs, "total_pairs": 100, **parts},
         "parameters": 1,
+        "steps": 1,
     }
 
 

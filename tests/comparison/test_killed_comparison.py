@@ -31,7 +31,7 @@ ARGUMENTS = [
     "trainer.log_every_n_steps=2",
     "callbacks.resumable.minutes=0.005",
 ]
-MEASURED = ("step_time", "step_time_spread", "memory_bytes")
+MEASURED = ("step_time", "step_time_spread", "step_seconds", "training_seconds", "memory_bytes")
 MEASURED_HEADERS = ("step time", "peak memory")
 
 # Importing takes longer than training here. So one process imports, and every attempt is a copy of it.

@@ -5,7 +5,8 @@ version control. It holds no weights, no predictions (but how often a run and th
 the machine.
 
 Runs of a comparison are much alike, so the first stands there whole and every other as its difference from another:
-from the first finished run of its mechanism, or, where there is none before it, of all. No figure is rounded.
+from the first finished run of its mechanism, or, where there is none before it, of all. Test figures, costs and times
+are not rounded.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class StoredComparison:
 
     def rows(self) -> list[ComparisonRow]:
         """The table."""
-        steps = {label: StepMeasurement(**fields) for label, fields in self.measurements.get("steps", {}).items()}
+        steps = {label: StepMeasurement(**each) for label, each in self.measurements.get("steps", {}).items()}
         return comparison_rows(self.records, self.reference, self.metric, steps)
 
     def write_report(self, folder: Path) -> None:
@@ -84,7 +85,10 @@ def write_records(path: Path, comparison: StoredComparison) -> None:
     reference = comparison.records[comparison.reference]
     steps = comparison.measurements.get("steps", {})
     environment = comparison.measurements.get("environment")
-    measured = {"steps": {shown[label]: each for label, each in steps.items()}, "environment": environment}
+    kept = {
+        shown[label]: {part.name: each[part.name] for part in fields(StepMeasurement)} for label, each in steps.items()
+    }
+    measured = {"steps": kept, "environment": environment}
     head = {
         "name": comparison.name,
         "command": portable_command(comparison.command, _recipe(comparison.records)),
@@ -223,7 +227,9 @@ def _portable_value(value: str, key: str, recipe: str) -> str:
 def _portable_run(run: Record, seed: int, metric: Metric) -> Record:
     """A run's record with what was read from its folder in place of the folder."""
     recipe = str(run.get("name"))
-    beside = {"ended": ended(run), "curve": [list(point) for point in validation_curve(run, metric).items()]}
+    # Figures of a curve are float32, which seven digits tell.
+    curve = [[step, float(f"{value:.7g}")] for step, value in validation_curve(run, metric).items()]
+    beside = {"ended": ended(run), "curve": curve}
     kept = {**run, **{key: value for key, value in beside.items() if value}}
     # The same words for every seed, so that they are written once.
     command = re.sub(rf"(?<!\S)seed={seed}(?!\S)", "seed=<seed>", portable_command(run["command"], recipe))

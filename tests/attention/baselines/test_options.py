@@ -13,6 +13,7 @@ REFUSED = {
         "coordinates": [[], [[0.0], [1.0, 2.0]], [0.0, 1.0], [[INFINITY]]],
     },
     "linformer": {"num_keys": [0, 1.5], "share": ["all"]},
+    "moba": {"keep": [0, 1.5], "block_size": [0]},
     "mra": {"keep": [0], "block_size": [0], "rest": ["mean"]},
     "nystromformer": {"num_landmarks": [0], "pinv_iterations": [0], "conv_kernel": [0, 4]},
     "performer": {"num_features": [0, 2.5], "seed": [-1], "redraw_interval": [0]},

@@ -15,6 +15,7 @@ REFUSED = {
     "linformer": {"num_keys": [0, 1.5], "share": ["all"]},
     "moba": {"keep": [0, 1.5], "block_size": [0]},
     "mra": {"keep": [0], "block_size": [0], "rest": ["mean"]},
+    "nsa": {"keep": [0, 1.5], "block_size": [0], "compress_size": [0, 5], "stride": [0, 5]},
     "nystromformer": {"num_landmarks": [0], "pinv_iterations": [0], "conv_kernel": [0, 4]},
     "performer": {"num_features": [0, 2.5], "seed": [-1], "redraw_interval": [0]},
     "scatterbrain": {"keep": [0], "window": [-1], "num_features": [0], "seed": [-1]},

@@ -169,6 +169,7 @@ def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[Attention
     """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
     starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
     keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
+    keeps_all = keeps_all and all(m.full_budget(1, m.head_dim) is not None for m in mechanisms)
     if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
         return
     if any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):

@@ -389,7 +389,9 @@ TIED_TO_POSITIONS = {  # mechanisms, or cases of theirs, and what they have that
     "gaussian-grid": "a grid that starts at the first position",
     "linformer": "a column of the projections per position",
     "mean-default": "an average per pair of positions",
+    "moba": "blocks that start at fixed positions",
     "mra": "blocks that start at fixed positions",
+    "nsa": "blocks that start at fixed positions",
     "positional-default": "a score per pair of positions",
     "sliding_window-random": "random blocks that start at fixed positions",
 }

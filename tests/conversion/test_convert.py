@@ -213,6 +213,7 @@ def test_partial_of_a_mechanism_is_accepted():
         ({"attention": "eigen_topk"}, "attention=eigen_topk is of no use .* give calibration="),
         ({"attention": "low_rank_topk"}, "attention=low_rank_topk is of no use .* give calibration="),
         ({"attention": "linformer", "max_length": LENGTH}, "attention=linformer starts from .* calibration=None"),
+        ({"attention": "nsa", "keep": 1.0}, "attention=nsa starts from .* calibration=None"),
     ],
 )
 def test_bad_input_changes_nothing(arguments, message):

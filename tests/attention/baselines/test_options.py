@@ -6,6 +6,7 @@ from approx_attn.attention import build_attention
 
 NAN, INFINITY = float("nan"), float("inf")
 REFUSED = {
+    "clustered": {"keep": [0, 1.5], "num_clusters": [0], "bits": [0], "iterations": [0], "seed": [-1]},
     "differentiable_mask": {"penalty": [-1.0, NAN], "temperature": [0.0], "initial_open": [0.0, 1.0]},
     "gaussian": {
         "sigma": [0.0, [1.0], [1.0, -1.0], [1.0, "wide"], NAN, "wide", True],
@@ -13,7 +14,9 @@ REFUSED = {
         "coordinates": [[], [[0.0], [1.0, 2.0]], [0.0, 1.0], [[INFINITY]]],
     },
     "linformer": {"num_keys": [0, 1.5], "share": ["all"]},
+    "moba": {"keep": [0, 1.5], "block_size": [0]},
     "mra": {"keep": [0], "block_size": [0], "rest": ["mean"]},
+    "nsa": {"keep": [0, 1.5], "block_size": [0], "compress_size": [0, 5], "stride": [0, 5]},
     "nystromformer": {"num_landmarks": [0], "pinv_iterations": [0], "conv_kernel": [0, 4]},
     "performer": {"num_features": [0, 2.5], "seed": [-1], "redraw_interval": [0]},
     "scatterbrain": {"keep": [0], "window": [-1], "num_features": [0], "seed": [-1]},

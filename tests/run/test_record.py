@@ -35,6 +35,10 @@ def test_options_that_are_younger_than_records_leave_the_hash_alone_where_they_d
     assert config_hash({**CONFIG, "data": {"test_share": None}}) == config_hash({**CONFIG, "data": {}})
     assert config_hash({**CONFIG, "metrics": ["f1"]}) == config_hash(CONFIG), "they only look at a run"
     assert config_hash({**CONFIG, "data": {"test_share": 0.2}}) != config_hash({**CONFIG, "data": {}})
+    loki = {"_target_": "approx_attn.attention.baselines.low_rank_topk.LowRankTopKAttention", "keep": 0.5}
+    recorded = config_hash({**CONFIG, "attention": loki})
+    assert config_hash({**CONFIG, "attention": {**loki, "in_training": "chosen"}}) == recorded
+    assert config_hash({**CONFIG, "attention": {**loki, "in_training": "exact"}}) != recorded
 
 
 def test_options_that_mechanisms_no_longer_have_play_no_part_in_the_hash():

@@ -64,9 +64,10 @@ class LinformerAttention(AttentionMechanism):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Entries from N(0, 1/m), as in the paper's Johnson-Lindenstrauss argument."""
+        """Xavier-uniform entries with gain 1/√2, of variance 1/(m + n), as the authors start theirs (in fairseq)."""
         for projection in self.parameters():
-            nn.init.normal_(projection, std=self.num_keys**-0.5)
+            for matrix in projection:  # (m, n) of one head
+                nn.init.xavier_uniform_(matrix, gain=2**-0.5)
 
     def tie_to(self, first: AttentionMechanism) -> None:
         if self.share == "layer" and isinstance(first, LinformerAttention):

@@ -15,6 +15,7 @@ from approx_attn.attention.base import Capabilities, Cost, Request, clamped_rank
 from approx_attn.attention.baselines.topk import topk_attention
 from approx_attn.attention.budget import kept_pairs, require_budget, resolve_count
 from approx_attn.attention.calibrated import ObservingMechanism
+from approx_attn.attention.exact import exact_attention
 from approx_attn.attention.mask import AttentionMask, at_least_float32, query_chunks
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
@@ -32,6 +33,10 @@ class LowRankTopKAttention(ObservingMechanism):
     (a constant in the keys moves all scores of a query alike, so it is left out). They choose the keys and
     get no gradient; queries, keys and values do, through the exact scores of the chosen keys.
 
+    The authors use it in models that were trained with exact attention, with the basis of their keys. A converted model
+    is that: calibration sees the keys that its scores are computed from, any rotary positions in them. From scratch,
+    `in_training="exact"` is that in one run.
+
     Args:
         rank: r, clamped to head_dim.
         keep: k, as a fraction of the keys that a query may use or as a number of keys.
@@ -39,6 +44,8 @@ class LowRankTopKAttention(ObservingMechanism):
             the checkpoint; until the first one, or calibration, the first r dimensions. The directions are found when
             it has changed, so `cost` leaves them out: a training pass has n·d² + 9·d³ more. `input`: each sequence's
             own keys, which needs no training but would let a query's choice depend on later keys, so not causal.
+        in_training: what a training pass computes. `chosen`: the same as any other. `exact`: exact attention, at its
+            price, while the running covariance is taken; keys are chosen in evaluation alone.
         chunk_size: queries handled at once, all of whose exact scores are computed; bounds the memory at chunk_size·n
             numbers per head.
     """
@@ -54,12 +61,14 @@ class LowRankTopKAttention(ObservingMechanism):
         rank: int = 8,
         keep: float | int = 0.25,
         basis: str = "running",
+        in_training: str = "chosen",
         chunk_size: int = 256,
     ) -> None:
         super().__init__(shape)
         self.rank = clamped_rank(rank, shape.head_dim)
         self.keep = require_budget("attention.keep", keep)
         self.directions_from = require_one_of("attention.basis", basis, ("running", "input"))
+        self.in_training = require_one_of("attention.in_training", in_training, ("chosen", "exact"))
         self.chunk_size = require_count("attention.chunk_size", chunk_size)
         if shape.causal:
             self._refuse_own_keys_under_a_causal_mask()
@@ -79,6 +88,10 @@ class LowRankTopKAttention(ObservingMechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         if request.mask.causal:
             self._refuse_own_keys_under_a_causal_mask()
+        if self.training and self.in_training == "exact":
+            if self.directions_from == "running" and not in_backward_pass():
+                self._update_covariance(key, request.mask)
+            return exact_attention(query, key, value, request)
         directions = self._directions(key, request.mask)  # (b | 1, h, d, r)
         estimate = (query.detach() @ directions.to(query.dtype), key.detach() @ directions.to(key.dtype))
         return topk_attention(query, key, value, request, self.keep, self.chunk_size, estimate)
@@ -99,15 +112,20 @@ class LowRankTopKAttention(ObservingMechanism):
         directions = self._running_directions()
         if self.training:
             self._of_training_pass = directions
-            scatter, count = key_scatter(key, mask.key_keep)
-            scatter, count = scatter.sum(dim=0), count.sum(dim=0)  # (h, d, d), (1, 1, 1)
-            if dist.is_available() and dist.is_initialized():  # over the batches of all processes that train together
-                dist.all_reduce(scatter)
-                dist.all_reduce(count)
-            now = scatter / count.clamp(min=1)  # (h, d, d)
-            self.covariance.lerp_(now.to(self.covariance.dtype), 1.0 - MOMENTUM)
-            self._found = None
+            self._update_covariance(key, mask)
         return directions
+
+    @torch.no_grad()
+    def _update_covariance(self, key: Tensor, mask: AttentionMask) -> None:
+        """Let the running covariance take in the keys of a training pass."""
+        scatter, count = key_scatter(key, mask.key_keep)
+        scatter, count = scatter.sum(dim=0), count.sum(dim=0)  # (h, d, d), (1, 1, 1)
+        if dist.is_available() and dist.is_initialized():  # over the batches of all processes that train together
+            dist.all_reduce(scatter)
+            dist.all_reduce(count)
+        now = scatter / count.clamp(min=1)  # (h, d, d)
+        self.covariance.lerp_(now.to(self.covariance.dtype), 1.0 - MOMENTUM)
+        self._found = None
 
     @torch.no_grad()
     def observe(

@@ -32,7 +32,9 @@ class NystromformerAttention(AttentionMechanism):
         pinv_iterations: steps of the pseudo-inverse, each of third order. The more, the nearer to exact
             attention where every token is a landmark.
         conv_kernel: size of a depthwise convolution of the values over positions, learned per head, which is
-            added to the output; odd, and for self-attention only. None: no convolution.
+            added to the output; odd, and for self-attention only. The authors train with 35 on the Long Range Arena
+            and 33 in their language model. None: no convolution, as for cross-attention and for models that are
+            converted, which did not learn one.
     """
 
     capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False, has_parameters=True)

@@ -2,6 +2,8 @@
 
 Window and global tokens: Beltagy, Peters, Cohan: *Longformer: The Long-Document Transformer*, arXiv 2004.05150.
 With random blocks: Zaheer et al.: *Big Bird: Transformers for Longer Sequences*, arXiv 2007.14062.
+With attention sinks: Xiao, Tian, Chen, Han, Lewis: *Efficient Streaming Language Models with Attention Sinks*, arXiv
+2309.17453.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ calls than they save."""
 class SlidingWindowAttention(AttentionMechanism):
     """Query i attends to the keys within a window around its position, to global tokens, and to random blocks.
 
-    A global token is seen by every query and, unless the attention is causal, sees every key. A query far
+    A global token is seen by every query and, unless the attention is causal, sees every key. Causal ones are therefore
+    attention sinks, of which the paper keeps 4 beside the window; its renumbering of positions, which is for text
+    beyond the trained length, is not done here. A window of the mask, a model's own, closes them too; a cache that
+    forgets what is outside of it leaves the first of the remaining keys as global, so do without in such a model. A query far
     from every key (queries outnumber keys) gets zeros. With padding on the left the first real tokens are global,
     but random blocks lie elsewhere than without.
 

@@ -28,6 +28,12 @@ def test_sharing(share, shapes):
     assert [tuple(p.shape) for p in build(share=share).parameters()] == shapes
 
 
+@pytest.mark.parametrize("share", ["none", "heads", "layer"])
+def test_projections_start_at_the_scale_of_the_authors(share):
+    projection = build(max_length=600, num_keys=150, share=share).key_projection
+    torch.testing.assert_close(projection.std(), torch.tensor((600 + 150) ** -0.5), rtol=0.01, atol=0.0)
+
+
 def test_layers_share_one_projection_on_request():
     first, second, apart = build(share="layer"), build(share="layer"), build(share="heads")
     second.tie_to(first)

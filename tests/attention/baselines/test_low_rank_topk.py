@@ -3,6 +3,7 @@
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +60,16 @@ def test_training_fits_the_running_basis():
     fitted = mechanism.covariance.clone()
     mechanism(query, key, value)
     assert torch.equal(mechanism.covariance, fitted), "evaluation must not fit"
+
+
+def test_training_exactly_fits_the_same_basis():
+    tensors = draw()
+    chosen, exact = build(rank=2, keep=4).train(), build(rank=2, keep=4, in_training="exact").train()
+    chosen(*tensors)
+    trained, _ = exact(*tensors)
+    torch.testing.assert_close(trained, scaled_dot_product_attention(*tensors))
+    assert torch.equal(exact.covariance, chosen.covariance)
+    assert torch.equal(exact.eval()(*tensors)[0], chosen.eval()(*tensors)[0])
 
 
 def test_fitted_basis_is_in_the_checkpoint():
@@ -130,10 +141,11 @@ def test_directions_are_found_again_only_when_the_covariance_has_changed():
     assert list(mechanism.state_dict()) == ["covariance"]
 
 
+@pytest.mark.parametrize("in_training", ["chosen", "exact"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_changes_nothing(use_reentrant):
+def test_activation_checkpointing_changes_nothing(use_reentrant, in_training):
     def train(run):
-        mechanism, gradients = build(rank=1, keep=2).train(), []
+        mechanism, gradients = build(rank=1, keep=2, in_training=in_training).train(), []
         for step in range(3):
             tensors = [x.requires_grad_() for x in draw(14, 14 + step)]
             run(mechanism, *tensors).square().sum().backward()
@@ -149,7 +161,9 @@ def test_activation_checkpointing_changes_nothing(use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
 
 
-@pytest.mark.parametrize(("option", "value"), [("rank", 0), ("keep", 1.5), ("basis", "pca"), ("chunk_size", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("rank", 0), ("keep", 1.5), ("basis", "pca"), ("in_training", "eval"), ("chunk_size", 0)]
+)
 def test_impossible_options(option, value):
     with pytest.raises(ValueError, match=rf"attention\.{option} must be"):
         build(**{option: value})

@@ -6,6 +6,7 @@ CASES = {
     "default": {},
     "window": {"window": 3, "global_tokens": 2},
     "count": {"keep": 7},
+    "sinks": {"keep": 5, "global_tokens": 4},
     "wide": {"keep": 0.6, "global_tokens": 1},
     "random": {"window": 1, "global_tokens": 1, "random_blocks": 2, "block_size": 3},
 }

@@ -104,10 +104,11 @@ class NativeSparseAttention(AttentionMechanism):
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
         query, key, value = in_autocast_type(query, key, value)
         compressed, probability = self._compressed(query, key, value, request)
+        own_key, own_value = (repeat_heads(each, self.num_heads) for each in (key, value))
         branches = (
             compressed,
             self._selected(query, key, value, probability, request),
-            self.window.attend(query, *(repeat_heads(x, self.num_heads) for x in (key, value)), request)[0],
+            self.window.attend(query, own_key, own_value, request)[0],
         )
         gates = query @ self.gate_weight.to(query.dtype).transpose(-2, -1)  # (b, h, n_q, 3)
         gates = at_least_float32(gates + self.gate_bias.to(query.dtype)[:, None]).sigmoid()

@@ -21,6 +21,7 @@ from approx_attn.comparison.schedule import describe_schedule
 from approx_attn.comparison.statistics import paired_difference, summarise
 from approx_attn.comparison.summary import SUMMARY_FILE
 from approx_attn.comparison.table import show_difference, show_summary
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms
 from approx_attn.config.instantiate import suggestion
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Metric
@@ -170,9 +171,11 @@ def section(comparison: WrittenComparison) -> str:
     known = ", ".join(filter(None, commits))
     commit = f"; commit {known}{' and others' if None in commits else ''}" if known else ""
     seeds = ", ".join(map(str, summary["seeds"]))
+    terms = Terms.from_json(summary["terms"]) if "terms" in summary else EQUAL_STEPS
+    given = "" if terms == EQUAL_STEPS else f"- {terms.facts()}.\n"
     return (
         f"```\n{portable_command(summary['command'], summary['config']['name'])}\n```\n\n"
-        f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n"
+        f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n{given}"
         f"- Seeds {seeds}; runs ended {_dates(summary)}; {where}{times}{commit}.\n\n"
         f"{comparison.table}\n\n{without_paths(comparison.caption)}"
     )

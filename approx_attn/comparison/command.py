@@ -24,7 +24,7 @@ from approx_attn.comparison.step_measurement import MEASUREMENTS_FILE, build_all
 from approx_attn.comparison.table import OTHERS_CAPTION, ComparisonRow, for_terminal, other_cells, wide_console
 from approx_attn.comparison.tuning import tuned
 from approx_attn.errors import Unsuccessful
-from approx_attn.output import require_folder, to_table
+from approx_attn.output import require_folder, shown_seconds, to_table
 from approx_attn.run import record
 from approx_attn.run.stored_metrics import how_to_get, lacking
 from approx_attn.run.trainer import quiet
@@ -73,6 +73,7 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
         measurements = measure_steps(comparison, tasks, data, console)
     if comparison.equal == "time":
         comparison = at_equal_time(comparison, measurements, len(data.train_dataloader()))
+        _tell_steps(comparison, console)
     del tasks, data  # training makes its own
     if comparison.tune:
         comparison = tuned(comparison, console)
@@ -98,6 +99,16 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     for what, name in (("Picture", "plot.png"), ("Report", "report.html")):
         console.print(f"{what}: {(folder / name).absolute()}", highlight=False, markup=False, soft_wrap=True)
     return rows
+
+
+def _tell_steps(comparison: Comparison, console: Console) -> None:
+    """Say before training how many steps each mechanism gets."""
+    terms, firsts = comparison.terms, {label: next(iter(each.values())) for label, each in comparison.runs.items()}
+    steps = {label: run.config.trainer.max_steps for label, run in firsts.items() if label != comparison.reference}
+    told = [f"{label} {count:,}" for label, count in {comparison.reference: terms.steps, **steps}.items()]
+    kept = comparison.folder / MEASUREMENTS_FILE
+    seconds = shown_seconds(terms.seconds or 0.0)
+    console.print(f"steps in {seconds} of training: {', '.join(told)} (by {kept})", highlight=False, markup=False)
 
 
 def _missing_figures(comparison: Comparison) -> list[str]:

@@ -30,6 +30,8 @@ from approx_attn.metrics import Metric, metric_of
 from approx_attn.output import MISSING, shown, to_markdown
 from approx_attn.run import record
 
+TIME_PLOT = "time.png"
+
 
 def write_comparison(
     folder: Path,
@@ -91,9 +93,17 @@ def write_comparison(
     _add_statistics(report, MetricRows(metric, [row for row in rows if row.difference]), records, reference)
     curves = {label: [validation_curve(run, metric) for run in by_seed.values()] for label, by_seed in records.items()}
     learning = learning_curves(curves, metric)
+    caption_of_curves = "Mean over seeds; the band spans the lowest and highest seed."
     if learning is not None:
-        caption_of_curves = "Mean over seeds; the band spans the lowest and highest seed."
         report.section("Learning curves").figure(learning, caption_of_curves)
+    seconds = {row.name: row.step_seconds for row in rows if row.step_seconds is not None}
+    by_time = learning_curves(curves, metric, seconds)
+    if by_time is not None:
+        save_figure(by_time, folder / TIME_PLOT)
+        report.section(f"{figure_name} against time").figure(
+            by_time,
+            f"Time is that of the steps made, as it was measured; validation is not counted. {caption_of_curves}",
+        )
     _add_runs(report, records)
     report.save(folder / "report.html")
     return caption
@@ -203,15 +213,18 @@ def _add_tuning(report: Report, tuning: Tuning) -> None:
 
 
 def validation_curve(run: Record | None, metric: Metric) -> dict[int, float]:
-    """Training step -> validation figure of one run, from its metrics.csv where the record does not tell it."""
+    """Optimizer steps made -> validation figure of one run, from its record; if it has none, from its metrics.csv."""
     if run and "curve" in run:
         return dict(run["curve"])
+    if run and run.get("history"):
+        return {int(step): figure for step, figure in run["history"].get(f"val/{metric.name}", [])}
     path = Path(run["run_dir"]) / "metrics.csv" if run and "run_dir" in run else None
     if path is None or not path.is_file():
         return {}
     with path.open(newline="") as file:
         lines = csv.DictReader(file)
-        return {int(line["step"]): float(value) for line in lines if (value := line.get(f"val/{metric.name}"))}
+        # A row carries the number of steps made before its own.
+        return {int(line["step"]) + 1: float(value) for line in lines if (value := line.get(f"val/{metric.name}"))}
 
 
 def _add_runs(report: Report, records: Records) -> None:

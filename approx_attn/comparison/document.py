@@ -24,6 +24,7 @@ from approx_attn.comparison.schedule import describe_schedule
 from approx_attn.comparison.statistics import paired_difference, summarise
 from approx_attn.comparison.summary import summarise_comparison
 from approx_attn.comparison.table import show_difference, show_summary
+from approx_attn.comparison.terms import EQUAL_STEPS, Terms
 from approx_attn.config.instantiate import require_plain_name
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import METRICS, Metric
@@ -64,12 +65,14 @@ class WrittenComparison:
         table: Markdown of the table.
         caption: the sentences below the table.
         measured: environment in which step times were measured; None if they were not.
+        terms: what was equal, and how learning rates were chosen.
     """
 
     summary: dict[str, Any]
     table: str
     caption: str
     measured: dict[str, Any] | None
+    terms: Terms = EQUAL_STEPS
 
     @property
     def name(self) -> str:
@@ -191,7 +194,9 @@ def read_comparison(path: Path) -> WrittenComparison:
     if not summary["environments"]:
         raise ConfigError(f"results: no run of {path} has finished; the same compare command tries again.")
     table, caption = table_and_caption(comparison.rows(), records, metric, reference, comparison.terms)
-    return WrittenComparison(summary, table.strip(), caption, comparison.measurements.get("environment"))
+    return WrittenComparison(
+        summary, table.strip(), caption, comparison.measurements.get("environment"), comparison.terms
+    )
 
 
 # -- one comparison ------------------------------------------------------------------------------------
@@ -208,9 +213,10 @@ def section(comparison: WrittenComparison) -> str:
     known = ", ".join(filter(None, commits))
     commit = f"; commit {known}{' and others' if None in commits else ''}" if known else ""
     seeds = ", ".join(map(str, summary["seeds"]))
+    given = "" if comparison.terms == EQUAL_STEPS else f"- {comparison.terms.facts()}.\n"
     return (
         f"```\n{summary['command']}\n```\n\n"
-        f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n"
+        f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n{given}"
         f"- Seeds {seeds}; runs ended {_dates(summary)}; {where}{times}{commit}.\n\n"
         f"{comparison.table}\n\n{without_paths(comparison.caption)}"
     )

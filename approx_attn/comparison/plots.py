@@ -24,6 +24,8 @@ Cost = Callable[[ComparisonRow], float | None]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 
+UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -111,12 +113,22 @@ def budget_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> 
     return figure
 
 
-def learning_curves(runs: Mapping[str, Sequence[Mapping[int, float]]], metric: Metric) -> Figure | None:
-    """Validation figure against training step, one curve per mechanism; None without any.
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[int, float]]],
+    metric: Metric,
+    step_seconds: Mapping[str, float] | None = None,
+) -> Figure | None:
+    """Validation figure against training step or time, one curve per mechanism; None without any.
 
     Args:
         runs: mechanism -> for every seed, step -> figure; steps that not all seeds have are left out.
+        metric: the figure.
+        step_seconds: mechanism -> time of a step; the curves of these are drawn against time.
     """
+    if step_seconds is not None:
+        runs = {name: by_seed for name, by_seed in runs.items() if name in step_seconds}
+        ends = [max(curve) * step_seconds[name] for name, by_seed in runs.items() for curve in by_seed if curve]
+        unit, unit_seconds = next((pair for pair in UNITS if max(ends, default=0.0) >= 10 * pair[1]), UNITS[-1])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -125,20 +137,22 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[int, float]]], metric: M
         steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
         if not steps:
             continue
+        places = np.array(steps) * (1.0 if step_seconds is None else step_seconds[name] / unit_seconds)
         values = metric.factor * np.array([[curve[step] for step in steps] for curve in seeds])
         style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
         marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
-        axis.plot(steps, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
-        axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        axis.plot(places, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
+        axis.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     if not axis.lines:
         return None
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_xlabel("training step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=step_seconds is None))
+    axis.set_xlabel("training step" if step_seconds is None else f"training time, {unit}")
+    axis.set_xlim(left=0.0)
     axis.set_ylabel(f"validation {metric.header}")
     axis.grid(True, color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    _add_legend(figure, [axis])
     return figure
 
 

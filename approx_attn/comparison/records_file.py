@@ -227,8 +227,9 @@ def _portable_value(value: str, key: str, recipe: str) -> str:
 def _portable_run(run: Record, seed: int, metric: Metric) -> Record:
     """A run's record with what was read from its folder in place of the folder."""
     recipe = str(run.get("name"))
-    # Figures of a curve are float32, which seven digits tell.
-    curve = [[step, float(f"{value:.7g}")] for step, value in validation_curve(run, metric).items()]
+    # Records of earlier versions have no history. Its figures are float32, which seven digits tell.
+    known = {} if run.get("history") else validation_curve(run, metric)
+    curve = [[step, float(f"{value:.7g}")] for step, value in known.items()]
     beside = {"ended": ended(run), "curve": curve}
     kept = {**run, **{key: value for key, value in beside.items() if value}}
     # The same words for every seed, so that they are written once.

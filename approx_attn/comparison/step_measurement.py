@@ -14,6 +14,7 @@ from torch import Tensor
 from approx_attn.comparison.aggregate import StepMeasurement
 from approx_attn.comparison.plan import Comparison
 from approx_attn.config.compose import plain
+from approx_attn.config.instantiate import build
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError
 from approx_attn.run import record
@@ -21,7 +22,7 @@ from approx_attn.run import train as training
 from approx_attn.run.measurement import peak_memory, time_alternately
 from approx_attn.run.steps import Precision, autocast_of, device_of, silent, training_step
 from approx_attn.run.tasks.base import SequenceTask
-from approx_attn.run.trainer import quiet
+from approx_attn.run.trainer import build_trainer, deterministic_algorithms_restored, quiet
 
 MEASUREMENTS_FILE = "measurements.json"
 ANEW = "delete it to measure anew, which gives the runs other numbers of steps"
@@ -34,13 +35,18 @@ def build_all(comparison: Comparison) -> tuple[dict[str, SequenceTask], Sequence
         ConfigError: anything wrong with any of them.
     """
     firsts = {label: next(iter(by_seed.values())).config for label, by_seed in comparison.runs.items()}
-    modules = [training.check_run(config) for config in firsts.values()]
-    data = modules[0]
-    training.make_splits(data)
-    tasks: dict[str, SequenceTask] = {}
-    for label, config in firsts.items():
-        container = training.check_config(config)
-        tasks[label] = training.build_task(container, data.spec)
+    containers = {label: training.check_config(config) for label, config in firsts.items()}
+    for container in containers.values():
+        training.check_model(container)
+        with deterministic_algorithms_restored():
+            build_trainer(container, training.run_folder(container))
+    data = build(next(iter(containers.values()))["data"], "data", SequenceDataModule)
+    if not data.has_static_spec:  # the shape of the model is in the data
+        training.make_splits(data)
+    tasks = {label: training.build_task(container, data.spec) for label, container in containers.items()}
+    if data.has_static_spec:
+        training.make_splits(data)
+    for label, container in containers.items():
         training.warm_start(tasks[label], container)
         training.compile_model(tasks[label], container)
     return tasks, data

@@ -36,8 +36,9 @@ class Tuning:
 
     def sentences(self) -> list[str]:
         """How the learning rates were chosen, and whose best is at the edge of the grid."""
+        grid = ", ".join(f"{rate:g}" for rate in self.grid)
         found = [
-            f"The learning rate of each is the one of {', '.join(f'{rate:g}' for rate in self.grid)} with the best "
+            f"The learning rate of each mechanism is the one of {grid} with the best "
             f"{self.monitor} of seed {self.seed}, and is used for all seeds; no test figure had a part in it."
         ]
         edges = [
@@ -72,9 +73,9 @@ class Terms:
         if self.equal == "time":
             assert self.seconds is not None
             found.append(
-                f"All trained equally long: each mechanism as many steps as take it the time of the {self.steps:,} "
-                f"steps of {reference} ({shown_seconds(self.seconds)}), by the time of a step, measured in turns "
-                "before training; validation is not counted."
+                f"Training time is equal: each mechanism makes as many steps as take it the time of the {self.steps:,} "
+                f"steps of {reference} ({shown_seconds(self.seconds)}), by step times measured in turns before "
+                "training; validation is not counted."
             )
         return found + (self.tuning.sentences() if self.tuning else [])
 
@@ -84,6 +85,16 @@ class Terms:
             return self
         figures = {labels[label]: each for label, each in self.tuning.figures.items()}
         return replace(self, tuning=replace(self.tuning, figures=figures))
+
+    def facts(self) -> str:
+        """In a few words, what was equal and how learning rates were chosen."""
+        equal = "Equal training steps"
+        if self.equal == "time":
+            equal = f"Equal training time, {shown_seconds(self.seconds or 0.0)}"
+        if self.tuning is None:
+            return f"{equal}; one learning rate for all"
+        grid = ", ".join(f"{rate:g}" for rate in self.tuning.grid)
+        return f"{equal}; learning rates from {grid} by {self.tuning.monitor} of seed {self.tuning.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, from which `from_json` makes the same."""

@@ -160,6 +160,7 @@ def _fit_and_test(
     tested = trainer.test(task, datamodule=data, verbose=False)[0]
     metrics = {key: float(value) for key, value in {**best, **tested}.items()}
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    validations = next(callback for callback in callbacks if isinstance(callback, Validations))
     timer = next((callback for callback in callbacks if isinstance(callback, StepTimer)), None)
     result = {
         **describe_run(config, task, data.spec),
@@ -167,7 +168,8 @@ def _fit_and_test(
         "metrics": metrics,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
-        "validations": sum(callback.count for callback in callbacks if isinstance(callback, Validations)),
+        "validations": validations.count,
+        "history": validations.history,
         "tested_weights": "best" if best else "last",
         "step_seconds": timer.median if timer else None,
         "seconds": time.time() - started,

@@ -13,9 +13,10 @@ from rich.console import Console
 
 from approx_attn.cli import run_verb
 from approx_attn.comparison.command import compare
-from approx_attn.comparison.document import overview_line, read_comparison
+from approx_attn.comparison.document import overview_line, read_comparison, section
 from approx_attn.comparison.records_file import portable_command, without_paths
 from approx_attn.comparison.schedule import describe_schedule, load_reference, reference_experiment
+from approx_attn.comparison.terms import Terms, Tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = ["data.train_size=64", "data.val_size=16", "data.test_size=32", "data.max_depth=3", "data.max_args=4"]
@@ -52,6 +53,14 @@ def test_the_table_is_the_one_of_the_comparison_with_everything_that_made_it(fin
     assert "0.08% of the sequences and 0.0008% of the token positions" in text
     assert "data.train_size 64 instead of 96000" in text
     assert "optimizer.lr 0.001 instead of 0.0001" in text
+
+
+def test_what_was_equal_and_which_learning_rates_were_tried_is_said(finished):
+    comparison = read_comparison(finished)
+    assert "Equal training" not in section(comparison)
+    tuning = Tuning((1e-3, 3e-3), "val/loss", 1, {"exact": (0.5, 0.4)})
+    told = "- Equal training time, 90.0 s; learning rates from 0.001, 0.003 by val/loss of seed 1."
+    assert told in section(replace(comparison, terms=Terms("time", 4, 90.0, tuning)))
 
 
 def test_nothing_of_this_machine_enters(finished, document):

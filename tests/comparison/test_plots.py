@@ -2,7 +2,7 @@
 
 import pytest
 
-from approx_attn.comparison.plots import budget_figure, comparison_figure, curves, save_figure
+from approx_attn.comparison.plots import budget_figure, comparison_figure, curves, learning_curves, save_figure
 from approx_attn.comparison.statistics import summarise
 from approx_attn.comparison.table import ComparisonRow
 from approx_attn.metrics import METRICS
@@ -89,3 +89,14 @@ def test_a_long_legend_lies_within_the_figure_and_costs_of_nobody_have_no_panel(
     assert figure.axes[0].get_window_extent().height > 0.4 * page.height
     looks = {(line.get_marker(), line.get_color()) for line, _, _ in figure.axes[0].containers}
     assert len(looks) == len(rows)
+
+
+def test_learning_curves_stand_over_steps_or_over_the_time_that_steps_take():
+    runs = {"exact": [{100: 0.2, 200: 0.4}, {100: 0.4, 200: 0.6}], "topk": [{100: 0.1}], "unmeasured": [{100: 0.9}]}
+    (axis,) = learning_curves(runs, ACCURACY).axes
+    assert [list(line.get_xdata()) for line in axis.lines] == [[100, 200], [100], [100]]
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([30.0, 50.0])
+    (axis,) = learning_curves(runs, ACCURACY, {"exact": 6.0, "topk": 3.0}).axes
+    assert axis.get_xlabel() == "training time, minutes"
+    assert [list(line.get_xdata()) for line in axis.lines] == [[10.0, 20.0], [5.0]]
+    assert learning_curves(runs, ACCURACY, {}) is None

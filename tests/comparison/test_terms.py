@@ -143,6 +143,17 @@ def test_measurements_that_do_not_fit_are_refused(finished, capsys, changed, nam
     assert message.count("\n") == 1
 
 
+def test_curves_against_time_come_from_the_records_alone(finished):
+    folder, words, _ = finished
+    for path in [*(folder / "runs").rglob("metrics.csv"), folder / "results" / "terms" / "time.png"]:
+        path.unlink()
+    (run,) = (path for path in (folder / "runs").glob("digits/exact/*-seed2/result.json"))
+    history = json.loads(run.read_text())["history"]
+    assert [step for step, _ in history["val/accuracy"]] == [step for step, _ in history["val/loss"]] == [4, 8]
+    compare(words, Console(file=io.StringIO()))
+    assert (folder / "results" / "terms" / "time.png").read_bytes().startswith(b"\x89PNG")
+
+
 # -- learning rates ------------------------------------------------------------------------------------
 
 

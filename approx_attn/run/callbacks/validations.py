@@ -1,4 +1,4 @@
-"""Counts validations, and says before the first step if there will be none."""
+"""Keeps what validations found, and says before the first step if there will be none."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
+DIGITS = 6  # of a figure of the history
+
 
 class Validations(pl.Callback):
-    """Counts the validations of a run; warns at its start if it ends before the first.
+    """Counts the validations of a run and keeps their figures; warns at its start if it ends before the first.
 
     Attributes:
         count: validations so far, those before a resumption among them.
+        history: figure, such as `val/loss` -> [optimizer steps made, figure] of every validation; one number per
+            class is left out. None where a resumed run did not keep those before.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.history: dict[str, list[list[float]]] | None = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason = None if self.count or not trainer.is_global_zero else why_none(trainer)
@@ -28,12 +33,17 @@ class Validations(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.count += 1
+        if self.history is None:
+            return
+        for key, value in trainer.callback_metrics.items():
+            if key.startswith("val/") and key.count("/") == 1:
+                self.history.setdefault(key, []).append([trainer.global_step, float(f"{float(value):.{DIGITS}g}")])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"count": self.count, "history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.count = state_dict["count"]
+        self.count, self.history = state_dict["count"], state_dict.get("history")
 
 
 def why_none(trainer: pl.Trainer) -> str | None:

@@ -28,7 +28,10 @@ REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
 }
 """Options of earlier versions, by mechanism: the value at which they play no part, and what is there instead."""
 
-ADDED_OPTIONS: dict[str, dict[str, Any]] = {"low_rank_topk": {"in_training": "chosen"}}
+ADDED_OPTIONS: dict[str, dict[str, Any]] = {
+    "eigen_cluster": {"rest": "keep"},
+    "low_rank_topk": {"in_training": "chosen"},
+}
 """Options that are younger than records of runs, by mechanism: the value at which a run is what it was without them."""
 
 AttentionSpec = str | Mapping[str, Any] | Callable[[AttentionShape], AttentionMechanism] | AttentionMechanism

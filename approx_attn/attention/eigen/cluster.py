@@ -24,9 +24,10 @@ from approx_attn.attention.eigen.kernels.cluster_torch import Inputs, Layout
 from approx_attn.attention.mask import at_least_float32
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
-from approx_attn.errors import require_count
+from approx_attn.errors import require_count, require_one_of
 
 ORDERS = (0, 1, 2)
+RESTS = ("keep", "drop")
 
 
 @register_attention("eigen_cluster")
@@ -59,6 +60,8 @@ class EigenClusterAttention(HasContentBasis):
         cluster_size: keys per cluster; block_size over a power of two. Work on clusters is n²/cluster_size.
         block_size: keys per run, and positions per query block.
         order: terms of the expansion: 0, 1 or 2.
+        rest: what the keys of other clusters get. `keep`: the estimate of their cluster. `drop`: nothing, with the same
+            choice; the basis then gets no gradient and stays as it starts.
         rank: r, clamped to head_dim.
         share: basis per `head`, per `layer`, or one for the `model`.
         basis_init: `random`, or `calibrated` (to be filled before use; implied by `basis`).
@@ -80,6 +83,7 @@ class EigenClusterAttention(HasContentBasis):
         cluster_size: int = 8,
         block_size: int = 64,
         order: int = 1,
+        rest: str = "keep",
         rank: int = 8,
         share: str = "head",
         basis_init: str = "random",
@@ -91,8 +95,8 @@ class EigenClusterAttention(HasContentBasis):
         self.keep = require_budget("attention.keep", keep)
         self.block_size = require_count("attention.block_size", block_size)
         self.cluster_size = require_count("attention.cluster_size", cluster_size)
-        halves, rest = divmod(self.block_size, self.cluster_size)
-        if rest or halves & (halves - 1):
+        halves, remainder = divmod(self.block_size, self.cluster_size)
+        if remainder or halves & (halves - 1):
             raise ValueError(
                 f"attention.cluster_size must be attention.block_size={block_size} or a half, quarter, eighth ... "
                 f"of it, got {cluster_size}."
@@ -100,7 +104,9 @@ class EigenClusterAttention(HasContentBasis):
         if isinstance(order, bool) or order not in ORDERS:
             raise ValueError(f"attention.order must be one of {', '.join(map(str, ORDERS))}, got {order!r}.")
         self.order = order
-        self._start_basis(rank, share, basis_init, basis, train_basis and order > 0, seed)
+        self.rest = require_one_of("attention.rest", rest, RESTS)
+        learns = train_basis and order > 0 and rest == "keep"
+        self._start_basis(rank, share, basis_init, basis, learns, seed)
 
     @classmethod
     def full_budget(cls, length: int, head_dim: int) -> dict[str, Any]:
@@ -135,7 +141,8 @@ class EigenClusterAttention(HasContentBasis):
     def _layout(self, n_q: int, n_k: int, causal: bool, offset: int, window: int | None) -> Layout:
         if not causal and window is None:
             offset = 0  # positions do not matter then
-        return Layout(n_q, n_k, causal, offset, window or 0, self.block_size, self.cluster_size, self.order)
+        cut = self.block_size, self.cluster_size, self.order
+        return Layout(n_q, n_k, causal, offset, window or 0, *cut, drops_rest=self.rest == "drop")
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
@@ -143,10 +150,11 @@ class EigenClusterAttention(HasContentBasis):
         plan = unpadded_plan(layout, self.keep)
         done = work(layout, plan)
         h, d, d_v, r = self.num_heads, self.head_dim, self.value_dim, self.basis.rank
-        (pair_scores, pair_values), (cluster_scores, cluster_values) = products(d, d_v, r, self.order)
+        of_pair, of_cluster = products(d, d_v, r, self.order, layout.drops_rest)
+        (pair_scores, pair_values), (cluster_scores, cluster_values) = of_pair, of_cluster
         pairs_computed = done.near + done.own
         clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
-        moments = cluster_scores + cluster_values + 1  # numbers per cluster
+        moments = sum(products(d, d_v, r, self.order)[1]) + 1  # numbers per cluster, made whether they enter or not
         before = preparation(layout, d, d_v, r)
         block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
         return Cost(

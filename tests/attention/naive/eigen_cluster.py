@@ -13,6 +13,7 @@ CASES = {
     "share": {**SMALL, "keep": 0.3, "share": "layer"},
     "order_0": {**SMALL, "keep": 3, "order": 0},
     "order_2": {**SMALL, "keep": 0.4, "order": 2},
+    "drop": {**SMALL, "keep": 9, "rest": "drop"},
     "single": {"rank": 1, "block_size": 4, "cluster_size": 1, "keep": 2, "order": 2},
     "uncut": {"rank": 2, "block_size": 4, "cluster_size": 4, "keep": 6},
     "odd": {"rank": 2, "block_size": 6, "cluster_size": 3, "keep": 0.5, "order": 2},
@@ -62,7 +63,8 @@ class OneHead:
         own = max(math.ceil((budget - paid) / self.options.cluster_size), 0) if clusters else 0
         seen += [j for cluster in clusters[:own] for j in cluster]
         terms = [(q @ self.key[j], self.value[j]) for j in seen]
-        terms += [self.moments(q, cluster)[:2] for cluster in clusters[own:]]
+        if self.options.rest == "keep":
+            terms += [self.moments(q, cluster)[:2] for cluster in clusters[own:]]
         if not terms:
             return torch.zeros_like(self.value[0])
         logits, values = zip(*terms, strict=True)

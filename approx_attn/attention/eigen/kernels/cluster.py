@@ -52,8 +52,9 @@ def cluster_attention(
         value of a cluster:  v̄ + a·M                                       (last term: order 2)
 
     The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and
-    near runs, with q·k as logits, and the other clusters. The weight of a cluster is spread over its keys as its value
-    is over theirs, at order 2 with tilts that may be negative. Rows of queries without a usable key are zero.
+    near runs, with q·k as logits, and the other clusters, unless the layout drops these. The weight of a cluster is
+    spread over its keys as its value is over theirs, at order 2 with tilts that may be negative. Rows of queries
+    without a usable key are zero.
 
     Args:
         inputs: queries, keys, values and maps.
@@ -196,6 +197,7 @@ def _forward_op(
     run: int,
     cluster: int,
     order: int,
+    drops_rest: bool,
     dropout_p: float,
     seed: int,
     most: int,
@@ -204,7 +206,7 @@ def _forward_op(
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
-    settings = (causal, offset, window, run, cluster, order, dropout_p, seed)
+    settings = (causal, offset, window, run, cluster, order, drops_rest, dropout_p, seed)
     return kernel.cluster_forward(query, key, value, query_map, key_map, key_open, plan, *settings, most)
 
 
@@ -223,6 +225,7 @@ def _forward_shapes(
     run: int,
     cluster: int,
     order: int,
+    drops_rest: bool,
     dropout_p: float,
     seed: int,
     most: int,
@@ -259,6 +262,7 @@ def _backward_op(
     run: int,
     cluster: int,
     order: int,
+    drops_rest: bool,
     dropout_p: float,
     seed: int,
 ) -> list[Tensor]:
@@ -266,7 +270,7 @@ def _backward_op(
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
-    settings = (causal, offset, window, run, cluster, order, dropout_p, seed)
+    settings = (causal, offset, window, run, cluster, order, drops_rest, dropout_p, seed)
     query_grad, key_grad, value_grad, map_grads = kernel.cluster_backward(
         grad, query, key, value, query_map, key_map, key_open, plan, *results, *settings
     )
@@ -283,9 +287,9 @@ def _backward_shapes(grad: Tensor, *tensors: object) -> list[Tensor]:
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
-    *tensors, causal, offset, window, run, cluster, order, dropout_p, seed, _ = inputs
+    *tensors, causal, offset, window, run, cluster, order, drops_rest, dropout_p, seed, _ = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.settings = (causal, offset, window, run, cluster, order, dropout_p, seed)  # type: ignore[attr-defined]
+    ctx.settings = (causal, offset, window, run, cluster, order, drops_rest, dropout_p, seed)  # type: ignore[attr-defined]
     ctx.set_materialize_grads(False)
 
 
@@ -293,9 +297,9 @@ def _differentiate(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor 
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     grad = grads[0]
     if grad is None:
-        return (None,) * 16
+        return (None,) * 17
     found = _backward_op(grad.contiguous(), *saved[:7], list(saved[7:]), *ctx.settings)  # type: ignore[attr-defined]
-    return (*found, *(None for _ in range(11)))
+    return (*found, *(None for _ in range(12)))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -325,7 +329,7 @@ def _backward_operations(
 
 def _multiply_adds(query: Tensor, value: Tensor, rank: int, plan: Tensor, layout: Layout) -> int:
     done = work(layout, plan[0].tolist())
-    pair, cluster = products(query.shape[3], value.shape[3], rank, layout.order)
+    pair, cluster = products(query.shape[3], value.shape[3], rank, layout.order, layout.drops_rest)
     per_head = (done.near + done.own) * sum(pair) + done.clusters * sum(cluster)
     per_head += preparation(layout, query.shape[3], value.shape[3], rank)
     return query.shape[0] * query.shape[1] * per_head
@@ -359,11 +363,13 @@ def work(layout: Layout, plan: Sequence[Sequence[int]]) -> Work:
     return Work(near, own, clusters, near + own - closed)
 
 
-def products(dim: int, value_dim: int, rank: int, order: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def products(
+    dim: int, value_dim: int, rank: int, order: int, drops_rest: bool = False
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Multiply-adds (of scores, of values) per exact pair and per pair of a query and a cluster."""
     spread = rank * (rank + 1) // 2 if order > 0 else 0
     moments = 1 + rank if order == 2 else 1
-    return (dim, value_dim), (dim + spread, moments * value_dim)
+    return (dim, value_dim), (dim + spread, 0 if drops_rest else moments * value_dim)
 
 
 def preparation(layout: Layout, dim: int, value_dim: int, rank: int) -> int:

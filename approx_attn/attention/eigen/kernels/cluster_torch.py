@@ -28,7 +28,7 @@ class Layout(NamedTuple):
 
     Query blocks and runs of keys have `run` positions and start at multiples of it; query i stands at i + offset.
     Runs are cut into clusters of `cluster` keys. `window`: of the mask, 0 without one. `order` says which moments
-    of clusters count.
+    of clusters count. `drops_rest`: the clusters that are no query's own choose, but do not enter the softmax.
     """
 
     n_q: int
@@ -39,6 +39,7 @@ class Layout(NamedTuple):
     run: int
     cluster: int
     order: int
+    drops_rest: bool = False
 
 
 class Inputs(NamedTuple):
@@ -214,6 +215,8 @@ def _chunk(
     is_own = torch.arange(most, device=query.device) < own[:, None]  # (b | 1, 1, n, T)
     is_own = is_own & far.gather(-1, chosen)
     far = far & ~torch.zeros_like(far).scatter(-1, chosen, is_own)
+    if layout.drops_rest:
+        far = torch.zeros_like(far)
 
     run = torch.tensor(near_runs, dtype=torch.long, device=query.device)
     near_keys = (run[:, None] * layout.run + torch.arange(layout.run, device=run.device)).flatten()
@@ -235,9 +238,11 @@ def _chunk(
     keep = torch.cat((near, own_open, far), dim=-1)
     weights = apply_dropout(masked_softmax(scores, keep).to(query.dtype), dropout_p)
     of_near, of_own, of_far = weights.split([near.shape[-1], own_open.shape[-1], far.shape[-1]], dim=-1)
-    output = of_near @ value[:, :, near_keys] + of_far @ clusters.values
+    output = of_near @ value[:, :, near_keys]
+    if not layout.drops_rest:
+        output = output + of_far @ clusters.values
     output = output + (of_own[..., None, :] @ _rows(value, slots).view(b, h, n, -1, value.shape[-1])).squeeze(-2)
-    if layout.order == 2:
+    if layout.order == 2 and not layout.drops_rest:
         tilted = (of_far @ clusters.tilt.flatten(3)).view(b, h, n, -1, value.shape[-1])
         output = output + (coordinates[..., None, :] @ tilted).squeeze(-2)
     if not need_weights:

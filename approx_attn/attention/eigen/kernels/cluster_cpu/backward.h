@@ -60,7 +60,7 @@ struct Backward {
     for (int64_t i = 0; block.own && i < count; ++i) block.leave_out(i, chosen + i * most);
     weigh(block.far_weights, count, block.width, lse), weigh(block.near_weights, count, block.near_size(), lse);
     near_keys(p, grad, query_grads, to);
-    far_clusters(p, clusters, grad, query_grads, to);
+    if (!p.drops_rest) far_clusters(p, clusters, grad, query_grads, to);
   }
 
   // Through a softmax with weights P: dS = P∘(dP − Σ P dP), and Σ P dP = output · grad.
@@ -220,9 +220,10 @@ std::vector<Tensor> backward(
     const Tensor& key_map, const optional<Tensor>& key_open, const Tensor& plan, const Tensor& output, const Tensor& lse,
     const Tensor& own, const Tensor& members, const Tensor& centre, const Tensor& moments, const Tensor& spread,
     const Tensor& log_count, bool causal, int64_t offset, int64_t window, int64_t run, int64_t cluster, int64_t order,
-    double dropout_p, int64_t seed) {
-  const Problem p =
-      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, dropout_p, seed);
+    bool drops_rest, double dropout_p, int64_t seed) {
+  const Problem p = unpack(
+      query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, drops_rest,
+      dropout_p, seed);
   const int64_t heads = p.b * p.h, groups = p.h / p.h_kv, threads = at::get_num_threads();
   // Whole heads where they are enough to keep the threads busy: parts of a head cost a copy of its gradients each.
   const int64_t parts = heads >= 2 * threads || threads == 1 ? 1 : std::min(p.Q, (2 * threads + heads - 1) / heads);

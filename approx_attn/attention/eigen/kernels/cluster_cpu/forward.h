@@ -46,6 +46,7 @@ struct Forward {
       int32_t* own = chosen + i * most;
       std::fill(own + block.own, own + most, -1);
       if (block.own) choose(i, own), block.leave_out(i, own);
+      if (p.drops_rest) std::fill(block.far_weights + i * block.width, block.far_weights + (i + 1) * block.width, kLowest);
       lse[i] = softmax(i);
     }
     int64_t column = 0;
@@ -56,7 +57,7 @@ struct Forward {
       column += range.size();
     }
     const float* far = clusters.moments + (block.head * p.C() + block.far.first) * o * v;
-    if (!size) return;
+    if (!size || p.drops_rest) return;
     const float* weights = block.far_weights + block.far.first - block.base;
     if (o == 1) return product(p.narrow, block.count, v, size, weights, width, far, v, true, output, v);
     float* sums = resized(moments, block.count * o * v);
@@ -133,9 +134,10 @@ struct Forward {
 std::vector<Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
     const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
-    int64_t cluster, int64_t order, double dropout_p, int64_t seed, int64_t most) {
-  const Problem p =
-      unpack(query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, dropout_p, seed);
+    int64_t cluster, int64_t order, bool drops_rest, double dropout_p, int64_t seed, int64_t most) {
+  const Problem p = unpack(
+      query, key, value, query_map, key_map, key_open, plan, causal, offset, window, run, cluster, order, drops_rest,
+      dropout_p, seed);
   const int64_t heads = p.b * p.h, C = p.C();
   Tensor output = at::empty({p.b, p.h, p.n_q, p.v}, value.options()), lse = numbers({p.b, p.h, p.n_q});
   Tensor own = at::empty({p.b, p.h, p.n_q, most}, at::kInt), members = at::empty({heads, C, p.L}, at::kInt);

@@ -21,13 +21,13 @@ TORCH_LIBRARY(approx_attn_cpu, library) {
   library.def("has_bfloat16_products() -> bool", &tiles_available);
   library.def(
       "cluster_forward(Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, Tensor? key_open, "
-      "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, "
+      "Tensor plan, bool causal, int offset, int window, int run, int cluster, int order, bool drops_rest, "
       "float dropout_p, int seed, int most) -> Tensor[]",
       &forward);
   library.def(
       "cluster_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor key_map, "
       "Tensor? key_open, Tensor plan, Tensor output, Tensor lse, Tensor own, Tensor members, Tensor centre, "
       "Tensor moments, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
-      "int order, float dropout_p, int seed) -> Tensor[]",
+      "int order, bool drops_rest, float dropout_p, int seed) -> Tensor[]",
       &backward);
 }

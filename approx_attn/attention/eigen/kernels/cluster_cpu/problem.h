@@ -65,7 +65,7 @@ struct Problem {
   const int64_t* plan;   // (b | 1, Q, 5): far_first, far_last, near_first, near_last (runs), own (clusters)
   int64_t b, h, h_kv, n_q, n, d, v, r, Q, plan_samples;
   int64_t R, L, order, offset, window;
-  bool causal;
+  bool causal, drops_rest;  // drops_rest: clusters that are not own do not enter the softmax
   Dropout dropout;
 
   int64_t runs() const { return (n + R - 1) / R; }
@@ -88,7 +88,7 @@ struct Problem {
 Problem unpack(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_map, const Tensor& key_map,
     const optional<Tensor>& key_open, const Tensor& plan, bool causal, int64_t offset, int64_t window, int64_t run,
-    int64_t cluster, int64_t order, double dropout_p, int64_t seed) {
+    int64_t cluster, int64_t order, bool drops_rest, double dropout_p, int64_t seed) {
   Problem p;
   p.dropout = {static_cast<float>(dropout_p), static_cast<uint64_t>(seed)};
   p.narrow = key.scalar_type() == at::kBFloat16;
@@ -103,6 +103,7 @@ Problem unpack(
   p.query_map = floats(p.query_maps), p.key_map = floats(p.key_maps);
   p.plan_samples = plan.size(0), p.Q = plan.size(1);
   p.causal = causal, p.offset = offset, p.window = window, p.R = run, p.L = cluster, p.order = order;
+  p.drops_rest = drops_rest;
   TORCH_CHECK(p.d % kLanes == 0 && p.v % kLanes == 0, "cluster attention takes features in multiples of 16");
   return p;
 }

@@ -28,6 +28,9 @@ REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
 }
 """Options of earlier versions, by mechanism: the value at which they play no part, and what is there instead."""
 
+ADDED_OPTIONS: dict[str, dict[str, Any]] = {"eigen_matrix": {"basis_init": "dct", "basis": None}}
+"""Options that are younger than records of runs, by mechanism: the value at which a run is what it was without them."""
+
 AttentionSpec = str | Mapping[str, Any] | Callable[[AttentionShape], AttentionMechanism] | AttentionMechanism
 """How a layer is told its mechanism: a name; `{"name": ..., **options}`; a factory that takes an `AttentionShape`
 (such as the `functools.partial` that Hydra makes of a YAML file); or a built mechanism."""

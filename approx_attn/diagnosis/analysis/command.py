@@ -32,7 +32,7 @@ from approx_attn.diagnosis.analysis.tokens import (
 )
 from approx_attn.diagnosis.calibrate import chosen_mechanisms
 from approx_attn.diagnosis.inputs import Source
-from approx_attn.diagnosis.reconstruction import reconstruct
+from approx_attn.diagnosis.reconstruction import reconstruct, statistics_for
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
@@ -208,7 +208,8 @@ def _add_reconstruction(
         mechanisms = {label: spec for label, spec in mechanisms.items() if spec["name"] not in unfit}
     if "causal" in needed:
         mechanisms = {label: causal_form(spec) for label, spec in mechanisms.items()}
-    calibration = calibrate(source.model, batches, statistics=["content", "absolute"], progress=options["progress_bar"])
+    kinds = statistics_for(mechanisms)
+    calibration = calibrate(source.model, batches, statistics=kinds, progress=options["progress_bar"])
     found = reconstruct(
         source.model, source.second, mechanisms, calibration, weights=True, progress=options["progress_bar"]
     )

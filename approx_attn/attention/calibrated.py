@@ -50,11 +50,13 @@ class BasisMechanism(CalibratedMechanism):
         basis_kind: name of that basis in calibrations and their files.
         fit_type: dataclass of tensors that holds a fitted one.
         share: what uses one basis, one of `SHARES`.
+        rank: columns of the basis that it uses.
     """
 
     basis_kind: ClassVar[str]
     fit_type: ClassVar[type]
     share: str
+    rank: int
 
     def load_fit(self, fitted: Callable[[str], Any]) -> None:
         """Start from a fitted basis.

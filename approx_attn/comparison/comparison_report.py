@@ -13,6 +13,7 @@ from typing import Any
 from approx_attn.comparison.aggregate import Record, Records, disagreements, finished_runs
 from approx_attn.comparison.plots import budget_figure, comparison_figure, learning_curves, save_figure
 from approx_attn.comparison.report import Report
+from approx_attn.comparison.settings_plot import settings_figure
 from approx_attn.comparison.statistics import PairedDifference, detectable_gap, mcnemar
 from approx_attn.comparison.table import (
     OTHERS_CAPTION,
@@ -85,6 +86,12 @@ def write_comparison(
             budgets,
             f"One curve per mechanism that was run at several budgets. {reference} is the line across, "
             "in a band of one standard deviation.",
+        )
+    settings = settings_figure(rows, metric, name)
+    if settings is not None:
+        save_figure(settings, folder / "settings.png")
+        report.section(f"{figure_name} by setting").figure(
+            settings, "One line per setting of a mechanism's other options, against the share of exact pairs."
         )
     if terms.tuning is not None:
         _add_tuning(report, terms.tuning)

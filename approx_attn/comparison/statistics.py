@@ -31,6 +31,13 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan, len(array))
 
 
+def mean_interval(summary: Summary) -> float:
+    """Half the width of Student's t interval of a mean at `CONFIDENCE`; NaN for one value."""
+    if summary.count < 2:
+        return math.nan
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, summary.count - 1)) * summary.std / math.sqrt(summary.count)
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """Difference of a mechanism from the reference over the seeds that both have.

@@ -104,7 +104,7 @@ def convert(
     mark_converted(model)
     if given is not None:
         try:
-            calibrate(model, given, progress=False)
+            calibrate(model, given, max_rank=None, progress=False)
         except BaseException:
             uninstall(model, [layer.name for layer in selected])
             mark_converted(model)

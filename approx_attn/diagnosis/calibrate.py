@@ -11,7 +11,13 @@ from approx_attn.command import as_list, mechanism_spec, require_counts, require
 from approx_attn.conversion.calibration import STATISTICS
 from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.diagnosis.inputs import load_source
-from approx_attn.diagnosis.reconstruction import Reconstruction, reconstruct, standard_mechanisms, without_refusals
+from approx_attn.diagnosis.reconstruction import (
+    Reconstruction,
+    reconstruct,
+    standard_mechanisms,
+    statistics_for,
+    without_refusals,
+)
 from approx_attn.diagnosis.refinement import basis_variants, refine_basis, require_refinable
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_file, to_csv, to_table
@@ -74,7 +80,7 @@ def _reconstruct(options: dict[str, Any]) -> None:
     output = require_file("output", options["output"])
     sizes = {key: options[key] for key in ("length", "sequences", "test_sequences", "batch_size")}
     source = load_source(str(options["model"]), options["data"], **sizes)
-    statistics, progress = ["content", "absolute"], options["progress_bar"]
+    statistics, progress = statistics_for(mechanisms), options["progress_bar"]
     calibration = calibrate(
         source.model, source.first, statistics=statistics, source=_names(options), progress=progress
     )

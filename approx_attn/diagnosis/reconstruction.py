@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, build_attention, resolve_attention
+from approx_attn.attention import (
+    AttentionMask,
+    AttentionMechanism,
+    AttentionShape,
+    attention_class,
+    build_attention,
+    resolve_attention,
+)
 from approx_attn.attention.base import Cost
 from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.attention.eigen.basis_file import Calibration
@@ -280,6 +287,13 @@ def standard_mechanisms(
             name, _, options = words.partition(" ")
             table[f"{name} keep={keep:.4g} {options}".rstrip()] = {**spec, "keep": keep}
     return table
+
+
+def statistics_for(mechanisms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The kinds of bases to fit before mechanisms are measured; those of matrices only where one starts from them."""
+    classes = [attention_class(str(spec["name"])) for spec in mechanisms.values()]
+    kinds = {cls.basis_kind for cls in classes if issubclass(cls, BasisMechanism)}
+    return ["content", "absolute", *sorted(kinds - {"content", "absolute"})]
 
 
 def without_refusals(

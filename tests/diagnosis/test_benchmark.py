@@ -19,7 +19,7 @@ from approx_attn.diagnosis.benchmark.command import benchmark, memory_of_one_pas
 from approx_attn.diagnosis.benchmark.memory import OutOfMemory, fresh_process_memory, is_out_of_memory
 from approx_attn.diagnosis.benchmark.plots import non_dominated, plot_frontier, plot_time
 from approx_attn.diagnosis.benchmark.settings import check, read_settings
-from approx_attn.diagnosis.benchmark.sources import Source, StructuredInputs, load_inputs
+from approx_attn.diagnosis.benchmark.sources import LONGEST_BASIS, Source, StructuredInputs, load_inputs
 from approx_attn.diagnosis.benchmark.table import Row
 from approx_attn.errors import ConfigError
 from helpers import save_tiny_bert
@@ -115,7 +115,7 @@ def test_what_q_and_k_cannot_calibrate_is_named_in_its_row(tmp_path):
 
 @pytest.mark.parametrize("others", [[], [{"name": "eigen_cluster"}]], ids=["alone", "beside eigen_cluster"])
 def test_bases_over_positions_end_where_they_would_take_minutes(monkeypatch, others):
-    monkeypatch.setattr("approx_attn.diagnosis.benchmark.sources.LONGEST_POSITION_BASIS", 16)
+    monkeypatch.setitem(LONGEST_BASIS, "absolute", 16)
     spec = {"name": "eigen_row"}
     cfg = config()
     (layer,) = load_inputs(cfg, 24, [spec]).layers

@@ -50,6 +50,14 @@ def test_options_that_mechanisms_no_longer_have_play_no_part_in_the_hash():
     assert config_hash(recorded) != config_hash(now)
 
 
+def test_options_that_mechanisms_have_got_since_play_no_part_in_the_hash_at_their_defaults():
+    recorded = {**CONFIG, "attention": {"_target_": "approx_attn.attention.eigen.matrix.EigenMatrixAttention"}}
+    now = {**CONFIG, "attention": {**recorded["attention"], "basis_init": "dct", "basis": None}}
+    assert config_hash(now) == config_hash(recorded)
+    now["attention"]["basis_init"] = "random"
+    assert config_hash(now) != config_hash(recorded)
+
+
 def test_folders_differ_by_seed_and_configuration(tmp_path):
     def folder(config):
         return run_folder(tmp_path, config, data="digits", attention="exact")

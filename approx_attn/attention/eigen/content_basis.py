@@ -249,6 +249,10 @@ class HasContentBasis(BasisMechanism):
     def share(self) -> str:  # type: ignore[override]
         return self.basis.share
 
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return self.basis.rank
+
     def _start_basis(
         self, rank: int, share: str, init: str, path: str | None, train_basis: bool, seed: int | None
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ from torch.nn import functional as F
 
 from approx_attn.attention.base import AttentionMechanism, Capabilities, Cost, Request, apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
-from approx_attn.attention.calibrated import SHARES
+from approx_attn.attention.calibrated import SHARES, BasisMechanism
+from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.pair_selection import greedy_order
 from approx_attn.attention.eigen.position_basis import (
+    BASIS_INITS,
     INITIAL_NOISE,
     LENGTHS,
     centred_products,
+    copy_checked,
     dct_basis,
     full_precision,
     observable_rank,
     posterior_covariance,
 )
+from approx_attn.attention.eigen.position_fit import PositionFit
 from approx_attn.attention.mask import at_least_float32, masked_softmax
 from approx_attn.attention.registry import register_attention
 from approx_attn.attention.shape import AttentionShape
@@ -32,7 +37,7 @@ GREEDY_ROUNDS = 64  # greedy pairs are taken in at most this many rounds
 
 
 @register_attention("eigen_matrix")
-class EigenMatrixAttention(AttentionMechanism):
+class EigenMatrixAttention(BasisMechanism):
     """Scores for a subset of the pairs; the rest of the matrix estimated under a low-rank Gaussian model.
 
     A score matrix is modelled as S = offsets·1ᵀ + M + Σ_ρ c_ρ E_ρ + ε with c ~ N(0, Λ), ε ~ N(0, σ²) and a free
@@ -45,8 +50,9 @@ class EigenMatrixAttention(AttentionMechanism):
     Under a causal mask row i may know only rows up to i: the evidence is summed over the rows before, and every
     row solves its own system. Queries decoded with a cache know only the queries given with them.
 
-    M and every E_ρ are held as products of L × `factor_rank` matrices, and all is trained end to end. A forward
-    pass expands them and holds n × n arrays: this form shows what a matrix basis can do, not how to be fast.
+    M and every E_ρ are held as products of L × `factor_rank` matrices, and all is trained end to end. A calibrated
+    basis is cut to that rank, and what is lost counts as noise; `factor_rank` = L holds it whole. A forward pass
+    expands the products and holds n × n arrays: this form shows what a matrix basis can do, not how to be fast.
 
     Source: after arXiv 2106.08823, whose abstract speaks of PCA of full score matrices; the estimator is derived
     here and in `position_basis.py`.
@@ -61,11 +67,15 @@ class EigenMatrixAttention(AttentionMechanism):
         share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
         lengths: "truncate" keeps basis and pairs in place, repeats the pairs with period `max_length` and has
             zeros for the basis beyond; "interpolate" stretches both to the number of keys given.
+        basis_init: "dct" (products of cosines), "random", or "calibrated", which needs `basis`.
+        basis: path of a calibration file to start from.
         train_basis: learn mean, components, eigenvalues and noise.
         seed: of random pairs and of the start.
     """
 
     # An arbitrary mask may be a causal one in disguise, and evidence from later rows would leak through it.
+    basis_kind = "matrix"
+    fit_type = PositionFit
     capabilities = Capabilities(arbitrary_mask=False, needs_calibration=True, has_parameters=True)
     cost_formula = "n·m·d + n²·r (rows_and_columns); n²·(d + r) (random, greedy)"
 
@@ -79,10 +89,14 @@ class EigenMatrixAttention(AttentionMechanism):
         selection: str = "rows_and_columns",
         share: str = "layer",
         lengths: str = "truncate",
+        basis_init: str = "dct",
+        basis: str | None = None,
         train_basis: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(shape)
+        if require_one_of("attention.basis_init", basis_init, BASIS_INITS) == "calibrated" and basis is None:
+            raise ValueError("attention.basis_init=calibrated needs attention.basis, the path of a calibration file.")
         self.length = length = self._laid_out_length()
         self.keep = require_budget("attention.keep", keep)
         self.pair_fraction = resolve_count(keep, length) / length if isinstance(keep, int) else keep
@@ -93,7 +107,8 @@ class EigenMatrixAttention(AttentionMechanism):
         self.share = require_one_of("attention.share", share, SHARES)
         self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
         self.seed = require_count("attention.seed", seed, 0)
-        left, right = starting_factors(length, self.rank, self.factor_rank, self.seed)
+        start = random_factors if basis_init == "random" else starting_factors
+        left, right = start(length, self.rank, self.factor_rank, self.seed)
         groups = shape.num_heads if share == "head" else 1
         self.left = nn.Parameter(left.expand(groups, -1, -1, -1).clone())  # (g, r + 1, L, p), the last one for M
         self.right = nn.Parameter(right.expand(groups, -1, -1, -1).clone())
@@ -104,6 +119,40 @@ class EigenMatrixAttention(AttentionMechanism):
             parameter.requires_grad_(train_basis)
         self.pattern: Tensor | None
         self.register_buffer("pattern", None if selection == "rows_and_columns" else self._random_pattern())
+        self.select_greedily()
+        if basis is not None:
+            load_basis_into(self, basis)
+
+    # -- the basis ---------------------------------------------------------------------------------
+
+    def load_fit(self, fitted: Callable[[str], PositionFit]) -> None:
+        self.load_matrix_basis(*fitted(self.share).cut(self.rank))
+
+    def load_matrix_basis(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
+        """Start from a fitted basis; with selection="greedy" the pairs are chosen anew.
+
+        Args:
+            mean: (g | 1, L²), matrices laid out by rows.
+            basis: (g | 1, L², r).
+            eigenvalues: (g | 1, r), variances of the coefficients.
+            noise: (g | 1,), variance of the residual of one score.
+
+        Raises:
+            ValueError: another shape, or values that are not finite or negative; nothing is copied.
+        """
+        length = math.isqrt(mean.shape[-1])
+        if length != self.length:
+            raise ValueError(
+                f"the basis is one of {length} × {length} scores, the mechanism has max_length={self.length}."
+            )
+        whole = torch.cat([basis, mean[..., None]], dim=-1).double().mT.unflatten(-1, (length, length))
+        left, singular, right = torch.linalg.svd(whole, full_matrices=False)  # (g, r + 1, L, L)
+        lost = singular[..., self.factor_rank :].square().sum(-1) / length**2  # (g, r + 1), per score
+        root = singular[..., None, : self.factor_rank].sqrt()
+        own = {"left": self.left, "right": self.right, "eigenvalues": self.log_eigenvalues, "noise": self.log_noise}
+        given = {"left": left[..., : self.factor_rank] * root, "right": right.mT[..., : self.factor_rank] * root}
+        noise = noise + (lost[..., :-1] * eigenvalues).sum(-1) + lost[..., -1]
+        copy_checked(own, given | {"eigenvalues": eigenvalues, "noise": noise})
         self.select_greedily()
 
     # -- which pairs -------------------------------------------------------------------------------
@@ -317,4 +366,12 @@ def starting_factors(length: int, rank: int, factor_rank: int, seed: int) -> tup
     for component, (query_frequency, key_frequency) in enumerate(frequencies[:rank]):
         left[component, :, 0] = cosines[:, query_frequency]
         right[component, :, 0] = cosines[:, key_frequency]
+    return left, right
+
+
+def random_factors(length: int, rank: int, factor_rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Factors as of `starting_factors`, of components with Gaussian entries of variance one; the mean is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(2, rank + 1, length, factor_rank, generator=generator) * factor_rank**-0.25
+    left[-1] = 0.0
     return left, right

@@ -18,7 +18,7 @@ is F_cᵀ W F_c + σ² I.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -112,7 +112,6 @@ class PositionBasis(nn.Module):
             return F.pad(table, (0, 0, 0, length - self.length))  # a negative pad crops
         return F.interpolate(table.transpose(1, 2), size=length, mode="linear", align_corners=True).transpose(1, 2)
 
-    @torch.no_grad()
     def load(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
         """Start from a fitted basis.
 
@@ -127,24 +126,38 @@ class PositionBasis(nn.Module):
         """
         given = {"mean": mean, "basis": basis, "eigenvalues": eigenvalues, "noise": noise}
         own = {"mean": self.mean, "basis": self.basis, "eigenvalues": self.log_eigenvalues, "noise": self.log_noise}
-        for name, tensor in given.items():
-            shape, expected = tuple(tensor.shape), tuple(own[name].shape)
-            if len(shape) != len(expected) or shape[0] not in (1, expected[0]) or shape[1:] != expected[1:]:
-                raise ValueError(f"the {name} of the position basis has shape {shape}, the mechanism needs {expected}.")
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"the {name} of the position basis must be finite.")
-            if name in ("eigenvalues", "noise") and not bool((tensor >= 0).all()):
-                raise ValueError(f"the {name} of the position basis must not be negative.")
-        # A component of variance zero and noise of zero are limits: stay where the logarithm is finite.
-        least = 1e-12 * float(eigenvalues.max()) if eigenvalues.numel() else 0.0
-        least = max(least, 1e-30)
-        for name, tensor in given.items():
-            positive = name in ("eigenvalues", "noise")
-            own[name].copy_(tensor.double().clamp_min(least).log() if positive else tensor)
+        copy_checked(own, given)
 
     def extra_repr(self) -> str:
         groups, positions, rank = self.basis.shape
         return f"groups={groups}, positions={positions}, rank={rank}"
+
+
+@torch.no_grad()
+def copy_checked(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Start the parameters of a basis from fitted ones; `eigenvalues` and `noise` are held as logarithms.
+
+    Args:
+        own: the parameters by name, (g, ...) each.
+        given: by the same names, (g | 1, ...).
+
+    Raises:
+        ValueError: another shape, or values that are not finite or negative; nothing is copied.
+    """
+    for name, tensor in given.items():
+        shape, expected = tuple(tensor.shape), tuple(own[name].shape)
+        if len(shape) != len(expected) or shape[0] not in (1, expected[0]) or shape[1:] != expected[1:]:
+            raise ValueError(f"the {name} of the position basis has shape {shape}, the mechanism needs {expected}.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the {name} of the position basis must be finite.")
+        if name in ("eigenvalues", "noise") and not bool((tensor >= 0).all()):
+            raise ValueError(f"the {name} of the position basis must not be negative.")
+    # A component of variance zero and noise of zero are limits: stay where the logarithm is finite.
+    least = 1e-12 * float(given["eigenvalues"].max()) if given["eigenvalues"].numel() else 0.0
+    least = max(least, 1e-30)
+    for name, tensor in given.items():
+        positive = name in ("eigenvalues", "noise")
+        own[name].copy_(tensor.double().clamp_min(least).log() if positive else tensor)
 
 
 def observable_rank(rank: int | None, observed: int, things: str, keep: float | int, length: int) -> int:

@@ -3,6 +3,7 @@
 from approx_attn.attention.eigen.basis_file import Calibration, LayerShape, load_basis_into
 from approx_attn.attention.eigen.position_fit import PositionFit, fit_position_basis
 from approx_attn.conversion.calibration.fitting import calibrate, needed_statistics
+from approx_attn.conversion.calibration.matrix_moments import MatrixMoments
 from approx_attn.conversion.calibration.moments import STATISTICS, ContentMoments, PositionMoments
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Calibration",
     "ContentMoments",
     "LayerShape",
+    "MatrixMoments",
     "PositionFit",
     "PositionMoments",
     "calibrate",

@@ -26,7 +26,7 @@ def calibrate(
     *,
     path: str | Path | None = None,
     statistics: Sequence[str] | None = None,
-    max_rank: int = 64,
+    max_rank: int | None = 64,
     rows: int | None = 64,
     exact: bool = True,
     source: Mapping[str, str] | None = None,
@@ -43,9 +43,10 @@ def calibrate(
         model: holds layers that `approx_attn.conversion.capture_attention_inputs` sees.
         batches: inputs of the model: mappings (keyword arguments), tuples or lists (arguments), or tensors.
         path: file to write, if given.
-        statistics: which of `content`, `absolute`, `relative`, `absolute_raw`, `relative_raw` to fit; None takes what
-            the mechanisms in the model need, or `content` and `absolute` where there are none.
-        max_rank: columns kept of position bases. Content bases are kept whole.
+        statistics: which of `content`, `absolute`, `relative`, `absolute_raw`, `relative_raw`, `matrix` to fit; None
+            takes what the mechanisms in the model need, or `content` and `absolute` where there are none.
+        max_rank: columns kept of position bases; None keeps as many as the mechanisms in the model use. Content
+            bases are kept whole. The memory of `matrix` grows with it: see `MatrixMoments`.
         rows: queries per batch whose rows of scores enter position bases, drawn at random; all if None.
         exact: mechanisms of this package compute exact attention during the pass, so that later layers see what
             they would in the exact model. False fits them to the model as it is.
@@ -65,7 +66,8 @@ def calibrate(
     for kind in wanted:
         if kind not in STATISTICS:
             raise ValueError(f"statistics must be among {', '.join(STATISTICS)}, got {kind!r}.")
-    collector = StatisticsCollector(wanted, None if rows is None else require_count("rows", rows), seed)
+    max_rank = largest_rank(model) if max_rank is None else require_count("max_rank", max_rank)
+    collector = StatisticsCollector(wanted, None if rows is None else require_count("rows", rows), seed, max_rank)
     collector.observers = {name: m for name, m in model.named_modules() if isinstance(m, ObservingMechanism)}
     mechanisms = [m for m in model.modules() if isinstance(m, AttentionMechanism)] if exact else []
     was_training = model.training
@@ -79,7 +81,7 @@ def calibrate(
         model.train(was_training)
     if sequences == 0:
         raise ValueError("calibration got no batches.")
-    calibration = collector.fit([name for name, _ in model.named_modules()], require_count("max_rank", max_rank))
+    calibration = collector.fit([name for name, _ in model.named_modules()], max_rank)
     calibration.sequences = sequences
     calibration.model = (source or {}).get("model", type(model).__name__)
     calibration.data = (source or {}).get("data", "")
@@ -97,11 +99,16 @@ def needed_statistics(model: nn.Module) -> list[str]:
     return [kind for kind in STATISTICS if kind in needed] or ["content", "absolute"]
 
 
+def largest_rank(model: nn.Module) -> int:
+    """The most columns of a basis that a mechanism in a model uses; 1 if none uses any."""
+    return max((m.rank for m in model.modules() if isinstance(m, BasisMechanism) and m.rank > 0), default=1)
+
+
 class StatisticsCollector:
     """Callback of a capture: keeps the statistics of every layer."""
 
-    def __init__(self, statistics: Sequence[str], rows: int | None, seed: int) -> None:
-        self.statistics, self.rows, self.seed = list(statistics), rows, seed
+    def __init__(self, statistics: Sequence[str], rows: int | None, seed: int, max_rank: int) -> None:
+        self.statistics, self.rows, self.seed, self.max_rank = list(statistics), rows, seed, max_rank
         self.shapes: dict[str, LayerShape] = {}
         self.moments: dict[str, dict[str, Moments]] = {}  # by layer and kind
         self.observers: dict[str, ObservingMechanism] = {}
@@ -114,7 +121,7 @@ class StatisticsCollector:
         moments = self.moments.setdefault(layer, {})
         for kind in self.statistics:
             if kind not in moments:
-                moments[kind] = KINDS[kind](self.rows, self.seed)
+                moments[kind] = KINDS[kind](self.rows, self.seed, self.max_rank)
             moments[kind].update(query, key, mask, scale)
         for name, mechanism in self.observers.items():
             if f"{name}.".startswith(f"{layer}."):

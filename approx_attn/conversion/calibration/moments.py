@@ -17,6 +17,7 @@ from approx_attn.attention.base import repeat_heads
 from approx_attn.attention.eigen.content_basis import ContentFit, fit_content_basis
 from approx_attn.attention.eigen.position_fit import PositionFit, fit_position_basis
 from approx_attn.attention.mask import AttentionMask
+from approx_attn.conversion.calibration.matrix_moments import MatrixMoments
 
 
 class Moments(Protocol):
@@ -205,15 +206,16 @@ class PositionMoments:
         return fit_position_basis(*position_statistics(*sums), centred=layers[0].centred, max_rank=max_rank)
 
 
-KINDS: dict[str, Callable[[int | None, int], Moments]] = {
-    "content": lambda rows, seed: ContentMoments(),
-    "absolute": lambda rows, seed: PositionMoments("absolute", rows=rows, seed=seed),
-    "relative": lambda rows, seed: PositionMoments("relative", rows=rows, seed=seed),
-    "absolute_raw": lambda rows, seed: PositionMoments("absolute", centred=False, rows=rows, seed=seed),
-    "relative_raw": lambda rows, seed: PositionMoments("relative", centred=False, rows=rows, seed=seed),
+KINDS: dict[str, Callable[[int | None, int, int], Moments]] = {
+    "content": lambda rows, seed, max_rank: ContentMoments(),
+    "absolute": lambda rows, seed, max_rank: PositionMoments("absolute", rows=rows, seed=seed),
+    "relative": lambda rows, seed, max_rank: PositionMoments("relative", rows=rows, seed=seed),
+    "absolute_raw": lambda rows, seed, max_rank: PositionMoments("absolute", centred=False, rows=rows, seed=seed),
+    "relative_raw": lambda rows, seed, max_rank: PositionMoments("relative", centred=False, rows=rows, seed=seed),
+    "matrix": lambda rows, seed, max_rank: MatrixMoments(max_rank),
 }
 """Kinds of bases that can be fitted, which mechanisms name as `basis_kind`, and the statistics that each is fitted to,
-made from the number of rows of scores to draw per batch (None: all) and the seed of the draw."""
+made from the number of rows of scores to draw per batch (None: all), the seed of the draw and the columns kept."""
 
 STATISTICS = tuple(KINDS)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention import attention_class
+from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
-from approx_attn.diagnosis.analysis import norm_sections, sections
+from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
@@ -32,12 +33,12 @@ from approx_attn.diagnosis.analysis.tokens import (
 )
 from approx_attn.diagnosis.calibrate import chosen_mechanisms
 from approx_attn.diagnosis.inputs import Source
-from approx_attn.diagnosis.reconstruction import reconstruct
+from approx_attn.diagnosis.reconstruction import reconstruct, statistics_for
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
 
-PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "explanation")
+PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "transfer", "explanation")
 COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
 SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
@@ -62,7 +63,7 @@ def run(options: dict[str, Any]) -> Path:
     mechanisms = check_options(options)
     require_folder("output", options["output"])
     model, parts = str(options["model"]), set(options["parts"])
-    source = load(options, model, options["test_sequences"] if "reconstruction" in parts else 0)
+    source = load(options, model, options["test_sequences"] if parts & {"reconstruction", "transfer"} else 0)
     categories, ordinary = token_kinds(model, source)
     started = time.perf_counter(), time.process_time()
     statistics = _collect(options, source.model, source.first, categories, "analysing")
@@ -97,6 +98,8 @@ def run(options: dict[str, Any]) -> Path:
         norm_sections.add_norms(book, statistics)
     if mechanisms:
         _add_reconstruction(book, options, source, statistics, mechanisms)
+    if "transfer" in parts:
+        _add_transfer(book, options, source, statistics)
     if "explanation" in parts:
         outcomes = run_experiments(
             model,
@@ -208,7 +211,8 @@ def _add_reconstruction(
         mechanisms = {label: spec for label, spec in mechanisms.items() if spec["name"] not in unfit}
     if "causal" in needed:
         mechanisms = {label: causal_form(spec) for label, spec in mechanisms.items()}
-    calibration = calibrate(source.model, batches, statistics=["content", "absolute"], progress=options["progress_bar"])
+    kinds = statistics_for(mechanisms)
+    calibration = calibrate(source.model, batches, statistics=kinds, progress=options["progress_bar"])
     found = reconstruct(
         source.model, source.second, mechanisms, calibration, weights=True, progress=options["progress_bar"]
     )
@@ -220,6 +224,30 @@ def _add_reconstruction(
     if unfit:
         data += f" Left out, as they cannot do {', '.join(sorted(needed))} attention: {', '.join(unfit)}."
     norm_sections.add_reconstruction(book, found, labels, data)
+
+
+def _add_transfer(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    def fitted(model: nn.Module, batches: Sequence[Any]) -> Calibration:
+        chosen = batches[: -(-options["calibration_sequences"] // options["batch_size"])]
+        kinds = list(transfer.KINDS.values())
+        return calibrate(
+            model, chosen, statistics=kinds, max_rank=options["rank"], progress=options["progress_bar"], rows=None
+        )
+
+    own, other = fitted(source.model, source.first), None
+    if options["other_model"] is not None:
+        there = load(options, str(options["other_model"]))
+        other = fitted(there.model, there.first)
+    refused = transfer.refusal(own, other)
+    if refused is not None:
+        book.section(norm_sections.TRANSFER).text(refused)
+        return
+    chosen = {"budgets": options["keep"], "rank": options["rank"], "seed": options["seed"]}
+    found = transfer.transfer_errors(
+        source.model, source.second, own, other, **chosen, progress=options["progress_bar"]
+    )
+    labels = {layer.name: layer.label for layer in statistics.layers}
+    norm_sections.add_transfer(book, found, labels)
 
 
 def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from approx_attn.diagnosis.analysis.book import Book, BookSection
 from approx_attn.diagnosis.analysis.collect import Statistics
 from approx_attn.diagnosis.analysis.explanation import Outcome
 from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded, scatter
+from approx_attn.diagnosis.analysis.transfer import means_over_layers
 from approx_attn.diagnosis.reconstruction import Reconstruction
+
+TRANSFER = "Bases from elsewhere"
 
 
 def add_norms(book: Book, statistics: Statistics) -> None:
@@ -160,6 +163,27 @@ def add_reconstruction(book: Book, found: Sequence[Reconstruction], labels: Mapp
         "Means over layers. score cost: multiply-adds performed up to the weights, relative to exact attention.",
     )
     book.keep("reconstruction_layers", by_layer)
+
+
+def add_transfer(book: Book, found: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> None:
+    """What does a basis of another layer or another model cost?"""
+    section = book.section(TRANSFER)
+    section.text(
+        "One basis per layer, fitted to this layer, to another layer of the model (mean over all others), to the same "
+        "layer of the other model, or not at all: the slow cosines that mechanisms start from, and random directions. "
+        "These two come with the layer's own mean and the variances of its scores along them, so only the directions "
+        "are foreign; as random ones hold no more than their share, they leave little but the mean."
+    )
+    rows = means_over_layers(found)
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        lines = curves.setdefault(f"{row['mechanism']}: error of the output", {})
+        for source in list(row)[2:]:
+            lines.setdefault(source, []).append((row["exact_pairs"], row[source]))
+    caption = "‖Ô − O‖/‖O‖ against the share of exact pairs, mean over layers, by where the basis is from."
+    section.figure("transfer", error_curves(curves), caption)
+    section.table("transfer", rows, "The same in figures; by layer in tables/transfer_layers.csv.")
+    book.keep("transfer_layers", [{**row, "layer": labels.get(row["layer"], row["layer"])} for row in found])
 
 
 def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:

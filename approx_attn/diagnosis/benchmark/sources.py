@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
 from approx_attn.attention.calibrated import BasisMechanism, ObservingMechanism
 from approx_attn.attention.eigen.basis_file import Calibration
-from approx_attn.conversion.calibration.fitting import StatisticsCollector, needed_statistics
+from approx_attn.conversion.calibration.fitting import StatisticsCollector, largest_rank, needed_statistics
 from approx_attn.diagnosis.benchmark.settings import label_of
 from approx_attn.errors import ConfigError
 
 SYNTHETIC = ("random", "structured")
 TOPICS = 24
 SEGMENT = 48  # mean tokens for which a topic lasts
-LONGEST_POSITION_BASIS = 2048  # tokens: an eigenbasis over positions takes n³ operations and n² numbers per head
+# Tokens: an eigenbasis over positions takes n³ operations and n² numbers per head, one of matrices r·n² numbers.
+LONGEST_BASIS = {"absolute": 2048, "matrix": 512}
 ROWS = 64  # of scores per calibration sequence, for position bases
 DRIFT = 0.95  # correlation of the slow part of neighbouring tokens
 
@@ -76,7 +78,8 @@ class Source:
             if found is not None and set(needed_statistics(mechanism)) <= set(found.statistics):
                 found.load_into(mechanism, layer)
                 return ""
-            return f"not calibrated, bases over positions are fitted up to {LONGEST_POSITION_BASIS:,} tokens"
+            longest = LONGEST_BASIS[mechanism.basis_kind]
+            return f"not calibrated, bases over positions are fitted up to {longest:,} tokens"
         learns = any(parameter.requires_grad for parameter in mechanism.parameters())
         if learns or mechanism.capabilities.needs_calibration:
             return "not calibrated, only training fits its parameters"
@@ -141,7 +144,7 @@ class _Calibrator:
         """Find out from the mechanisms in the shape of a layer what they need."""
         needing = nn.ModuleList()
         if self.collector is None:
-            self.collector = StatisticsCollector([], ROWS, self.seed)
+            self.collector = StatisticsCollector([], ROWS, self.seed, max_rank=1)
         for options in self.mechanisms:
             with suppress(ValueError):  # its row says why it cannot be built
                 mechanism = build(options, query, key, self.causal)
@@ -151,9 +154,8 @@ class _Calibrator:
                     self.observed[label_of(options), len(self.layers) - 1] = mechanism
                     self.collector.observers[f"{layer}.{label_of(options)}"] = mechanism
         wanted = needed_statistics(needing) if len(needing) else []
-        if key.shape[-2] > LONGEST_POSITION_BASIS:
-            wanted = [name for name in wanted if name == "content"]
-        self.collector.statistics = wanted
+        self.collector.statistics = [name for name in wanted if key.shape[-2] <= LONGEST_BASIS.get(name, math.inf)]
+        self.collector.max_rank = largest_rank(needing)
 
     def fit(self) -> tuple[Calibration | None, dict[tuple[str, int], ObservingMechanism]]:
         """The bases, if any are needed, and the mechanisms that observed."""

@@ -27,8 +27,8 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Embedding(20, H * D)
         self.layers = nn.ModuleList(
-            approx_attn.MultiheadAttention(H * D, H, batch_first=True, attention=attention, max_length=N)
-            for _ in range(2)
+            approx_attn.MultiheadAttention(H * D, H, batch_first=True, attention=attention, max_length=N, layer_index=i)
+            for i in range(2)
         )
 
     def forward(self, tokens, keep=None):
@@ -108,13 +108,33 @@ def test_mechanisms_compute_exact_attention_meanwhile_unless_told_not_to():
 
 
 @pytest.mark.parametrize("share", ["head", "layer", "model"])
-def test_fills_position_bases(share):
-    model = Model({"name": "eigen_row", "rank": 3, "keep": 5, "share": share})
-    assert needed_statistics(model) == ["absolute"]
-    calibrate(model, batches(), progress=False)
-    positions = [m.position for m in model.modules() if hasattr(m, "position")]
-    assert all(p.mean.abs().max() > 0 for p in positions)
-    assert torch.equal(positions[0].basis, positions[1].basis) == (share == "model")
+@pytest.mark.parametrize(("name", "kind"), [("eigen_row", "absolute"), ("eigen_matrix", "matrix")])
+def test_fills_position_bases(name, kind, share):
+    model = Model({"name": name, "rank": 3, "keep": 5, "share": share})
+    before = [{key: part.clone() for key, part in layer.attention.state_dict().items()} for layer in model.layers]
+    assert needed_statistics(model) == [kind]
+    calibrate(model, batches(), max_rank=None, progress=False)
+    after = [layer.attention.state_dict() for layer in model.layers]
+    assert not any(torch.equal(after[i][key], before[i][key]) for i in range(2) for key in after[i])
+    assert all(torch.equal(after[0][key], after[1][key]) for key in after[0]) == (share == "model")
+
+
+@pytest.mark.parametrize("name", ["eigen_row", "eigen_matrix"])
+def test_a_mechanism_starts_from_a_file_frozen_or_learned(tmp_path, name):
+    path = tmp_path / "basis.safetensors"
+    calibrate(Model(), batches(), path=path, statistics=["absolute", "matrix"], progress=False)
+    options = {"name": name, "basis_init": "calibrated", "basis": str(path), "keep": 5, "rank": 3, "seed": 1}
+    frozen, learned = (Model(options | {"train_basis": train}) for train in (False, True))
+    for one, other in zip(frozen.layers, learned.layers, strict=True):
+        assert not any(p.requires_grad for p in one.attention.parameters())
+        assert all(p.requires_grad for p in other.attention.parameters())
+        assert all(
+            torch.equal(p, q) for p, q in zip(one.attention.parameters(), other.attention.parameters(), strict=True)
+        )
+    first, second = frozen.layers[0].attention.state_dict(), frozen.layers[1].attention.state_dict()
+    assert not any(torch.equal(first[key], second[key]) for key in first)  # each from its own layer
+    with pytest.raises(ValueError, match=r"attention\.basis_init=calibrated needs attention\.basis"):
+        Model(options | {"basis": None})
 
 
 def test_a_fixed_basis_stays_what_it_is():

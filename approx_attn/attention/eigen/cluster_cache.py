@@ -1,0 +1,219 @@
+"""What `eigen_cluster` keeps beside a key/value cache: the moments of the clusters of all whole runs."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from approx_attn.attention.decoding import DecodingCache
+from approx_attn.attention.eigen.kernels.cluster import make_plan, places, unpadded_plan
+from approx_attn.attention.eigen.kernels.cluster_step import Moments, Step, attend_step, make_moments
+from approx_attn.attention.eigen.kernels.cluster_torch import Layout
+from approx_attn.attention.mask import AttentionMask, at_least_float32
+
+if TYPE_CHECKING:
+    from approx_attn.attention.eigen.cluster import EigenClusterAttention
+
+
+class ClusterCache(DecodingCache):
+    """Clusters of the runs that are whole, each cut once, when the first query needs it.
+
+    A step of one query scores all clusters by their moments, which are (d + f + o·d_v + 1) / L numbers per key instead
+    of d + d_v (f = r (r + 1) / 2 from order 1 on, o = 1 + r at order 2, else 1), and reads the keys and values of its
+    own clusters and of the run it stands in. It takes the same clusters and choices as a pass over the whole sequence.
+    With `share=head` each query head has clusters of its own, with any other `share` each key head.
+
+    Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys.
+    """
+
+    def __init__(self, mechanism: EigenClusterAttention) -> None:
+        self._mechanism = weakref.ref(mechanism)  # caches are copied, mechanisms with them are not meant
+        self._version: int | None = None  # of the map that cut
+        self._first = self._last = 0  # runs whose moments are kept
+        self._moments: Moments | None = None
+
+    @property
+    def mechanism(self) -> EigenClusterAttention:
+        found = self._mechanism()
+        assert found is not None
+        return found
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        *,
+        first: int = 0,
+        window: int | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        if first:
+            mask = replace(mask, window=mask.window or window)
+        dropout_p = dropout_p if self.mechanism.training else 0.0
+        if dropout_p == 0.0 and not need_weights and self._is_step(query, key, value, mask, first):
+            scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+                return self._step(at_least_float32(query) * scale, key, value, mask, first).to(query.dtype), None
+        return self._pass(query, key, value, mask, first, scale, dropout_p, need_weights)
+
+    def select(self, samples: Tensor) -> None:
+        if self._moments is not None:
+            self._moments = Moments(*(x.index_select(0, samples.to(x.device)) for x in self._moments))
+
+    def crop(self, length: int) -> None:
+        last = max(length // self.mechanism.block_size, self._first)
+        if self._moments is not None and last < self._last:
+            self._moments = self._moments.clusters(0, (last - self._first) * self._per_run)
+            self._last = last
+
+    @property
+    def _per_run(self) -> int:
+        return self.mechanism.block_size // self.mechanism.cluster_size
+
+    # -- all keys ----------------------------------------------------------------------------------
+
+    def _pass(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        first: int,
+        scale: float | None,
+        dropout_p: float,
+        need_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mechanism's own, with closed keys before those of a sliding cache, so that runs start where they did."""
+        missing = 0
+        if first:
+            layout = self._layout(query.shape[-2], key.shape[-2], mask, first)
+            missing = first - places(layout)[0].near_first * layout.run
+            key, value = (F.pad(x, (0, 0, missing, 0)) for x in (key, value))
+            keep = mask.key_keep
+            keep = torch.ones(key.shape[0], 1, dtype=torch.bool, device=key.device) if keep is None else keep
+            keep = F.pad(keep.expand(-1, key.shape[-2] - missing), (missing, 0))
+            mask = replace(mask, key_keep=keep, query_offset=mask.query_offset + missing)
+        words = {"dropout_p": dropout_p, "need_weights": need_weights}
+        output, weights = self.mechanism(query, key, value, mask, scale=scale, **words)
+        return output, None if weights is None else weights[..., missing:]
+
+    def _layout(self, n_q: int, n_k: int, mask: AttentionMask, first: int) -> Layout:
+        """Where queries and keys stand in the whole sequence."""
+        its = self.mechanism
+        cut = (its.block_size, its.cluster_size, its.order)
+        return Layout(n_q, first + n_k, mask.causal, first + mask.query_offset, mask.window or 0, *cut)
+
+    # -- few keys ----------------------------------------------------------------------------------
+
+    def _is_step(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, first: int) -> bool:
+        its, n_q = self.mechanism, query.shape[-2]
+        learns = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (query, key, value, its.basis.query_map, its.basis.key_map)
+        )
+        return (
+            mask.causal
+            and mask.is_structured
+            and its.substitute is None
+            and 0 < n_q <= its.block_size
+            and 0 <= mask.query_offset
+            and n_q + mask.query_offset <= key.shape[-2]
+            and first + mask.query_offset > 0
+            and query.shape[0] > 0
+            and not learns  # moments are of keys that are cut once: no gradient flows to them
+        )
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, first: int) -> Tensor:
+        its = self.mechanism
+        its.basis.require_ready()
+        layout = self._layout(query.shape[-2], key.shape[-2], mask, first)
+        rows = self._plan(layout, mask, first)
+        far = [row[:2] for sample in rows for row in sample if row[0] < row[1]]
+        if far:
+            self._keep_runs(min(low for low, _ in far), max(high for _, high in far), key, value, mask.key_keep, first)
+        outputs = []
+        for block, start in enumerate(
+            range(layout.offset // layout.run * layout.run, layout.offset + layout.n_q, layout.run)
+        ):
+            low, high = max(start - layout.offset, 0), min(start + layout.run - layout.offset, layout.n_q)
+            part = query[:, :, low:high]
+            plans = [tuple(sample[block]) for sample in rows]
+            if len(set(plans)) == 1:
+                outputs.append(self._block(part, key, value, mask, plans[0], layout.offset + low, first, slice(None)))
+                continue
+            samples = (slice(i, i + 1) for i in range(len(plans)))
+            done = [
+                self._block(part[at], key[at], value[at], mask, plan, layout.offset + low, first, at)
+                for at, plan in zip(samples, plans, strict=True)
+            ]
+            outputs.append(torch.cat(done))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _plan(self, layout: Layout, mask: AttentionMask, first: int) -> list[list[list[int]]]:
+        """`make_plan` as numbers: by sample (one for all where none is padded) and block."""
+        keep = self.mechanism.keep
+        if mask.key_keep is None:
+            return [[list(row) for row in unpadded_plan(layout, keep)]]
+        return make_plan(layout, keep, F.pad(mask.key_keep, (first, 0)), mask.key_keep.device).tolist()
+
+    def _block(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask,
+        plan: tuple[int, ...],
+        position: int,
+        first: int,
+        samples: slice,
+    ) -> Tensor:
+        """Queries of one block, from `position` on, of samples with the same plan."""
+        far_first, far_last, near_first, near_last, own = plan
+        run, per_run = self.mechanism.block_size, self._per_run
+        end = position + query.shape[-2]
+        before, after = (near_first * run, far_first * run), (far_last * run, near_last * run)
+        key_open = None if mask.key_keep is None else mask.key_keep[samples]
+        query_map = self.mechanism.basis.query_map.to(query.dtype)
+        near = tuple((min(max(start, first), end), min(max(stop, first), end)) for start, stop in (before, after))
+        step = Step(query, key, value, query_map, key_open, position, first, near, own, mask.window or 0)
+        moments = self._moments
+        if moments is None:  # nothing is far yet
+            moments = self._make(key[:, :, :0], value[:, :, :0], None, 0)
+        else:
+            low, high = ((x - self._first) * per_run for x in (far_first, max(far_last, far_first)))
+            moments = Moments(*(x[samples] for x in moments.clusters(max(low, 0), max(high, 0))))
+        return attend_step(step, moments)
+
+    def _keep_runs(self, low: int, high: int, key: Tensor, value: Tensor, key_open: Tensor | None, first: int) -> None:
+        """Have the moments of runs low..high-1."""
+        key_map, run = self.mechanism.basis.key_map, self.mechanism.block_size
+        version = None if key_map.is_inference() else key_map._version  # count of in-place changes
+        kept = self._moments
+        fits = kept is not None and kept.centre.shape[0] == len(key) and version == self._version
+        if not (fits and self._first <= low <= self._last):
+            kept, self._first, self._last, self._version = None, low, low, version
+        if self._last >= high:
+            return
+        start, stop = self._last * run, high * run
+        new = slice(start - first, stop - first)
+        made = self._make(key[:, :, new], value[:, :, new], None if key_open is None else key_open[:, new], start)
+        if kept is not None:
+            kept = kept.clusters((low - self._first) * self._per_run, kept.centre.shape[2])
+            made = Moments(*(torch.cat(parts, dim=2) for parts in zip(kept, made, strict=True)))
+            self._first = low
+        self._moments, self._last = made, high
+
+    def _make(self, key: Tensor, value: Tensor, key_open: Tensor | None, start: int) -> Moments:
+        its = self.mechanism
+        dtype = torch.promote_types(key.dtype, torch.float32)
+        layout = Layout(0, key.shape[-2], True, 0, 0, its.block_size, its.cluster_size, its.order)
+        return make_moments(key, value, its.basis.key_map.to(dtype), key_open, start, layout)

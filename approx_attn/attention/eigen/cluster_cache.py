@@ -125,7 +125,7 @@ class ClusterCache(DecodingCache):
             and mask.is_structured
             and its.substitute is None
             and 0 < n_q <= its.block_size
-            and 0 <= mask.query_offset
+            and mask.query_offset >= 0
             and n_q + mask.query_offset <= key.shape[-2]
             and first + mask.query_offset > 0
             and query.shape[0] > 0

@@ -102,7 +102,7 @@ def make_moments(
 
 
 def attend_step(step: Step, moments: Moments) -> Tensor:
-    """Output (b, h, m, d_v) of one softmax over near keys, keys of own clusters, and the other clusters of `moments`."""
+    """Output (b, h, m, d_v) of one softmax over near keys, keys of own clusters, and the others of `moments`."""
     query, key, value = step.query, step.key, step.value
     b, h, m, d = query.shape
     heads, position = moments.centre.shape[1], torch.arange(m, device=query.device)[:, None] + step.position

@@ -84,12 +84,14 @@ class WatchedLayer(_Watched, DynamicLayer):
         if learns or not self.is_initialized or not self.get_seq_length():  # a prompt is often all there ever is
             self.room = None
             return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
         length, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        kept, new = (self.keys, self.values), (key_states, value_states)
-        if self.room is None or not all(_begins(x, room, stop) for x, room in zip(kept, self.room, strict=True)):
-            self.room = tuple(_with_room(x, stop) for x in kept)  # type: ignore[assignment]
-        assert self.room is not None
-        for room, states in zip(self.room, new, strict=True):
+        if self.room is None or not (
+            _begins(self.keys, self.room[0], stop) and _begins(self.values, self.room[1], stop)
+        ):
+            self.room = _with_room(self.keys, stop), _with_room(self.values, stop)
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, length:stop] = states
         self.keys, self.values = (room[:, :, :stop] for room in self.room)
         return self.keys, self.values
@@ -144,6 +146,7 @@ def _find_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         return
+    kinds: dict[type, type[_Watched]]
     kinds = {DynamicLayer: WatchedLayer, DynamicSlidingWindowLayer: WatchedSlidingLayer}
     kind = kinds.get(type(cache.layers[index]))  # no subclass, which may keep more
     if kind is not None:

@@ -173,7 +173,7 @@ class AttentionSlot(nn.Module):
         assert self.mechanism is not None
         if query.shape[0] != key.shape[0]:  # learned queries, given once for the whole batch
             query = query.expand(key.shape[0], -1, -1, -1)
-        attend = self.mechanism if beside is None else beside.attend
+        attend: Callable[..., Any] = self.mechanism if beside is None else beside.attend
         words = {"scale": scale, "dropout_p": dropout_p, "need_weights": need_weights}
         return attend(query, key, value, mask, **words, **cached)
 

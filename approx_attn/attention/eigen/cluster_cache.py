@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from approx_attn.attention.decoding import DecodingCache
 from approx_attn.attention.eigen.kernels.cluster import make_plan, places, unpadded_plan
-from approx_attn.attention.eigen.kernels.cluster_step import Moments, Step, attend_step, make_moments
+from approx_attn.attention.eigen.kernels.cluster_step import Moments, Spans, Step, attend_step, make_moments
 from approx_attn.attention.eigen.kernels.cluster_torch import Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 
@@ -33,16 +33,14 @@ class ClusterCache(DecodingCache):
     """
 
     def __init__(self, mechanism: EigenClusterAttention) -> None:
-        self._mechanism = weakref.ref(mechanism)  # caches are copied, mechanisms with them are not meant
+        self.mechanism = mechanism
         self._version: int | None = None  # of the map that cut
         self._first = self._last = 0  # runs whose moments are kept
         self._moments: Moments | None = None
 
-    @property
-    def mechanism(self) -> EigenClusterAttention:
-        found = self._mechanism()
-        assert found is not None
-        return found
+    def __deepcopy__(self, memo: dict[int, object]) -> ClusterCache:
+        """With caches of which copies are meant: of the same mechanism, with the same tensors, which never change."""
+        return copy.copy(self)
 
     def attend(
         self,
@@ -140,22 +138,16 @@ class ClusterCache(DecodingCache):
         far = [row[:2] for sample in rows for row in sample if row[0] < row[1]]
         if far:
             self._keep_runs(min(low for low, _ in far), max(high for _, high in far), key, value, mask.key_keep, first)
-        outputs = []
-        for block, start in enumerate(
-            range(layout.offset // layout.run * layout.run, layout.offset + layout.n_q, layout.run)
-        ):
-            low, high = max(start - layout.offset, 0), min(start + layout.run - layout.offset, layout.n_q)
-            part = query[:, :, low:high]
-            plans = [tuple(sample[block]) for sample in rows]
-            if len(set(plans)) == 1:
-                outputs.append(self._block(part, key, value, mask, plans[0], layout.offset + low, first, slice(None)))
-                continue
-            samples = (slice(i, i + 1) for i in range(len(plans)))
-            done = [
-                self._block(part[at], key[at], value[at], mask, plan, layout.offset + low, first, at)
-                for at, plan in zip(samples, plans, strict=True)
-            ]
-            outputs.append(torch.cat(done))
+        moments = self._make(key[:, :, :0], value[:, :, :0], None, 0) if self._moments is None else self._moments
+        query_map = its.basis.query_map.to(query.dtype)
+        outputs, first_block = [], layout.offset // layout.run
+        for block in range(first_block, (layout.offset + layout.n_q - 1) // layout.run + 1):
+            low = max(block * layout.run - layout.offset, 0)
+            part = query[:, :, low : (block + 1) * layout.run - layout.offset]
+            position = layout.offset + low
+            spans = [self._spans(sample[block - first_block], first, position + part.shape[-2]) for sample in rows]
+            where = position, first, layout.window, spans
+            outputs.append(attend_step(Step(part, key, value, query_map, mask.key_keep, *where), moments))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _plan(self, layout: Layout, mask: AttentionMask, first: int) -> list[list[list[int]]]:
@@ -165,33 +157,19 @@ class ClusterCache(DecodingCache):
             return [[list(row) for row in unpadded_plan(layout, keep)]]
         return make_plan(layout, keep, F.pad(mask.key_keep, (first, 0)), mask.key_keep.device).tolist()
 
-    def _block(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask,
-        plan: tuple[int, ...],
-        position: int,
-        first: int,
-        samples: slice,
-    ) -> Tensor:
-        """Queries of one block, from `position` on, of samples with the same plan."""
+    def _spans(self, plan: list[int], first: int, end: int) -> Spans:
+        """A row of the plan as clusters that are kept and keys that are there, from `first` to before `end`."""
         far_first, far_last, near_first, near_last, own = plan
-        run, per_run = self.mechanism.block_size, self._per_run
-        end = position + query.shape[-2]
-        before, after = (near_first * run, far_first * run), (far_last * run, near_last * run)
-        key_open = None if mask.key_keep is None else mask.key_keep[samples]
-        query_map = self.mechanism.basis.query_map.to(query.dtype)
-        near = tuple((min(max(start, first), end), min(max(stop, first), end)) for start, stop in (before, after))
-        step = Step(query, key, value, query_map, key_open, position, first, near, own, mask.window or 0)
-        moments = self._moments
-        if moments is None:  # nothing is far yet
-            moments = self._make(key[:, :, :0], value[:, :, :0], None, 0)
-        else:
-            low, high = ((x - self._first) * per_run for x in (far_first, max(far_last, far_first)))
-            moments = Moments(*(x[samples] for x in moments.clusters(max(low, 0), max(high, 0))))
-        return attend_step(step, moments)
+        run = self.mechanism.block_size
+
+        def keys(start: int, stop: int) -> tuple[int, int]:
+            return min(max(start * run, first), end), min(max(stop * run, first), end)
+
+        is_far = far_first < far_last
+        far = (
+            ((far_first - self._first) * self._per_run, (far_last - self._first) * self._per_run) if is_far else (0, 0)
+        )
+        return Spans(far, keys(near_first, far_first), keys(far_last, near_last), own)
 
     def _keep_runs(self, low: int, high: int, key: Tensor, value: Tensor, key_open: Tensor | None, first: int) -> None:
         """Have the moments of runs low..high-1."""

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
+from approx_attn.attention.eigen.kernels import native
 from helpers import naive_reference
 
 BATCH, HEADS, DIM, LENGTH, PROMPT = 2, 4, 8, 53, 17
 SMALL = {"block_size": 8, "cluster_size": 2, "rank": 3, "keep": 11}
+
+needs_compiler = pytest.mark.skipif(
+    native.load() is None,
+    reason="no C++ compiler was found (or the kernel is switched off), so the compiled step was not tested.",
+)
 
 CASES = {
     "number": {},
@@ -136,3 +142,21 @@ def test_samples_are_reordered_and_repeated_and_keys_taken_back():
         ]
     reference = expected(mechanism, moved, mask)[:, :, 21:]
     torch.testing.assert_close(torch.cat([output for output, _ in got], dim=2), reference)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_the_compiled_step_equals_pytorchs(case, dtype):
+    keep = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    keep[1, :11] = False
+    for mask in (AttentionMask(causal=True), AttentionMask(causal=True, window=20, key_keep=keep)):
+        tensors = inputs(2, dtype=dtype)
+        wide = [x.double() for x in tensors]
+        if mask.key_keep is not None:
+            tensors[2][1, :, :11] = float("nan")
+        mechanism = build(2, dtype=torch.float32, **CASES[case])
+        reference = decode(copy.deepcopy(mechanism).double().start_cache(), wide, mask, [PROMPT, 5, *[1] * 31])
+        got = decode(mechanism.start_cache(), tensors, mask, [PROMPT, 5, *[1] * 31])
+        error = (got.double() - reference)[:, :, PROMPT:].norm() / reference.norm()
+        assert error < (2e-6 if dtype == torch.float32 else 5e-3)

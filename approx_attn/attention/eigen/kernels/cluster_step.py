@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from approx_attn.attention.base import repeat_heads
+from approx_attn.attention.eigen.kernels import native
+from approx_attn.attention.eigen.kernels.cluster import runs_compiled
 from approx_attn.attention.eigen.kernels.cluster_torch import SPREAD_LIMIT, Layout, make_clusters
 from approx_attn.attention.mask import at_least_float32, masked_softmax
 
@@ -41,6 +43,21 @@ class Moments(NamedTuple):
         return Moments(*(x[:, :, first:last] for x in self))
 
 
+class Spans(NamedTuple):
+    """What the queries of one block and sample see: [first, last) each, empty where last is not above first.
+
+    Attributes:
+        far: clusters, of those in `Moments`.
+        before, after: positions of exact keys before and after the far runs.
+        own: clusters per query.
+    """
+
+    far: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+    own: int
+
+
 class Step(NamedTuple):
     """Queries of one block, and where they and the keys stand.
 
@@ -51,9 +68,8 @@ class Step(NamedTuple):
         key_open: (b, n) bool; None if all are.
         position: of the first query in the sequence.
         first: position of the first key.
-        near: positions [start, stop) of the exact keys before and after the far runs; empty ones stop at their start.
-        own: clusters per query.
         window: of the mask, 0 without one.
+        spans: of each sample, or one for all.
     """
 
     query: Tensor
@@ -63,9 +79,8 @@ class Step(NamedTuple):
     key_open: Tensor | None
     position: int
     first: int
-    near: tuple[tuple[int, int], tuple[int, int]]
-    own: int
     window: int
+    spans: list[Spans]
 
 
 def make_moments(
@@ -102,13 +117,40 @@ def make_moments(
 
 
 def attend_step(step: Step, moments: Moments) -> Tensor:
-    """Output (b, h, m, d_v) of one softmax over near keys, keys of own clusters, and the others of `moments`."""
+    """Output (b, h, m, d_v) of one softmax over near keys, keys of own clusters, and the other far clusters."""
+    if runs_compiled(step.key) and step.query.dtype == torch.float32:
+        return _compiled(step, moments)
+    if len(set(step.spans)) == 1:
+        return _attend(step, step.spans[0], moments.clusters(*step.spans[0].far))
+    outputs = []
+    for i, spans in enumerate(step.spans):
+        at = slice(i, i + 1)
+        key_open = None if step.key_open is None else step.key_open[at]
+        part = step._replace(query=step.query[at], key=step.key[at], value=step.value[at], key_open=key_open)
+        outputs.append(_attend(part, spans, Moments(*(x[at] for x in moments.clusters(*spans.far)))))
+    return torch.cat(outputs)
+
+
+def _compiled(step: Step, moments: Moments) -> Tensor:
+    kernel = native.load()
+    assert kernel is not None
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (step.key, step.value))
+    spans = torch.tensor([(*x.far, *x.before, *x.after, x.own) for x in step.spans])
+    key_open = None if step.key_open is None else step.key_open.contiguous()
+    contiguous = (x.contiguous() for x in moments)
+    query, query_map = step.query.contiguous(), step.query_map.contiguous()
+    places = step.position, step.first, step.window
+    return kernel.cluster_step(query, key, value, query_map, key_open, *contiguous, spans, *places)
+
+
+def _attend(step: Step, spans: Spans, moments: Moments) -> Tensor:
+    """`attend_step` by PyTorch's operators, of samples with the same spans, the far clusters of which are given."""
     query, key, value = step.query, step.key, step.value
     b, h, m, d = query.shape
     heads, position = moments.centre.shape[1], torch.arange(m, device=query.device)[:, None] + step.position
     coordinates = query @ step.query_map  # (b, h, m, r)
     logits, rating = (x.view(b, h, m, -1) for x in _logits(query, coordinates, moments))
-    own = min(step.own, rating.shape[-1])
+    own = min(spans.own, rating.shape[-1])
     chosen = rating.sort(dim=-1, descending=True, stable=True).indices[..., :own]  # (b, h, m, T), equal ones by place
     far = (moments.log_count > EMPTY / 2).repeat_interleave(h // heads, 1)[:, :, None].expand_as(logits)
     far = far.scatter(-1, chosen, False)
@@ -121,8 +163,8 @@ def attend_step(step: Step, moments: Moments) -> Tensor:
     own_scores = (key[rows].to(query.dtype) @ query[..., None]).squeeze(-1).masked_fill(~own_open, 0.0)
     own_values = value[rows].to(query.dtype)
 
-    near_keys, near_values = (_near(x, step).to(query.dtype) for x in (key, value))
-    places = torch.cat([torch.arange(*span, device=query.device) for span in step.near])  # (near,)
+    near_keys, near_values = (_near(x, step.first, spans).to(query.dtype) for x in (key, value))
+    places = torch.cat([torch.arange(*span, device=query.device) for span in (spans.before, spans.after)])  # (near,)
     near = places <= position  # (m, near)
     if step.window:
         near = near & (position - places < step.window)
@@ -162,7 +204,7 @@ def _logits(query: Tensor, coordinates: Tensor, moments: Moments) -> tuple[Tenso
     return logits, logits + (2.0 * spread).clamp_min(0.0).sqrt()
 
 
-def _near(x: Tensor, step: Step) -> Tensor:
-    """The near ones of keys or values."""
-    parts = [x[:, :, start - step.first : stop - step.first] for start, stop in step.near if start < stop]
+def _near(x: Tensor, first: int, spans: Spans) -> Tensor:
+    """The exact ones of keys or values beside those of own clusters."""
+    parts = [x[:, :, start - first : stop - first] for start, stop in (spans.before, spans.after) if start < stop]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -150,7 +150,7 @@ def _find_layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     kinds = {DynamicLayer: WatchedLayer, DynamicSlidingWindowLayer: WatchedSlidingLayer}
     kind = kinds.get(type(cache.layers[index]))  # no subclass, which may keep more
     if kind is not None:
-        cache.layers[index] = kind.in_place_of(cache.layers[index])
+        cache.layers[index] = kind.in_place_of(cache.layers[index])  # type: ignore[call-overload]
     layer = cache.layers[index]
     if isinstance(layer, _Watched):
         assert slot.mechanism is not None

@@ -143,21 +143,27 @@ class EigenClusterAttention(HasContentBasis):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
-        layout = self._layout(n_q, n_k, causal, n_k - n_q, None)
+        return self._cost(self._layout(n_q, n_k, causal, n_k - n_q, None), pairs, new=n_k)
+
+    def decoding_cost(self, key_length: int) -> Cost:
+        return self._cost(self._layout(1, key_length, True, key_length - 1, None), key_length, new=1)
+
+    def _cost(self, layout: Layout, pairs: int, new: int) -> Cost:
+        """Cost where `new` of the keys are to be cut into clusters."""
         plan = unpadded_plan(layout, self.keep)
         done = work(layout, plan)
         h, d, d_v, r = self.num_heads, self.head_dim, self.value_dim, self.basis.rank
         (pair_scores, pair_values), (cluster_scores, cluster_values) = products(d, d_v, r, self.order)
         pairs_computed = done.near + done.own
-        clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
+        clusters = -(-layout.n_k // self.block_size) * (self.block_size // self.cluster_size)
         moments = cluster_scores + cluster_values + 1  # numbers per cluster
-        before = preparation(layout, d, d_v, r)
+        before = preparation(layout._replace(n_k=new), d, d_v, r)
         block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
         return Cost(
             exact_pairs=h * min(done.exact, pairs),
             total_pairs=h * pairs,
             score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + before),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
-            state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
+            state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + layout.n_k) + block,
             computed_pairs=h * pairs_computed,
         )

@@ -235,15 +235,12 @@ def output_error(
     for index, layer in enumerate(source.layers):
         mechanism = calibrated(spec, source, index, cfg)[0].to(device, DTYPES[str(cfg["dtype"])])
         inputs = layer.to(device, DTYPES[str(cfg["dtype"])])
+        output = call(mechanism, inputs, "decode" if pass_name == "decode" else "forward", causal)()
+        assert output is not None
+        first = length - output.shape[2]  # steps of decoding are the last queries
         # All queries run, as they may share choices; a spread of them is compared.
-        chosen = torch.linspace(0, length - 1, min(length, int(cfg["error_queries"])), device=device).long()
-        if pass_name == "decode":
-            chosen = torch.arange(length - steps_at(length), length, device=device)
-            output = decode_call(mechanism.eval(), inputs)()
-        else:
-            output = call(mechanism, inputs, "forward", causal)()
-            assert output is not None
-            output = output[:, :, chosen]
+        chosen = torch.linspace(first, length - 1, min(length - first, int(cfg["error_queries"])), device=device).long()
+        output = output[:, :, chosen - first]
         keep = torch.arange(length, device=device) <= chosen[:, None] if causal else None
         expected = F.scaled_dot_product_attention(
             inputs.query[:, :, chosen].double(),

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
-from approx_attn.attention.eigen.cluster_cache import ClusterCache
-from approx_attn.attention.eigen.content_basis import HasContentBasis
+from approx_attn.attention.eigen.cluster_cache import ClusterCache, HasClusters
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import (
     cluster_attention,
@@ -31,7 +30,7 @@ ORDERS = (0, 1, 2)
 
 
 @register_attention("eigen_cluster")
-class EigenClusterAttention(HasContentBasis):
+class EigenClusterAttention(HasClusters):
     """Every query scores the keys of a few clusters exactly and sees all other keys through the moments of theirs.
 
     Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the

@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from approx_attn.attention.decoding import DecodingCache
+from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.eigen.kernels.cluster import make_plan, places, unpadded_plan
 from approx_attn.attention.eigen.kernels.cluster_step import Moments, Spans, Step, attend_step, make_moments
 from approx_attn.attention.eigen.kernels.cluster_torch import Layout
 from approx_attn.attention.mask import AttentionMask, at_least_float32
 
-if TYPE_CHECKING:
-    from approx_attn.attention.eigen.cluster import EigenClusterAttention
+
+class HasClusters(HasContentBasis):
+    """The mechanism as its cache sees it: options of `EigenClusterAttention`."""
+
+    keep: float | int
+    block_size: int
+    cluster_size: int
+    order: int
 
 
 class ClusterCache(DecodingCache):
@@ -32,7 +38,7 @@ class ClusterCache(DecodingCache):
     Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys.
     """
 
-    def __init__(self, mechanism: EigenClusterAttention) -> None:
+    def __init__(self, mechanism: HasClusters) -> None:
         self.mechanism = mechanism
         self._version: int | None = None  # of the map that cut
         self._first = self._last = 0  # runs whose moments are kept

@@ -40,6 +40,15 @@ def test_an_encoder_is_converted_and_fine_tuned() -> None:
 
 
 @pytest.mark.slow
+def test_the_first_token_and_those_after_it_are_timed() -> None:
+    pytest.importorskip("transformers")
+    output = run(
+        "first_token.py", "--length", "200", "--layers", "1", "--width", "64", "--tokens", "2", "--rounds", "1"
+    )
+    assert [line.split()[0] for line in output.splitlines()[1:]] == ["exact", "converted"]
+
+
+@pytest.mark.slow
 def test_a_package_of_ones_own_is_trained_and_compared(tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES / "my_package", tmp_path / "my_package")
     words = ["plugins=[my_package]", "data=last_marker", "progress_bar=false", "trainer.accelerator=cpu"]

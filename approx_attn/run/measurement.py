@@ -49,6 +49,10 @@ class Timing:
             spread = quartiles[2] - quartiles[0]
         return cls(statistics.median(samples), spread, tuple(samples))
 
+    def divided_by(self, parts: int) -> Timing:
+        """The time of one of so many equal parts of what was timed."""
+        return Timing.from_samples([sample / parts for sample in self.samples])
+
     def relative_to(self, other: Timing) -> float:
         """Median over rounds of this time divided by the other's of the same round.
 

@@ -346,3 +346,25 @@ def test_axes_of_time_have_numbers_within_one_decade(tmp_path, monkeypatch):
         low, high = axis.get_view_interval()
         marks = [mark for mark in axis.get_majorticklocs() if low <= mark <= high]
         assert len(marks) >= (2 if high > 2 * low else 1)
+
+
+def test_steps_of_decoding_have_a_time_an_error_and_the_cost_of_one(tmp_path):
+    cluster = "{name: eigen_cluster, block_size: 8, cluster_size: 4, rank: 2, keep: 12}"
+    options = [f"attention=[exact,{cluster},topk]", "length=[100]", "causal=true", "pass=[decode]"]
+    sdpa, exact, cluster, topk = run(tmp_path, *options)
+    assert (sdpa.error, sdpa.multiply_adds, exact.multiply_adds) == (0.0, 2 * 100 * 16, sdpa.multiply_adds)
+    assert exact.error is not None
+    assert exact.error < 1e-6
+    for row in (cluster, topk):
+        assert row.error is not None
+        assert 1e-3 < row.error < 0.5
+        assert row.seconds is not None
+    # The last query is the fourth of its run: four near keys and a cluster exactly, and the moments of 12 runs.
+    assert cluster.exact_share == 8 / 100
+    pairs, moments, new = 8 * 16, 24 * (8 + 3 + 8), 2 * 2 * 8 + 3
+    assert cluster.multiply_adds == 2 * (pairs + moments + new)
+
+
+def test_decoding_is_causal():
+    with pytest.raises(ConfigError, match=r"pass=\[decode\] is of causal attention and takes causal=true, got"):
+        check(config("pass=[forward,decode]", "causal=[false,true]"))

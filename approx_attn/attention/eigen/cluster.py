@@ -10,7 +10,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
-from approx_attn.attention.eigen.content_basis import HasContentBasis
+from approx_attn.attention.eigen.cluster_cache import ClusterCache, HasClusters
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import (
     cluster_attention,
@@ -31,7 +31,7 @@ RESTS = ("keep", "drop")
 
 
 @register_attention("eigen_cluster")
-class EigenClusterAttention(HasContentBasis):
+class EigenClusterAttention(HasClusters):
     """Every query scores the keys of a few clusters exactly and sees all other keys through the moments of theirs.
 
     Keys stand in runs of `block_size` positions. Every run is halved at the median of the first coordinate of the
@@ -134,6 +134,9 @@ class EigenClusterAttention(HasContentBasis):
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 
+    def start_cache(self) -> ClusterCache:
+        return ClusterCache(self)
+
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
         # Narrower types are multiplied as they are or computed in float32.
         return device.type == "cpu" and dtype != torch.float64 and native.is_available()
@@ -146,22 +149,28 @@ class EigenClusterAttention(HasContentBasis):
 
     def cost(self, query_length: int, key_length: int | None = None, *, causal: bool | None = None) -> Cost:
         n_q, n_k, pairs, causal = self._pairs(query_length, key_length, causal)
-        layout = self._layout(n_q, n_k, causal, n_k - n_q, None)
+        return self._cost(self._layout(n_q, n_k, causal, n_k - n_q, None), pairs, new=n_k)
+
+    def decoding_cost(self, key_length: int) -> Cost:
+        return self._cost(self._layout(1, key_length, True, key_length - 1, None), key_length, new=1)
+
+    def _cost(self, layout: Layout, pairs: int, new: int) -> Cost:
+        """Cost where `new` of the keys are to be cut into clusters."""
         plan = unpadded_plan(layout, self.keep)
         done = work(layout, plan)
         h, d, d_v, r = self.num_heads, self.head_dim, self.value_dim, self.basis.rank
         of_pair, of_cluster = products(d, d_v, r, self.order, layout.drops_rest)
         (pair_scores, pair_values), (cluster_scores, cluster_values) = of_pair, of_cluster
         pairs_computed = done.near + done.own
-        clusters = -(-n_k // self.block_size) * (self.block_size // self.cluster_size)
+        clusters = -(-layout.n_k // self.block_size) * (self.block_size // self.cluster_size)
         moments = sum(products(d, d_v, r, self.order)[1]) + 1  # numbers per cluster, made whether they enter or not
-        before = preparation(layout, d, d_v, r)
+        before = preparation(layout._replace(n_k=new), d, d_v, r)
         block = self.block_size * (clusters + self.block_size + max(row[4] for row in plan) * self.cluster_size)
         return Cost(
             exact_pairs=h * min(done.exact, pairs),
             total_pairs=h * pairs,
             score_multiply_adds=h * (pairs_computed * pair_scores + done.clusters * cluster_scores + before),
             value_multiply_adds=h * (pairs_computed * pair_values + done.clusters * cluster_values),
-            state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + n_k) + block,
+            state=sum(x.numel() for x in self.parameters()) + h * (clusters * moments + layout.n_k) + block,
             computed_pairs=h * pairs_computed,
         )

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from approx_attn.attention import AttentionMask, AttentionMechanism
+from approx_attn.attention import AttentionMask, AttentionMechanism, Cost
 from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.command import as_list, run_plain
+from approx_attn.diagnosis.benchmark.decoding import decode_call, steps_at
 from approx_attn.diagnosis.benchmark.memory import OutOfMemory, fresh_process_memory, is_out_of_memory
 from approx_attn.diagnosis.benchmark.settings import DTYPES, check, label_of, read_settings
 from approx_attn.diagnosis.benchmark.sources import SYNTHETIC, LayerInputs, Source, build, load_inputs
@@ -104,7 +105,7 @@ def measure(
     inputs = source.layers[0].to(device, dtype)
     cfg = {**cfg, "num_heads": inputs.query.shape[1], "head_dim": inputs.query.shape[-1]}
     causal = bool(cfg["causal"])
-    exact = build({"name": "exact"}, inputs.query, inputs.key, causal).cost(length, causal=causal)
+    exact = cost_of_pass(build({"name": "exact"}, inputs.query, inputs.key, causal), length, pass_name, causal)
     empty = Row("", length, pass_name, causal, commit=source_commit() or "")
     sdpa = replace(empty, label=SDPA, exact_share=1.0, computed_share=1.0, error=0.0)
     rows = {SDPA: replace(sdpa, multiply_adds=exact.multiply_adds)}
@@ -115,11 +116,11 @@ def measure(
             row = replace(row, peak_bytes=_memory(spec, length, pass_name, cfg, device))
             mechanism, note = calibrated(spec, source, 0, cfg)
             mechanism = mechanism.to(device, dtype)
-            cost = mechanism.cost(length, causal=causal)
+            cost = cost_of_pass(mechanism, length, pass_name, causal)
             row = replace(row, note=note, compiled=mechanism.runs_compiled(device, dtype))
             row = replace(row, exact_share=cost.exact_share, computed_share=cost.computed_share)
             row = replace(row, multiply_adds=cost.multiply_adds)
-            row = replace(row, error=output_error(spec, source, length, cfg, device))
+            row = replace(row, error=output_error(spec, source, length, cfg, device, pass_name))
             runs[label] = call(mechanism, inputs, pass_name, causal)
             runs[label]()  # memory that is not there shows now, not among the measured rounds
         except (OutOfMemory, RuntimeError, MemoryError) as error:
@@ -133,7 +134,14 @@ def measure(
     if cfg["memory"]:
         rows[SDPA] = replace(rows[SDPA], peak_bytes=_memory({"name": "exact"}, length, pass_name, cfg, device))
     timings = time_alternately(runs, cfg["repeats"], cfg["warm_up"])
+    if pass_name == "decode":
+        timings = {label: timing.divided_by(steps_at(length)) for label, timing in timings.items()}
     return [_with_timing(row, timings.get(label), timings[SDPA], exact.multiply_adds) for label, row in rows.items()]
+
+
+def cost_of_pass(mechanism: AttentionMechanism, length: int, pass_name: str, causal: bool) -> Cost:
+    """Of a pass over one sequence, or of one step at the end of it."""
+    return mechanism.decoding_cost(length) if pass_name == "decode" else mechanism.cost(length, causal=causal)
 
 
 def _with_timing(row: Row, timing: Timing | None, sdpa: Timing, exact_multiply_adds: int) -> Row:
@@ -164,12 +172,16 @@ def call(
     mechanism: AttentionMechanism, inputs: LayerInputs, pass_name: str, causal: bool
 ) -> Callable[[], Tensor | None]:
     """One pass of a mechanism, ready to be timed."""
+    if pass_name == "decode":
+        return decode_call(mechanism.eval(), inputs)
     mask = AttentionMask(causal=causal)
     return _pass(lambda q, k, v: mechanism(q, k, v, mask, scale=inputs.scale)[0], inputs, pass_name, mechanism)
 
 
 def sdpa_call(inputs: LayerInputs, pass_name: str, causal: bool) -> Callable[[], Tensor | None]:
     """One pass of `scaled_dot_product_attention`, ready to be timed."""
+    if pass_name == "decode":
+        return decode_call(None, inputs)
     grouped = inputs.query.shape[1] != inputs.key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,17 +223,24 @@ def _pass(
 
 @torch.no_grad()
 def output_error(
-    spec: Mapping[str, Any], source: Source, length: int, cfg: Mapping[str, Any], device: torch.device
+    spec: Mapping[str, Any],
+    source: Source,
+    length: int,
+    cfg: Mapping[str, Any],
+    device: torch.device,
+    pass_name: str = "forward",
 ) -> float:
     """Relative error of the output against exact attention in float64, mean over layers and heads."""
     total, causal = 0.0, bool(cfg["causal"])
     for index, layer in enumerate(source.layers):
         mechanism = calibrated(spec, source, index, cfg)[0].to(device, DTYPES[str(cfg["dtype"])])
         inputs = layer.to(device, DTYPES[str(cfg["dtype"])])
-        output = call(mechanism, inputs, "forward", causal)()
+        output = call(mechanism, inputs, "decode" if pass_name == "decode" else "forward", causal)()
         assert output is not None
+        first = length - output.shape[2]  # steps of decoding are the last queries
         # All queries run, as they may share choices; a spread of them is compared.
-        chosen = torch.linspace(0, length - 1, min(length, int(cfg["error_queries"])), device=device).long()
+        chosen = torch.linspace(first, length - 1, min(length - first, int(cfg["error_queries"])), device=device).long()
+        output = output[:, :, chosen - first]
         keep = torch.arange(length, device=device) <= chosen[:, None] if causal else None
         expected = F.scaled_dot_product_attention(
             inputs.query[:, :, chosen].double(),
@@ -231,7 +250,7 @@ def output_error(
             scale=inputs.scale,
             enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
         )
-        difference = (output[:, :, chosen].double() - expected).norm(dim=(-2, -1))
+        difference = (output.double() - expected).norm(dim=(-2, -1))
         total += float((difference / expected.norm(dim=(-2, -1)).clamp_min(1e-30)).mean())
     return total / len(source.layers)
 

@@ -31,7 +31,7 @@ def fresh_process_memory(
             the new process imports.
         spec: `name` and options of the mechanism.
         length: tokens.
-        pass_name: `forward` or `train`.
+        pass_name: `forward`, `train` or `decode`.
         cfg: the configuration of the benchmark.
 
     Raises:

@@ -17,7 +17,7 @@ from approx_attn.config.compose import available_choices, config_dir
 from approx_attn.config.instantiate import suggestion
 from approx_attn.errors import ConfigError
 
-PASSES = ("forward", "train")
+PASSES = ("forward", "train", "decode")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 DEVICES = ("auto", "cpu", "cuda")
 PLACES = ("length", "causal")
@@ -85,6 +85,8 @@ def check(cfg: Mapping[str, Any]) -> list[Entry]:
     counts = ("length", "batch_size", "num_heads", "head_dim", "repeats", "sequences", "error_queries")
     require_counts({key: cfg[key] for key in counts})
     _check_causal("causal", cfg["causal"])
+    if "decode" in cfg["pass"] and as_list(cfg["causal"]) != [True]:
+        raise ConfigError(f"pass=[decode] is of causal attention and takes causal=true, got causal={cfg['causal']!r}.")
     if cfg["reference"] is not None and not isinstance(cfg["reference"], list):
         raise ConfigError(f"reference must be null or a list of files such as [table.csv], got {cfg['reference']!r}.")
     for path in cfg["reference"] or []:

@@ -30,16 +30,16 @@ class Row:
     Attributes:
         label: mechanism and the options that were given.
         length: tokens.
-        pass_name: `forward` or `train`.
+        pass_name: `forward`, `train` or `decode`.
         causal: whether under a causal mask.
-        seconds: median time of a call; None where it did not run.
+        seconds: median time of a pass, of `decode` of one step; None where it did not run.
         spread: interquartile range of the times, seconds.
         speedup: time of SDPA over this time, median over the rounds.
         speedup_spread: interquartile range of that ratio over the rounds.
         peak_bytes: most memory held beyond inputs and parameters; None where not measured.
         exact_share: share of the pairs whose exact score enters the result, 0 to 1.
         computed_share: full scores that are computed, relative to those of exact attention.
-        multiply_adds: of a forward pass over one sequence, from the cost record.
+        multiply_adds: of a forward pass over one sequence, or of one step of `decode`, from the cost record.
         relative_multiply_adds: the same relative to exact attention.
         error: ‖Ô − O‖ / ‖O‖, mean over layers and heads; None where not measured.
         compiled: whether it ran in a compiled operator of this package.

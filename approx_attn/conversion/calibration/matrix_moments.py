@@ -131,8 +131,8 @@ class MatrixMoments:
         self.sketch.grow(length)
         scores, used = centred_scores(query, key, mask, scale)
         self.seen_rows += int(used.any(-1).sum())
-        place = (0, self.sketch.length - key.shape[-2], mask.query_offset)
-        place = (*place, self.sketch.length - query.shape[-2] - mask.query_offset)  # a negative pad crops
+        after_keys, after_queries = self.sketch.length - key.shape[-2], self.sketch.length - query.shape[-2]
+        place = (0, after_keys, mask.query_offset, after_queries - mask.query_offset)  # a negative pad crops
         for each, present in zip(scores.cpu().split(AT_ONCE), used.cpu().split(AT_ONCE), strict=True):
             x, w = (F.pad(part, place).flatten(2).transpose(0, 1) for part in (each, present.double()))  # (h, b, n²)
             count = w.sum(1)

@@ -54,12 +54,12 @@ def transfer_errors(
             for number, basis in enumerate(versions):
                 label = f"{name}|{source}|{number}"
                 specs[label], chosen[label] = options, basis
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for found in reconstruct(model, batches, specs, own, bases=chosen, progress=progress):
         name, source, _ = found.label.split("|")
         for layer, errors in found.layers.items():
-            row = {"mechanism": name.split()[0], "exact_pairs": found.exact_share, "basis": source, "layer": layer}
-            row = rows.setdefault((name, source, layer), row | {"error": 0.0})
+            place = {"mechanism": name.split()[0], "exact_pairs": found.exact_share, "basis": source, "layer": layer}
+            row = rows.setdefault((name, source, layer), {**place, "error": 0.0})
             row["error"] += errors.output / len(bases[source])
     return list(rows.values())
 

@@ -82,9 +82,11 @@ class ClusteredAttention(AttentionMechanism):
         scores = at_least_float32(centres @ key.transpose(-2, -1))  # (b, h, C, n_k)
         top, is_open = self._top(scores, keep)  # (b, h, C, k)
         weights = masked_softmax(scores, keep)
-        mass = weights.gather(-1, top).masked_fill(~is_open, 0.0).sum(dim=-1, keepdim=True)  # (b, h, C, 1)
-        again = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, top, is_open)
-        rest = apply_dropout(weights.masked_fill(again, 0.0), dropout_p).to(value.dtype) @ value  # (b, h, C, d_v)
+        largest = weights.gather(-1, top)  # (b, h, C, k)
+        mass = largest.masked_fill(~is_open, 0.0).sum(dim=-1, keepdim=True)  # (b, h, C, 1)
+        # Not by a scattered bool mask, which inductor (torch 2.13, CPU) compiles wrongly where there are gradients.
+        weights = weights.scatter(-1, top, largest.masked_fill(is_open, 0.0))
+        rest = apply_dropout(weights, dropout_p).to(value.dtype) @ value  # (b, h, C, d_v)
 
         block, one = cluster[..., None], torch.ones_like(cluster[..., None], dtype=torch.bool)
         near = routed_attention(query, take(key, top), take(value, top), is_open, block, one, dropout_p=dropout_p)

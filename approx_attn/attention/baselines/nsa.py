@@ -103,12 +103,12 @@ class NativeSparseAttention(AttentionMechanism):
         if mask.query_keep is not None:  # whatever stands there must not reach a gradient, not even as 0 · NaN
             query = query.masked_fill(~mask.query_keep[:, None, :, None], 0.0)
         query, key, value = in_autocast_type(query, key, value)
+        repeated_key, repeated_value = (repeat_heads(x, self.num_heads) for x in (key, value))
         compressed, probability = self._compressed(query, key, value, request)
-        own_key, own_value = (repeat_heads(each, self.num_heads) for each in (key, value))
         branches = (
             compressed,
             self._selected(query, key, value, probability, request),
-            self.window.attend(query, own_key, own_value, request)[0],
+            self.window.attend(query, repeated_key, repeated_value, request)[0],
         )
         gates = query @ self.gate_weight.to(query.dtype).transpose(-2, -1)  # (b, h, n_q, 3)
         gates = at_least_float32(gates + self.gate_bias.to(query.dtype)[:, None]).sigmoid()
@@ -239,9 +239,8 @@ class Compression(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(b, h, n, dim) -> (b, h, count(n), dim)."""
         count, pieces = self.count(x.shape[-2]), self.size // self.stride
-        if count == 0:
-            return x[..., :0, :]
-        strides = x[..., : (count + pieces - 1) * self.stride, :].unflatten(-2, (-1, self.stride))
+        cells = count + pieces - 1 if count > 0 else 0  # none: the parameters still get a gradient, of zero
+        strides = x[..., : cells * self.stride, :].unflatten(-2, (cells, self.stride))
         # Shifted copies rather than `unfold`; see Band.key_blocks.
         blocks = torch.cat([strides[..., i : i + count, :, :] for i in range(pieces)], dim=-2)  # (b, h, n_c, size, dim)
         hidden = (blocks + self.position.to(x.dtype)).flatten(-2)

@@ -10,7 +10,6 @@ from helpers import naive_reference
 CASES = {
     "small": {"keep": 0.5, "block_size": 4, "compress_size": 4, "stride": 2},
     "count": {"keep": 9, "block_size": 2, "compress_size": 2, "stride": 1},
-    "default": {},
     "many": {"keep": 0.9, "block_size": 3, "compress_size": 3, "stride": 3},
 }
 BFLOAT16_TOLERANCE = 0.3  # nearly equal blocks change places

@@ -10,9 +10,15 @@ from approx_attn.attention.registry import attention_options
 from approx_attn.command import as_list, mechanism_spec, require_counts, require_shares, run_plain, settings
 from approx_attn.conversion.calibration import STATISTICS
 from approx_attn.conversion.calibration.fitting import calibrate
+from approx_attn.conversion.calibration.refinement import refine_basis, require_refinable
 from approx_attn.diagnosis.inputs import load_source
-from approx_attn.diagnosis.reconstruction import Reconstruction, reconstruct, standard_mechanisms, without_refusals
-from approx_attn.diagnosis.refinement import basis_variants, refine_basis, require_refinable
+from approx_attn.diagnosis.reconstruction import (
+    Reconstruction,
+    basis_variants,
+    reconstruct,
+    standard_mechanisms,
+    without_refusals,
+)
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_file, to_csv, to_table
 from approx_attn.run.record import write_text_atomically
@@ -53,7 +59,15 @@ def _calibrate(options: dict[str, Any]) -> None:
         **{key: options[key] for key in ("statistics", "max_rank", "rows", "exact", "seed")},
     )
     if mechanism is not None:
-        calibration = refine_basis(source.model, source.first, calibration, mechanism, steps=steps, progress=progress)
+        calibration = refine_basis(
+            source.model,
+            source.first,
+            calibration,
+            mechanism,
+            steps=steps,
+            exact=options["exact"],
+            progress=progress,
+        )
         calibration.save(options["output"])
     rows = [
         {

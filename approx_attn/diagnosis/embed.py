@@ -28,7 +28,7 @@ from approx_attn.conversion.layers import SLOT
 from approx_attn.data.sources import is_file, load_source, require_column, require_split
 from approx_attn.diagnosis.calibrate import chosen_mechanisms, refinement_steps
 from approx_attn.diagnosis.inputs import load_encoder
-from approx_attn.diagnosis.refinement import basis_variants
+from approx_attn.diagnosis.reconstruction import basis_variants
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_file, to_csv, to_table
 from approx_attn.run.record import write_text_atomically

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from approx_attn.command import require_counts
 from approx_attn.config.instantiate import build, sentence
-from approx_attn.conversion.capture import CaptureCallback, capture_attention_inputs
 from approx_attn.data.sources import read_text
 from approx_attn.errors import ConfigError
 
@@ -28,18 +27,6 @@ class Source:
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
-
-
-@contextmanager
-def attention_observed(model: nn.Module, callback: CaptureCallback) -> Iterator[None]:
-    """Show a callback the inputs of every attention layer of a model that runs meanwhile, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), capture_attention_inputs(model, callback):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def load_source(

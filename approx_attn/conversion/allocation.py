@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ EXACT = {"name": "exact"}
 
 def allocate(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     attention: str | Mapping[str, Any] | partial | Sequence[str | Mapping[str, Any]] = "eigen_topk",
     *,
     target_error: float | None = None,
@@ -44,7 +44,8 @@ def allocate(
     Measured on the model's own inputs is ‖Ô − O‖ / ‖O‖ of the output of each layer's attention, at `KEEPS`. With
     `target_error` every layer gets the fewest exact pairs at which its error is at most that. With `mean_share` pairs
     go where they take most from Σ_l (w_l e_l)², the squared errors e_l of the layers, each times the effect w_l of the
-    layer on the output of the model (measured with that layer alone converted), until they are that share of all pairs.
+    layer on the output of the model (logits, or the mean-pooled hidden states of an encoder without a head, measured
+    with that layer alone converted), until they are that share of all pairs.
     Layers that no budget serves are left exact. Memory holds one batch.
 
     Args:
@@ -69,7 +70,7 @@ def allocate(
     _require_target(target_error, mean_share)
     several = isinstance(attention, Sequence) and not isinstance(attention, str)
     specs = [_spec(entry) for entry in (attention if several else [attention])]  # type: ignore[union-attr]
-    found = find_layers(model)
+    batches, found = list(batches), find_layers(model)
     if any(isinstance(m, AttentionMechanism) and m.name != "exact" for m in model.modules()):
         raise ValueError(f"allocate needs the model as it was, this {type(model).__name__} is converted: revert it.")
     kinds = {cls.basis_kind for spec in specs if issubclass(cls := attention_class(spec["name"]), BasisMechanism)}
@@ -305,13 +306,14 @@ def _effects(
         )
         measured.fitted.load_into_model(converted)
         one_by_one[layer.name] = converted.eval()
+    is_causal = any(layer.causal for layer in measured.fitted.layers)
     moved, norm = dict.fromkeys(one_by_one, 0.0), 0.0
     with torch.no_grad():
         for batch in with_progress(batches, progress, "effects of layers"):
-            output = _output(model, batch)
+            output = _output(model, batch, is_causal)
             norm += float(output.square().sum())
-            for layer, converted in one_by_one.items():
-                moved[layer] += float((_output(converted, batch) - output).square().sum())
+            for name, converted in one_by_one.items():
+                moved[name] += float((_output(converted, batch, is_causal) - output).square().sum())
     local = {layer: curve.squares[probe].sum() / max(curve.norms.sum(), 1e-24) for layer, curve in curves.items()}
     return {layer: float((moved[layer] / norm / max(local[layer], 1e-24)) ** 0.5) for layer in curves}
 
@@ -322,11 +324,14 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
 
 
-def _output(model: nn.Module, batch: Any) -> Tensor:
-    """What a model computes, as float64; zero where its inputs say that there is padding."""
+def _output(model: nn.Module, batch: Any, is_causal: bool) -> Tensor:
+    """What a model is for, as float64: logits, or the mean of the last hidden states of an encoder without a head."""
     result = model_output(model, batch)
+    is_embedding = hasattr(result, "last_hidden_state") and not is_causal
     result = result if isinstance(result, Tensor) else result[0]
     keep = batch.get("attention_mask", batch.get("keep")) if isinstance(batch, Mapping) else None
-    if isinstance(keep, Tensor) and keep.shape == result.shape[:2]:
-        result = result * keep.to(result)[..., None]
-    return result.double()
+    if not isinstance(keep, Tensor) or result.dim() != 3 or keep.shape != result.shape[:2]:
+        keep = torch.ones(result.shape[:2])
+    weights = keep.to(result.device).double()[(...,) + (None,) * (result.dim() - 2)]  # padding counts for nothing
+    weighted = result.double() * weights
+    return weighted.sum(1) / weights.sum(1).clamp_min(1.0) if is_embedding else weighted

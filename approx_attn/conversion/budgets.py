@@ -91,17 +91,30 @@ class Allocation:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"budgets={path} is damaged ({error}); {wanted}.") from error
 
-    def require_model(self, model: str, found: Sequence[AttentionLayer]) -> None:
-        """Raise a `ValueError` if the layers found in a model of this class are not those of the budgets."""
+    def of_model(self, model: str, found: Sequence[AttentionLayer]) -> dict[str, LayerBudget]:
+        """The budgets by the names that the layers have in a model, which may be wrapped in another or taken out.
+
+        Args:
+            model: class of the model, for messages.
+            found: its attention layers.
+
+        Raises:
+            ValueError: the layers are not those of the budgets.
+        """
+        own, theirs = next(iter(self.layers), ""), found[0].name if found else ""
+        outer = theirs.removesuffix(own) if theirs.endswith(own) else ""
+        inner = own.removesuffix(theirs) if own.endswith(theirs) else ""
+        renamed = {f"{outer}{name.removeprefix(inner)}": layer for name, layer in self.layers.items()}
         names = {layer.name for layer in found}
-        of = f"budgets are those of a {self.model} with {len(self.layers)} attention layers"
-        if names != set(self.layers):
-            other = min(names ^ set(self.layers))
+        of = f"budgets are those of a {self.model} with {len(renamed)} attention layers"
+        if names != set(renamed):
+            other = min(names ^ set(renamed))
             raise ValueError(f"{of}, this {model} has {len(names)}; {other} is not in both.")
         for layer in found:
-            shape = self.layers[layer.name].shape
+            shape = renamed[layer.name].shape
             if shape is not None and layer.shape is not None and shape != shape_of(layer.shape):
                 raise ValueError(f"{of}, whose {layer.name} has {shape}; here it has {shape_of(layer.shape)}.")
+        return renamed
 
 
 def shape_of(sizes: Any) -> dict[str, int]:

@@ -201,8 +201,8 @@ def _specs(
     if attention is not None or options:
         raise ValueError("budgets= says which mechanism with which options every layer gets: leave these out.")
     allocation = budgets if isinstance(budgets, Allocation) else Allocation.open(budgets)
-    allocation.require_model(type(model).__name__, found)
-    return {layer.name: attention_spec(allocation.layers[layer.name].attention, {}) for layer in selected}
+    layers = allocation.of_model(type(model).__name__, found)
+    return {layer.name: attention_spec(layers[layer.name].attention, {}) for layer in selected}
 
 
 def _require_calibration(spec: Mapping[str, Any], mechanism: AttentionMechanism | None) -> None:
@@ -287,7 +287,7 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     for column in ("layer", "kind", "attention", "parameters", "exact pairs", "multiply-adds"):
         table.add_column(column, justify="left" if column in ("layer", "kind", "attention") else "right")
     for row in rows:
-        options = ", ".join(f"{key}={_shown(value)}" for key, value in row.options.items())
+        options = ", ".join(f"{key}={shown_option(value)}" for key, value in row.options.items())
         share, relative = "?", "?"
         if row.cost is not None and row.exact_cost is not None:
             share = f"{row.cost.exact_share:.1%}"
@@ -298,7 +298,7 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     return rows
 
 
-def _shown(option: Any) -> str:
+def shown_option(option: Any) -> str:
     """An option; of a list, such as one of budgets by head, the ends."""
     return f"{min(option)} to {max(option)} by head" if isinstance(option, list | tuple) else str(option)
 

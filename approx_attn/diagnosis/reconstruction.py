@@ -21,7 +21,6 @@ from approx_attn.attention.exact import ExactAttention, exact_attention_with_wei
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.layer_errors import mechanism_for_layer, relative_errors
 from approx_attn.conversion.calibration.moments import used_tokens
-from approx_attn.conversion.calibration.refinement import is_refinable, refine_basis
 from approx_attn.conversion.capture import attention_observed
 
 
@@ -282,28 +281,3 @@ def without_refusals(
             refused.append(label)
             del taken[label]
     return taken, refused
-
-
-def basis_variants(
-    model: nn.Module,
-    batches: Sequence[Any],
-    mechanisms: Mapping[str, Mapping[str, Any]],
-    calibration: Calibration,
-    steps: int,
-    progress: bool = True,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Calibration | None]]:
-    """Every mechanism as it is and, where it has a basis that learns, with a random and with a refined one.
-
-    Returns:
-        Mechanisms by label, and by the label of those that do not start from `calibration` what they do start from
-        (None: their random basis).
-    """
-    table: dict[str, dict[str, Any]] = {}
-    bases: dict[str, Calibration | None] = {}
-    for label, options in mechanisms.items():
-        table[label] = spec = dict(options)
-        if steps and is_refinable(spec):
-            table |= {f"{label}, random basis": {"seed": 0} | spec, f"{label}, refined": spec}
-            bases[f"{label}, random basis"] = None
-            bases[f"{label}, refined"] = refine_basis(model, batches, calibration, spec, steps=steps, progress=progress)
-    return table, bases

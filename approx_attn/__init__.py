@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from approx_attn.comparison.command import compare
     from approx_attn.config.compose import compose_config
     from approx_attn.config.trust import trust
+    from approx_attn.conversion.allocation import allocate
+    from approx_attn.conversion.budgets import Allocation
     from approx_attn.conversion.calibration import calibrate
     from approx_attn.conversion.convert import convert, describe, revert
     from approx_attn.conversion.saving import load_converted, save_converted
@@ -39,6 +41,8 @@ _PLACES = {
     "comparison.command": ("compare",),
     "config.compose": ("compose_config",),
     "config.trust": ("trust",),
+    "conversion.allocation": ("allocate",),
+    "conversion.budgets": ("Allocation",),
     "conversion.calibration": ("calibrate",),
     "conversion.convert": ("convert", "describe", "revert"),
     "conversion.saving": ("load_converted", "save_converted"),
@@ -49,6 +53,7 @@ _PLACES = {
 }
 
 __all__ = [
+    "Allocation",
     "AttentionMask",
     "AttentionMechanism",
     "Capabilities",
@@ -56,6 +61,7 @@ __all__ = [
     "Counts",
     "Metric",
     "MultiheadAttention",
+    "allocate",
     "available_attention",
     "build_attention",
     "calibrate",

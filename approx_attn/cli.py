@@ -32,6 +32,14 @@ VERBS: dict[str, tuple[str, str]] = {
         "approx_attn.diagnosis.calibrate:reconstruct_main",
         "error of the attention output by mechanism, budget and layer: model=<...> data=<text file>",
     ),
+    "allocate": (
+        "approx_attn.diagnosis.allocate:main",
+        "budgets by layer and head from a target: model=<...> data=<text file> mean_share=0.125",
+    ),
+    "perplexity": (
+        "approx_attn.diagnosis.perplexity:main",
+        "perplexity and bits per byte by mechanism and budget: model=<causal model> data=<text file>",
+    ),
     "embed": (
         "approx_attn.diagnosis.embed:main",
         "how far text embeddings move with other attention: model=<encoder> calibration=<texts> data=[<texts>]",

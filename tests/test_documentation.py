@@ -52,6 +52,8 @@ SMALL = {
     "evaluate": ["progress_bar=false"],
     "estimate": ["steps=1", "trainer.accelerator=cpu"],
     "calibrate": ["length=16", "sequences=8", "progress_bar=false"],
+    "allocate": ["length=16", "sequences=8", "progress_bar=false"],
+    "perplexity": ["length=16", "sequences=4", "test_sequences=4", "progress_bar=false"],
     "reconstruct": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
     "embed": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
     "analyze": ["length=16", "sequences=8", "batch_size=4", "progress_bar=false"],
@@ -133,6 +135,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformers.BertModel(config).save_pretrained(folder / name)
         tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
         tokenizer.save_pretrained(folder / name)
+    causal = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=len(vocabulary), **causal)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder / "openai-community/gpt2")
+    tokenizer.save_pretrained(folder / "openai-community/gpt2")
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(WORDS, rng.integers(20, 40))) for _ in range(120)]
     table = Dataset.from_dict({"text": texts, "label": [int("dull" in text) for text in texts]})

@@ -38,6 +38,7 @@ class Capabilities:
         has_parameters: holds learned parameters, so it must be built once and kept, not once per call.
         grouped_query: takes fewer key/value heads than query heads without copies being made for it.
         window: honours `mask.window`.
+        head_budgets: takes as `keep` a list too, one budget for each query head.
     """
 
     causal: bool = True
@@ -50,6 +51,7 @@ class Capabilities:
     has_parameters: bool = False
     grouped_query: bool = False
     window: bool = False
+    head_budgets: bool = False
 
 
 @dataclass(frozen=True)

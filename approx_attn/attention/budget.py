@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ def require_budget(key: str, value: Any) -> float | int:
         f"{key} must be a share in (0, 1] such as 0.25, or 1.0 for all, or a whole number of keys of at least 1, "
         f"got {value!r}."
     )
+
+
+def require_budgets(key: str, value: Any, num_heads: int) -> tuple[float | int, ...]:
+    """One budget for all heads, as a tuple of one, or one for each of `num_heads`."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (require_budget(key, value),)
+    if len(value) != num_heads:
+        raise ValueError(f"{key} must be one budget, or a list of one for each of {num_heads} heads, got {len(value)}.")
+    return tuple(require_budget(key, budget) for budget in value)
 
 
 def resolve_count(budget: float | int, length: int) -> int:

@@ -69,6 +69,18 @@ def capture_attention_inputs(model: nn.Module, callback: CaptureCallback) -> Ite
         yield
 
 
+@contextmanager
+def attention_observed(model: nn.Module, callback: CaptureCallback) -> Iterator[None]:
+    """Show a callback the inputs of every attention layer of a model that runs meanwhile, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), capture_attention_inputs(model, callback):
+            yield
+    finally:
+        model.train(was_training)
+
+
 # -- torch.nn.MultiheadAttention -------------------------------------------------------------------------
 
 

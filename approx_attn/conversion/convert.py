@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch import nn
 from approx_attn.attention import AttentionMechanism, AttentionShape, Cost, build_attention
 from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.budgets import Allocation
 from approx_attn.conversion.calibration import calibrate
 from approx_attn.conversion.calibration.fitting import refuse_texts
+from approx_attn.conversion.calibration.refinement import refine_basis, require_refinable
 from approx_attn.conversion.capture import capture_attention_inputs
 from approx_attn.conversion.installing import find_layers, install, uninstall
 from approx_attn.conversion.layers import AttentionLayer, AttentionSlot, select_layers
 from approx_attn.conversion.saving import mark_converted
+from approx_attn.errors import require_count
 
 UNSAID: Any = object()  # what stands where nothing was given, in which None means something
 LONGEST_DEFAULT = 2048
@@ -28,10 +32,12 @@ LONGEST_DEFAULT = 2048
 
 def convert(
     model: nn.Module,
-    attention: str | Mapping[str, Any] | partial = "eigen_topk",
+    attention: str | Mapping[str, Any] | partial | None = None,
     *,
     layers: str | Iterable[str] | None = None,
+    budgets: Allocation | str | Path | None = None,
     calibration: Iterable[Any] | None = UNSAID,
+    refine: int = 0,
     example: Any = None,
     max_length: int | None = None,
     **options: Any,
@@ -45,12 +51,17 @@ def convert(
 
     Args:
         model: a trained model.
-        attention: name of a mechanism, `{"name": ..., **options}`, or the partial of a mechanism's class.
+        attention: name of a mechanism, `{"name": ..., **options}`, or the partial of a mechanism's class; `eigen_topk`
+            if None.
         layers: which layers: a kind (`self`, `cross`, `encoder`, `decoder`, `encoder-self`, `decoder-self`,
             `decoder-cross`), a glob pattern of qualified names, or several of them; all if None.
+        budgets: what `allocate` returned for such a model, or the file it was saved to: the mechanism and options of
+            every layer, in place of `attention` and `options`.
         calibration: batches of the model's inputs (mappings, tuples or tensors), to which bases are fitted in
             one pass, during which the model computes exact attention. Mechanisms that are of no use before they
             are calibrated or trained want it; None says that the model will be trained from their random start.
+        refine: steps of gradient on the error of each layer's output, over the batches of `calibration`, that improve
+            content bases after their closed form; the weights of the model stay fixed.
         example: one batch of inputs, to measure the shapes of layers that do not declare them; the first one
             of `calibration` if that is given.
         max_length: longest input, for mechanisms with parts laid out over positions; by default what the
@@ -62,19 +73,25 @@ def convert(
 
     Raises:
         ValueError: a model without an attention layer that can be converted (named), an unknown mechanism or
-            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, or one that
-            needs `calibration` without a word about it.
+            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, one that
+            needs `calibration` without a word about it, budgets of another model, or nothing to refine.
 
     Example:
         >>> model = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
         >>> convert(model, "eigen_topk", rank=8, keep=0.25, calibration=batches)
     """
-    spec = attention_spec(attention, options)
     found = find_layers(model)
     if not found:
         raise ValueError(_refusal(model))
     selected = select_layers(found, layers)
+    specs = _specs(model, found, selected, attention, budgets, options)
     given = None if calibration is UNSAID else calibration
+    seen: list[Any] = []
+    if require_count("refine", refine, 0):
+        if given is None:
+            raise ValueError(f"refine={refine} needs calibration=, batches of the model's inputs.")
+        require_refinable(specs)
+        given = seen = list(given)
     if given is not None:
         given = iter(given)
         if example is None:
@@ -84,7 +101,7 @@ def convert(
     slots = {
         layer.name: AttentionSlot(
             layer.name,
-            spec,
+            specs[layer.name],
             shapes.get(layer.name, layer.shape),
             is_cross=layer.is_cross,
             max_length=_max_length(layer, max_length),
@@ -97,14 +114,18 @@ def convert(
     for mechanism in mechanisms[1:]:
         mechanism.tie_to(mechanisms[0])
     if calibration is UNSAID:
-        _require_calibration(spec, mechanisms)
+        for slot in slots.values():
+            _require_calibration(specs[slot.layer], slot.mechanism)
     if given is not None and not any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
-        raise ValueError(f"attention={spec['name']} has no basis to fit: leave calibration= out.")
+        names = ", ".join(sorted({spec["name"] for spec in specs.values()}))
+        raise ValueError(f"attention={names} has no basis to fit: leave calibration= out.")
     install(model, found, slots)
     mark_converted(model)
     if given is not None:
         try:
-            calibrate(model, given, max_rank=None, progress=False)
+            fitted = calibrate(model, given, max_rank=None, progress=False)
+            if refine:
+                refine_basis(model, seen, fitted, specs, steps=refine, progress=False).load_into_model(model)
         except BaseException:
             uninstall(model, [layer.name for layer in selected])
             mark_converted(model)
@@ -165,14 +186,33 @@ def attention_spec(attention: str | Mapping[str, Any] | partial, options: Mappin
     return spec
 
 
-def _require_calibration(spec: Mapping[str, Any], mechanisms: Sequence[AttentionMechanism]) -> None:
-    """Refuse mechanisms whose parameters are still random, which would ruin a trained model in silence."""
+def _specs(
+    model: nn.Module,
+    found: list[AttentionLayer],
+    selected: list[AttentionLayer],
+    attention: str | Mapping[str, Any] | partial | None,
+    budgets: Allocation | str | Path | None,
+    options: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """The mechanism and options of every selected layer."""
+    if budgets is None:
+        spec = attention_spec("eigen_topk" if attention is None else attention, options)
+        return {layer.name: spec for layer in selected}
+    if attention is not None or options:
+        raise ValueError("budgets= says which mechanism with which options every layer gets: leave these out.")
+    allocation = budgets if isinstance(budgets, Allocation) else Allocation.open(budgets)
+    layers = allocation.of_model(type(model).__name__, found)
+    return {layer.name: attention_spec(layers[layer.name].attention, {}) for layer in selected}
+
+
+def _require_calibration(spec: Mapping[str, Any], mechanism: AttentionMechanism | None) -> None:
+    """Refuse a mechanism whose parameters are still random, which would ruin a trained model in silence."""
     starts_from_data = spec.get("basis", "running") not in (None, "running")  # a file, or each input's own
     keeps_all = isinstance(spec.get("keep"), float) and spec["keep"] == 1.0
-    keeps_all = keeps_all and all(m.full_budget(1, m.head_dim) is not None for m in mechanisms)
-    if starts_from_data or keeps_all or not any(m.capabilities.needs_calibration for m in mechanisms):
+    keeps_all = keeps_all and mechanism is not None and mechanism.full_budget(1, mechanism.head_dim) is not None
+    if starts_from_data or keeps_all or mechanism is None or not mechanism.capabilities.needs_calibration:
         return
-    if any(isinstance(mechanism, CalibratedMechanism) for mechanism in mechanisms):
+    if isinstance(mechanism, CalibratedMechanism):
         raise ValueError(
             f"attention={spec['name']} is of no use in a trained model before its basis is fitted: give calibration=, "
             "batches of the model's inputs, or calibration=None if the model is trained next."
@@ -248,7 +288,7 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     for column in ("layer", "kind", "attention", "parameters", "exact pairs", "multiply-adds"):
         table.add_column(column, justify="left" if column in ("layer", "kind", "attention") else "right")
     for row in rows:
-        options = ", ".join(f"{key}={value}" for key, value in row.options.items())
+        options = ", ".join(f"{key}={shown_option(value)}" for key, value in row.options.items())
         share, relative = "?", "?"
         if row.cost is not None and row.exact_cost is not None:
             share = f"{row.cost.exact_share:.1%}"
@@ -257,6 +297,11 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
         table.add_row(row.layer, row.kind, name, f"{row.parameters:,}", share, relative)
     print_table(table)
     return rows
+
+
+def shown_option(option: Any) -> str:
+    """An option; of a list, such as one of budgets by head, the ends."""
+    return f"{min(option)} to {max(option)} by head" if isinstance(option, list | tuple) else str(option)
 
 
 def _describe(layer: AttentionLayer, length: int) -> LayerDescription:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from approx_attn.attention import available_attention, build_attention
 from approx_attn.attention.registry import attention_options
 from approx_attn.command import as_list, mechanism_spec, require_counts, require_shares, run_plain, settings
+from approx_attn.conversion.budgets import Allocation
 from approx_attn.conversion.calibration import STATISTICS
 from approx_attn.conversion.calibration.fitting import calibrate
+from approx_attn.conversion.calibration.refinement import refine_basis, require_refinable
 from approx_attn.diagnosis.inputs import load_source
 from approx_attn.diagnosis.reconstruction import (
     Reconstruction,
@@ -18,7 +21,7 @@ from approx_attn.diagnosis.reconstruction import (
     statistics_for,
     without_refusals,
 )
-from approx_attn.diagnosis.refinement import basis_variants, refine_basis, require_refinable
+from approx_attn.diagnosis.variants import basis_variants
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_file, to_csv, to_table
 from approx_attn.run.record import write_text_atomically
@@ -59,7 +62,15 @@ def _calibrate(options: dict[str, Any]) -> None:
         **{key: options[key] for key in ("statistics", "max_rank", "rows", "exact", "seed")},
     )
     if mechanism is not None:
-        calibration = refine_basis(source.model, source.first, calibration, mechanism, steps=steps, progress=progress)
+        calibration = refine_basis(
+            source.model,
+            source.first,
+            calibration,
+            mechanism,
+            steps=steps,
+            exact=options["exact"],
+            progress=progress,
+        )
         calibration.save(options["output"])
     rows = [
         {
@@ -156,6 +167,19 @@ def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return spec
+
+
+def read_budgets(options: Mapping[str, Any]) -> dict[str, Allocation]:
+    """The budgets in the files of `budgets`, by the name of the file.
+
+    Raises:
+        ConfigError: a file that `approx-attn allocate` did not write.
+    """
+    paths = [] if options["budgets"] is None else as_list(options["budgets"])
+    try:
+        return {f"budgets={Path(path).name}": Allocation.open(path) for path in paths}
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def refinement_steps(options: Mapping[str, Any]) -> int:

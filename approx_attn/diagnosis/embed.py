@@ -7,7 +7,6 @@ hidden states.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,16 +18,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from approx_attn.attention import Cost, build_attention
 from approx_attn.command import as_list, require_counts, run_plain, settings
 from approx_attn.conversion.calibration.fitting import calibrate, with_progress
-from approx_attn.conversion.convert import attention_spec, convert
-from approx_attn.conversion.installing import find_layers
-from approx_attn.conversion.layers import SLOT
 from approx_attn.data.sources import is_file, load_source, require_column, require_split
-from approx_attn.diagnosis.calibrate import chosen_mechanisms, refinement_steps
+from approx_attn.diagnosis.calibrate import chosen_mechanisms, read_budgets, refinement_steps
 from approx_attn.diagnosis.inputs import load_encoder
-from approx_attn.diagnosis.refinement import basis_variants
+from approx_attn.diagnosis.variants import Attention, basis_variants, converted_copy, costs
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_file, to_csv, to_table
 from approx_attn.run.record import write_text_atomically
@@ -44,6 +39,7 @@ class EmbeddingPreservation:
         label: what the table calls the mechanism.
         data: what it calls the texts.
         cosine: mean over texts of the cosine between the embedding of the original and of the converted model.
+        error: ‖Ê − E‖ / ‖E‖, E the embeddings of all texts by the original model.
         lowest: the least of these cosines.
         exact_share: share of the pairs whose exact score enters the result, at the longest text.
         score_ratio: multiply-adds of scores and selection relative to exact attention's scores, likewise.
@@ -52,6 +48,7 @@ class EmbeddingPreservation:
     label: str
     data: str
     cosine: float
+    error: float
     lowest: float
     exact_share: float
     score_ratio: float
@@ -61,7 +58,7 @@ def preserve_embeddings(
     model: nn.Module,
     calibration: Sequence[Batch],
     texts: Mapping[str, Sequence[Batch]],
-    mechanisms: Mapping[str, Mapping[str, Any]],
+    mechanisms: Mapping[str, Attention],
     *,
     refine: int = 0,
     progress: bool = True,
@@ -72,7 +69,7 @@ def preserve_embeddings(
         model: an encoder of transformers, not converted; stays as it is.
         calibration: batches of inputs that bases are fitted on: `input_ids` and `attention_mask`, both (b, n).
         texts: by name, batches to measure on.
-        mechanisms: by label, `{"name": ..., **options}`.
+        mechanisms: by label, `{"name": ..., **options}`, or budgets of all layers.
         refine: steps of gradient; more than 0 adds mechanisms with a random and with a refined content basis.
         progress: show progress bars.
 
@@ -89,18 +86,17 @@ def preserve_embeddings(
     mechanisms, bases = basis_variants(model, calibration, mechanisms, fitted, refine, progress)
     results = []
     for label, spec in mechanisms.items():
-        converted = convert(copy.deepcopy(model), attention_spec(spec, {}), calibration=None, max_length=length).eval()
-        basis = bases.get(label, fitted)
-        if basis is not None:
-            basis.load_into_model(converted)
+        converted = converted_copy(model, spec, bases.get(label, fitted), length)
         for name, batches in texts.items():
-            cosines = F.cosine_similarity(embeddings(converted, batches, progress), original[name], dim=-1)
+            moved = embeddings(converted, batches, progress)
+            cosines = F.cosine_similarity(moved, original[name], dim=-1)
             own, exact = costs(converted, longest[name])
             results.append(
                 EmbeddingPreservation(
                     label=label,
                     data=name,
                     cosine=float(cosines.mean()),
+                    error=float((moved - original[name]).norm() / original[name].norm()),
                     lowest=float(cosines.min()),
                     exact_share=own.exact_share,
                     score_ratio=own.score_multiply_adds / exact.score_multiply_adds,
@@ -122,18 +118,6 @@ def embeddings(model: nn.Module, batches: Iterable[Batch], progress: bool = Fals
     return torch.cat(pooled).cpu()
 
 
-def costs(model: nn.Module, length: int) -> tuple[Cost, Cost]:
-    """Cost of all converted layers of a model at a length, and of exact attention in their place."""
-    own, exact = [], []
-    for layer in find_layers(model):
-        mechanism = getattr(layer.module, SLOT).mechanism
-        shape = vars(layer.shape)
-        reference = build_attention("exact", **shape).cost(length)
-        own.append(reference if mechanism is None else mechanism.cost(length))
-        exact.append(reference)
-    return sum(own[1:], start=own[0]), sum(exact[1:], start=exact[0])
-
-
 # -- the verb ------------------------------------------------------------------------------------------
 
 
@@ -148,7 +132,8 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     Raises:
         ConfigError: a model, a set of texts or a mechanism that cannot be used.
     """
-    mechanisms, steps = chosen_mechanisms(options), refinement_steps(options)
+    budgets, steps = read_budgets(options), refinement_steps(options)
+    mechanisms = chosen_mechanisms(options) | budgets
     output = require_file("output", options["output"])
     require_counts({key: options[key] for key in ("length", "sequences", "test_sequences", "batch_size")})
     model, tokenizer = load_encoder(str(options["model"]))
@@ -159,7 +144,8 @@ def embed(options: Mapping[str, Any]) -> list[EmbeddingPreservation]:
     }
     results = preserve_embeddings(model, taken, texts, mechanisms, refine=steps, progress=options["progress_bar"])
     title = f"Mean cosine to the unchanged embeddings: {Path(str(options['model'])).name}"
-    print_table(to_table(cells(results), title=title, caption="Mean-pooled last hidden states; nothing fine-tuned."))
+    caption = "Mean-pooled last hidden states; nothing fine-tuned. Error: ‖Ê − E‖ / ‖E‖ over all texts."
+    print_table(to_table(cells(results), title=title, caption=caption))
     write_text_atomically(output, to_csv(list(map(asdict, results))))
     print(output)
     return results
@@ -212,4 +198,5 @@ def cells(results: Sequence[EmbeddingPreservation]) -> list[dict[str, str]]:
         cost = {"exact pairs": f"{result.exact_share:.1%}", "score cost": f"{result.score_ratio:.2f}"}
         row = rows.setdefault(result.label, {"mechanism": result.label, **cost})
         row[result.data] = f"{result.cosine:.4f}"
+        row[f"error {result.data}"] = f"{result.error:.4f}"
     return list(rows.values())

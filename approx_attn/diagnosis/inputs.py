@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from approx_attn.command import require_counts
 from approx_attn.config.instantiate import build, sentence
-from approx_attn.conversion.capture import CaptureCallback, capture_attention_inputs
 from approx_attn.data.sources import read_text
 from approx_attn.errors import ConfigError
 
@@ -28,18 +27,6 @@ class Source:
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
-
-
-@contextmanager
-def attention_observed(model: nn.Module, callback: CaptureCallback) -> Iterator[None]:
-    """Show a callback the inputs of every attention layer of a model that runs meanwhile, in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), capture_attention_inputs(model, callback):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def load_source(
@@ -87,14 +74,18 @@ def _batch(windows: list[list[int]]) -> Batch:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def load_encoder(model: str) -> tuple[nn.Module, Any]:
-    """A Hugging Face model without a head, in evaluation mode, and its tokenizer.
+def load_encoder(model: str, auto_class: str = "AutoModel") -> tuple[nn.Module, Any]:
+    """A Hugging Face model, in evaluation mode, and its tokenizer.
+
+    Args:
+        model: hub id or folder.
+        auto_class: of transformers, which says what head the model has; `AutoModel` gives none.
 
     Raises:
         ConfigError: transformers is missing, or there is no such model or no fast tokenizer.
     """
     try:
-        from transformers import AutoModel, AutoTokenizer
+        import transformers
     except ImportError as error:
         raise ConfigError("model: Hugging Face models need transformers; install approx-attn[hf].") from error
     if not Path(model).exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
@@ -102,8 +93,8 @@ def load_encoder(model: str) -> tuple[nn.Module, Any]:
     try:
         # The slow paths of old weights run code from the file; safetensors cannot.
         with _without_bars():
-            network = AutoModel.from_pretrained(model, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+            network = getattr(transformers, auto_class).from_pretrained(model, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={model} cannot be loaded: {' '.join(str(error).split())}") from error
     if not tokenizer.is_fast:
@@ -127,14 +118,20 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
-    from approx_attn.data.base import SequenceDataModule
+def load_checkpoint(path: str) -> Any:
+    """The task in a checkpoint of this package, as `approx_attn.run.evaluate.load_task` reads it."""
     from approx_attn.run.evaluate import load_task
 
     try:
-        task = load_task(path)
+        return load_task(path)
     except ConfigError as error:  # which calls `checkpoint` what is `model` here
         raise ConfigError(re.sub("^checkpoint=", "model=", str(error))) from error
+
+
+def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
+    from approx_attn.data.base import SequenceDataModule
+
+    task = load_checkpoint(path)
     module = build(task.config["data"], "data", SequenceDataModule)
     module.prepare_data()
     module.setup()

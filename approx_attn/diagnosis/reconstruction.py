@@ -7,7 +7,7 @@ calibrated on one part of the data and measured on another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from approx_attn.attention import (
     AttentionMask,
     AttentionMechanism,
-    AttentionShape,
     attention_class,
     build_attention,
-    resolve_attention,
 )
 from approx_attn.attention.base import Cost
 from approx_attn.attention.calibrated import BasisMechanism
 from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.exact import ExactAttention, exact_attention_with_weights
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
+from approx_attn.conversion.calibration.layer_errors import mechanism_for_layer, relative_errors
 from approx_attn.conversion.calibration.moments import used_tokens
-from approx_attn.diagnosis.inputs import attention_observed
+from approx_attn.conversion.capture import attention_observed
 
 
 @dataclass(frozen=True)
@@ -160,16 +159,12 @@ class ReconstructionMeasurement:
     ) -> AttentionMechanism:
         """The mechanism of a label in a layer, built in the shape of the layer's first inputs."""
         if (label, layer) not in self.built:
-            index = self.layers[layer]
-            max_length = self.calibration.layers[index].length
-            shape = AttentionShape.of(query, key, value, max_length=max_length, causal=mask.causal)
-            mechanism = resolve_attention(self.specs[label], shape).eval()
             basis = self.bases.get(label, self.calibration)
-            if isinstance(mechanism, BasisMechanism) and basis is not None:
-                basis.load_into(mechanism, index)
-            self.built[label, layer] = mechanism.to(query.device)
+            inputs = (query, key, value, mask)
+            mechanism = mechanism_for_layer(self.specs[label], layer, self.calibration, *inputs, basis)
+            self.built[label, layer] = mechanism
             lengths = (query.shape[-2], key.shape[-2])
-            exact = ExactAttention(shape).cost(*lengths, causal=mask.causal)
+            exact = ExactAttention(mechanism.shape).cost(*lengths, causal=mask.causal)
             self.costs[label].append((mechanism.cost(*lengths, causal=mask.causal), exact))
         return self.built[label, layer]
 
@@ -199,26 +194,6 @@ def _add(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], *parts: Tens
 
 
 # -- errors of one call --------------------------------------------------------------------------------
-
-
-def relative_errors(
-    mechanisms: Sequence[AttentionMechanism],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: AttentionMask,
-    scale: float,
-) -> Iterator[Tensor]:
-    """(b, h) of each mechanism in turn: ‖Ô − O‖ / ‖O‖ over the real queries, O the output of exact attention."""
-    if mask.key_keep is not None:
-        padded = ~mask.key_keep[:, None, :, None]
-        key, value = key.masked_fill(padded, 0.0), value.masked_fill(padded, 0.0)
-    exact, _ = exact_attention_with_weights(query, key, value, mask, scale, 0.0)
-    real = used_tokens(mask, query, key)[0][:, None, :, None]  # (b, 1, n_q, 1)
-    norm = exact.masked_fill(~real, 0.0).flatten(2).norm(dim=-1).clamp_min(1e-12)  # (b, h)
-    for mechanism in mechanisms:
-        output, _ = mechanism(query, key, value, mask, scale=scale)
-        yield (output - exact).masked_fill(~real, 0.0).flatten(2).norm(dim=-1) / norm
 
 
 def total_variation(a: Tensor, b: Tensor) -> Tensor:

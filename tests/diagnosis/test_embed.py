@@ -112,7 +112,7 @@ def test_a_file_calibrates_with_one_half_and_is_measured_on_the_other(
 
     def measure_nothing(model: Any, taken: Any, texts: Any, *rest: Any, **options: Any) -> list[EmbeddingPreservation]:
         drawn.extend([taken, texts["train.parquet"]])
-        return [EmbeddingPreservation("topk", "train.parquet", 1.0, 1.0, 1.0, 1.0)]
+        return [EmbeddingPreservation("topk", "train.parquet", 1.0, 0.0, 1.0, 1.0, 1.0)]
 
     monkeypatch.setattr("approx_attn.diagnosis.embed.preserve_embeddings", measure_nothing)
     small = ["length=64", "sequences=6", "test_sequences=6", f"output={folder / 'out.csv'}"]

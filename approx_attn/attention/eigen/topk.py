@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention.base import Capabilities, Cost, Request, apply_dropout, repeat_heads
-from approx_attn.attention.budget import keys_per_query, require_budget, resolve_count
+from approx_attn.attention.budget import keys_per_query, require_budgets, resolve_count
 from approx_attn.attention.eigen.chunk_scores import (
     grouped_matmul,
     kth_largest,
@@ -49,7 +50,8 @@ class EigenTopKAttention(HasContentBasis):
         rank: r, clamped to head_dim.
         keep: exact pairs of each query: a fraction of the keys that it may use (under a causal mask: of those up to
             it; padding does not count), or a number of keys. Window and global tokens count in it; where they
-            alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters.
+            alone are more, all of them are exact. 1.0 is exact attention, whatever the parameters. A list gives every
+            query head a budget of its own.
         window: keys at a distance of at most this from the query are exact; 0 for no window at all.
         global_tokens: leading keys that are exact for every query; padding does not count.
         rest: what pairs without an exact score get. `keep`: their estimate. `mean`: the mean estimated weight of
@@ -69,7 +71,9 @@ class EigenTopKAttention(HasContentBasis):
         seed: of the random start; None follows the seed of the run.
     """
 
-    capabilities = Capabilities(needs_calibration=True, has_parameters=True, grouped_query=True, window=True)
+    capabilities = Capabilities(
+        needs_calibration=True, has_parameters=True, grouped_query=True, window=True, head_budgets=True
+    )
     cost_formula = "n²·(r + d)"
 
     def __init__(
@@ -77,7 +81,7 @@ class EigenTopKAttention(HasContentBasis):
         shape: AttentionShape,
         *,
         rank: int = 8,
-        keep: float | int = 0.25,
+        keep: float | int | Sequence[float | int] = 0.25,
         window: int = 0,
         global_tokens: int = 0,
         rest: str = "keep",
@@ -92,7 +96,7 @@ class EigenTopKAttention(HasContentBasis):
         seed: int | None = None,
     ) -> None:
         super().__init__(shape)
-        self.keep = require_budget("attention.keep", keep)
+        self.budgets = require_budgets("attention.keep", keep, shape.num_heads)
         self.window = require_count("attention.window", window, 0)
         self.global_tokens = require_count("attention.global_tokens", global_tokens, 0)
         self.rest = require_one_of("attention.rest", rest, RESTS)
@@ -182,18 +186,22 @@ class EigenTopKAttention(HasContentBasis):
     @torch.no_grad()
     def _chosen_pairs(self, rank_by: Tensor, keep: Tensor | None, n_k: int) -> Tensor | None:
         """Which pairs of a chunk are exact: (b, h, c, seen) bool, or None for all. Ties are exact together."""
-        if resolve_count(self.keep, n_k) == n_k:
+        counts = [resolve_count(budget, n_k) for budget in self.budgets]
+        if min(counts) == n_k:
             return None
         seen = rank_by.shape[-1]
-        budget, most = self._budget(keep, seen, rank_by.device), min(resolve_count(self.keep, n_k), seen)
+        budget, most = self._budget(keep, seen, rank_by.device), min(max(counts), seen)
         # Window and global tokens rank as infinite: where they exceed the budget, so is the threshold, and all pass.
         return rank_by >= kth_largest(rank_by, budget, most)
 
     def _budget(self, keep: Tensor | None, seen: int, device: torch.device) -> Tensor:
         """Exact pairs of each query before window and global tokens: (b | 1, h | 1, c | 1, 1)."""
-        if keep is None:
-            return keys_per_query(self.keep, torch.full((1, 1, 1, 1), seen, device=device))
-        return keys_per_query(self.keep, keep.sum(dim=-1, keepdim=True))
+        usable = torch.full((1, 1, 1, 1), seen, device=device) if keep is None else keep.sum(dim=-1, keepdim=True)
+        if len(self.budgets) == 1:
+            return keys_per_query(self.budgets[0], usable)
+        usable = usable.expand(torch.broadcast_shapes(usable.shape, (1, self.num_heads, 1, 1)))
+        counts = [keys_per_query(budget, usable[:, i]) for i, budget in enumerate(self.budgets)]
+        return torch.stack(counts, dim=1)
 
     # -- estimates ----------------------------------------------------------------------------------------
 
@@ -287,7 +295,7 @@ class EigenTopKAttention(HasContentBasis):
         parameters = sum(parameter.numel() for parameter in self.parameters())
         maps = (n_q + n_k) * r * d + n_q * (d + r) + hidden
         return Cost(
-            exact_pairs=h * min(exact, pairs),
+            exact_pairs=min(exact, h * pairs),
             total_pairs=h * pairs,
             score_multiply_adds=h * (seen * (r + d) + maps),
             value_multiply_adds=h * seen * self.value_dim,
@@ -296,15 +304,16 @@ class EigenTopKAttention(HasContentBasis):
         )
 
     def _count_pairs(self, n_q: int, n_k: int, causal: bool, offset: int) -> tuple[int, int]:
-        """Exact pairs, and pairs that are computed, estimated and weighed, of one head."""
+        """Exact pairs of all heads, and pairs that are computed, estimated and weighed, of one head."""
         chunks = query_chunks(n_q, n_k, self.chunk_size, causal)
         seen = sum((stop - start) * keys for start, stop, keys in chunks)
         exact = 0
         for i in range(n_q):
             usable = min(max(i + offset + 1, 0), n_k) if causal else n_k
             first = self._count_first(i + offset, n_k, usable)
-            exact += min(usable, max(resolve_count(self.keep, max(usable, 1)), first))
-        return exact, seen
+            for budget in self.budgets:
+                exact += min(usable, max(resolve_count(budget, max(usable, 1)), first))
+        return exact * self.num_heads // len(self.budgets), seen
 
     def _count_first(self, position: int, n_k: int, usable: int) -> int:
         """Keys of the window and global tokens that a query at this position may use."""

@@ -146,22 +146,22 @@ class StatisticsCollector:
 
 def run_model(model: nn.Module, batch: Any) -> int:
     """Run the model on one batch, on the model's device; returns the number of sequences."""
+    model_output(model, batch)
+    parts = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
+    return next((int(part.shape[0]) for part in parts if isinstance(part, Tensor)), 1)
+
+
+def model_output(model: nn.Module, batch: Any) -> Any:
+    """What the model gives for one batch (a mapping, tuple, list or tensor), on the model's device."""
     refuse_texts(batch)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def moved(part: Any) -> Any:
         return part.to(device) if isinstance(part, Tensor) else part
 
-    if isinstance(batch, Tensor):
-        inputs: list[Any] = [batch]
-        model(moved(batch))
-    elif isinstance(batch, Mapping):
-        inputs = list(batch.values())
-        model(**{key: moved(part) for key, part in batch.items()})
-    else:
-        inputs = list(batch)
-        model(*(moved(part) for part in inputs))
-    return next((int(part.shape[0]) for part in inputs if isinstance(part, Tensor)), 1)
+    if isinstance(batch, Mapping):
+        return model(**{key: moved(part) for key, part in batch.items()})
+    return model(*map(moved, [batch] if isinstance(batch, Tensor) else batch))
 
 
 def refuse_texts(batch: Any) -> None:

@@ -13,12 +13,12 @@ from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
 from approx_attn.conversion.calibration.moments import used_tokens
+from approx_attn.conversion.capture import attention_observed
 from approx_attn.conversion.layers import CROSS_ATTENTION, DECODER
 from approx_attn.diagnosis.analysis.moments import MatrixSample, RowMoments
 from approx_attn.diagnosis.analysis.norms import NormMoments
 from approx_attn.diagnosis.analysis.projections import find_output_projections
 from approx_attn.diagnosis.analysis.tokens import CATEGORIES, TokenCategories
-from approx_attn.diagnosis.inputs import attention_observed
 from approx_attn.errors import require_count, require_one_of
 
 PARTS = ("rows", "matrices", "norms")

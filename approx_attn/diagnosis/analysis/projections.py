@@ -17,7 +17,7 @@ from approx_attn.attention.exact import exact_attention_with_weights
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.conversion.calibration.fitting import run_model
 from approx_attn.conversion.calibration.moments import used_tokens
-from approx_attn.diagnosis.inputs import attention_observed
+from approx_attn.conversion.capture import attention_observed
 
 TOLERANCE = 1e-3  # relative; fused kernels and half precision differ from the plain formula by less
 

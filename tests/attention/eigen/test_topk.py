@@ -53,6 +53,18 @@ def test_number_of_exact_pairs_is_what_the_cost_says(options, causal):
     assert mechanism.cost(20, causal=causal).total_pairs == H * (210 if causal else 400)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_head_may_have_a_budget_of_its_own(causal):
+    mask, tensors = AttentionMask(causal=causal), draw(20, 20)
+    mechanism = build(rest="drop", keep=[0.25, 9], chunk_size=7)
+    exact = exact_pairs(mechanism, tensors, mask)
+    for head, keep in enumerate([0.25, 9]):
+        assert torch.equal(exact[:, head], exact_pairs(build(rest="drop", keep=keep), tensors, mask)[:, head])
+    assert exact.sum() == 2 * mechanism.cost(20, causal=causal).exact_pairs
+    with pytest.raises(ValueError, match=r"attention\.keep must be one budget, or a list of one for each of 2 heads"):
+        build(keep=[0.25])
+
+
 def test_window_and_global_tokens_count_in_the_budget_and_are_never_cut():
     tensors = draw(20, 20)
     wide = exact_pairs(build(rest="drop", keep=3, window=3, global_tokens=2), tensors, AttentionMask())

@@ -7,6 +7,7 @@ CASES = {
     "drop": {"rest": "drop", "keep": 5},
     "mean": {"rest": "mean", "keep": 0.4, "rank": 3},
     "window": {"window": 2, "global_tokens": 1, "keep": 0.3, "select": "estimate", "chunk_size": 7},
+    "heads": {"keep": [0.3, 6], "chunk_size": 7},
     "window_alone": {"window": 4, "keep": 1, "chunk_size": 5},
     "absolute": {"position_prior": "absolute", "share": "layer"},
     "relative": {"position_prior": "relative", "share": "model", "rest": "mean", "chunk_size": 10},
@@ -68,7 +69,8 @@ class OneHead:
     def choose(self, i, usable, bias):
         worth = self.estimate(i, usable, bias) + self.hidden[usable].log()
         worth[self.leading[usable] | self.near(i, usable)] = float("inf")
-        budget = self.options.keep
+        budgets = self.options.budgets
+        budget = budgets[self.head % len(budgets)]
         budget = budget if isinstance(budget, int) else max(1, round(budget * len(usable)))
         chosen = torch.zeros(len(usable), dtype=torch.bool)
         chosen[worth.argsort(descending=True)[: max(budget, int((worth == float("inf")).sum()))]] = True

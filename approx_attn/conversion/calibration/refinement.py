@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import AttentionMask, build_attention
+from approx_attn.attention import AttentionMask, AttentionMechanism, build_attention
 from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.attention.eigen.content_basis import HasContentBasis
+from approx_attn.attention.exact import computing_exactly
 from approx_attn.conversion.calibration.fitting import run_model, with_progress
-from approx_attn.diagnosis.inputs import attention_observed
-from approx_attn.diagnosis.reconstruction import ReconstructionMeasurement, relative_errors
+from approx_attn.conversion.calibration.layer_errors import mechanism_for_layer, relative_errors
+from approx_attn.conversion.capture import attention_observed
 from approx_attn.errors import require_count
 
 LEARNING_RATE = 0.01
@@ -33,6 +34,7 @@ def refine_basis(
     attention: Mapping[str, Any],
     *,
     steps: int = 200,
+    exact: bool = True,
     progress: bool = True,
 ) -> Calibration:
     """Let the query and key maps of every layer learn to reconstruct the output of its exact attention.
@@ -45,8 +47,10 @@ def refine_basis(
         batches: inputs of the model, as `calibrate` takes them; taken in turns.
         calibration: fitted on the same model; the maps start from it, and stay as they are in layers that do not run.
         attention: `{"name": ..., **options}` of the mechanism that the basis is for: one with a content basis that
-            learns, of share `head` or `layer`.
+            learns, of share `head` or `layer`. Or such mechanisms by the name of their layer: layers without one, or
+            with one that has no such basis, stay as they are.
         steps: of gradient.
+        exact: mechanisms in the model compute exact attention meanwhile, as in `calibrate`.
         progress: show a progress bar.
 
     Returns:
@@ -60,8 +64,11 @@ def refine_basis(
     if not batches:
         raise ValueError("refine got no batches.")
     require_refinable(attention)
-    learner = _Learner(attention, calibration)
-    with attention_observed(model, learner):
+    one = isinstance(attention.get("name"), str)
+    by_layer = {layer.name: attention for layer in calibration.layers} if one else attention
+    learner = _Learner({layer: spec for layer, spec in by_layer.items() if is_refinable(spec)}, calibration)
+    mechanisms = [m for m in model.modules() if isinstance(m, AttentionMechanism)] if exact else []
+    with attention_observed(model, learner), computing_exactly(mechanisms):
         for step in with_progress(range(steps), progress, "refining"):
             learner.pace = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             run_model(model, batches[step % len(batches)])
@@ -69,62 +76,40 @@ def refine_basis(
 
 
 def require_refinable(attention: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` if a mechanism `{"name": ..., **options}` has no maps that `refine_basis` can teach."""
-    if not _is_refinable(attention):
+    """Raise a `ValueError` if no mechanism of what `refine_basis` takes has maps that it can teach."""
+    given = [attention] if isinstance(attention.get("name"), str) else list(attention.values())
+    if not any(map(is_refinable, given)):
         raise ValueError(
-            f"refine needs a content basis that learns, shared within a head or layer, got attention={dict(attention)}."
+            f"refine needs a content basis that learns, shared within a head or layer, got attention={dict(given[0])}."
         )
 
 
-def _is_refinable(attention: Mapping[str, Any]) -> bool:
-    mechanism = build_attention(**attention, num_heads=1, head_dim=8, max_length=16)
+def is_refinable(attention: Mapping[str, Any]) -> bool:
+    """Whether a mechanism `{"name": ..., **options}` has maps that `refine_basis` can teach."""
+    options = {key: value for key, value in attention.items() if key != "keep"}  # may be a list by head
+    mechanism = build_attention(**options, num_heads=1, head_dim=8, max_length=16)
     if not isinstance(mechanism, HasContentBasis):
         return False
     return mechanism.share != "model" and mechanism.basis.key_map.requires_grad
 
 
-def basis_variants(
-    model: nn.Module,
-    batches: Sequence[Any],
-    mechanisms: Mapping[str, Mapping[str, Any]],
-    calibration: Calibration,
-    steps: int,
-    progress: bool = True,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Calibration | None]]:
-    """Every mechanism as it is and, where it has a basis that learns, with a random and with a refined one.
-
-    Returns:
-        Mechanisms by label, and by the label of those that do not start from `calibration` what they do start from
-        (None: their random basis).
-    """
-    table: dict[str, dict[str, Any]] = {}
-    bases: dict[str, Calibration | None] = {}
-    for label, options in mechanisms.items():
-        table[label] = spec = dict(options)
-        if steps and _is_refinable(spec):
-            table |= {f"{label}, random basis": {"seed": 0} | spec, f"{label}, refined": spec}
-            bases[f"{label}, random basis"] = None
-            bases[f"{label}, refined"] = refine_basis(model, batches, calibration, spec, steps=steps, progress=progress)
-    return table, bases
-
-
-class _Learner(ReconstructionMeasurement):
+class _Learner:
     """Callback of a capture: one step of Adam on the maps of the layer that runs."""
 
-    def __init__(self, attention: Mapping[str, Any], calibration: Calibration) -> None:
-        super().__init__({"refined": attention}, calibration)
+    def __init__(self, attention: Mapping[str, Mapping[str, Any]], calibration: Calibration) -> None:
+        self.attention, self.calibration = attention, calibration
+        self.mechanisms: dict[str, HasContentBasis] = {}
         self.optimizers: dict[str, torch.optim.Adam] = {}
         self.pace = 1.0
 
     def __call__(
         self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float
     ) -> None:
-        mechanism = self.mechanism("refined", layer, query, key, value, mask)
-        if layer not in self.optimizers:
-            maps = [parameter for parameter in mechanism.parameters() if parameter.requires_grad]
-            groups = [{"params": [x], "scale": float(x.square().mean().sqrt())} for x in maps]
-            self.optimizers[layer] = torch.optim.Adam(groups, lr=0.0)
-        optimizer = self.optimizers[layer]
+        if layer not in self.attention:
+            return
+        if layer not in self.mechanisms:
+            self._start(layer, query, key, value, mask)
+        mechanism, optimizer = self.mechanisms[layer], self.optimizers[layer]
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * self.pace * group["scale"]
         with torch.enable_grad():
@@ -133,11 +118,21 @@ class _Learner(ReconstructionMeasurement):
             errors.mean().backward()
         optimizer.step()
 
+    def _start(self, layer: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> None:
+        inputs = (query, key, value, mask)
+        mechanism = mechanism_for_layer(self.attention[layer], layer, self.calibration, *inputs, self.calibration)
+        assert isinstance(mechanism, HasContentBasis)
+        maps = [parameter for parameter in mechanism.parameters() if parameter.requires_grad]
+        groups = [{"params": [x], "scale": float(x.square().mean().sqrt())} for x in maps]
+        self.mechanisms[layer], self.optimizers[layer] = mechanism, torch.optim.Adam(groups, lr=0.0)
+
     def maps(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for (_, layer), mechanism in self.built.items():
-            assert isinstance(mechanism, HasContentBasis)
-            prefix = f"{self.layers[layer]}.{mechanism.basis_kind}.{mechanism.share}."
-            for name in ("query_map", "key_map"):
-                found[f"{prefix}{name}"] = getattr(mechanism.basis, name).detach().float().cpu().contiguous()
-        return found
+        """The maps that were taught, named as in `Calibration.tensors`."""
+        index = {layer.name: i for i, layer in enumerate(self.calibration.layers)}
+        return {
+            f"{index[layer]}.{mechanism.basis_kind}.{mechanism.share}.{name}": (
+                getattr(mechanism.basis, name).detach().float().cpu().contiguous()
+            )
+            for layer, mechanism in self.mechanisms.items()
+            for name in ("query_map", "key_map")
+        }

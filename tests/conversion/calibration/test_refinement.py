@@ -7,8 +7,8 @@ from torch import nn
 import approx_attn
 from approx_attn.attention.eigen.cluster import EigenClusterAttention
 from approx_attn.conversion.calibration import calibrate
+from approx_attn.conversion.calibration.refinement import refine_basis
 from approx_attn.diagnosis.reconstruction import reconstruct
-from approx_attn.diagnosis.refinement import refine_basis
 
 SPEC = {"name": "eigen_cluster", "keep": 0.25, "cluster_size": 4, "block_size": 16, "rank": 2}
 

@@ -114,13 +114,14 @@ def test_what_q_and_k_cannot_calibrate_is_named_in_its_row(tmp_path):
 
 
 @pytest.mark.parametrize("others", [[], [{"name": "eigen_cluster"}]], ids=["alone", "beside eigen_cluster"])
-def test_bases_over_positions_end_where_they_would_take_minutes(monkeypatch, others):
-    monkeypatch.setitem(LONGEST_BASIS, "absolute", 16)
-    spec = {"name": "eigen_row"}
-    cfg = config()
+@pytest.mark.parametrize(("name", "kind"), [("eigen_row", "absolute"), ("eigen_matrix", "matrix")])
+def test_bases_over_positions_end_where_they_would_take_minutes(monkeypatch, others, name, kind):
+    spec, cfg = {"name": name}, config()
     (layer,) = load_inputs(cfg, 24, [spec]).layers
-    mechanism = build_attention("eigen_row", num_heads=2, head_dim=8, max_length=24)
-    note = load_inputs(cfg, 24, [spec, *others]).calibrate(mechanism, "eigen_row", layer.index)
+    mechanism = build_attention(name, num_heads=2, head_dim=8, max_length=24)
+    assert load_inputs(cfg, 24, [spec, *others]).calibrate(mechanism, name, layer.index) == ""
+    monkeypatch.setitem(LONGEST_BASIS, kind, 16)
+    note = load_inputs(cfg, 24, [spec, *others]).calibrate(mechanism, name, layer.index)
     assert note == "not calibrated, bases over positions are fitted up to 16 tokens"
 
 

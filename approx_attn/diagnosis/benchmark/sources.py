@@ -78,8 +78,9 @@ class Source:
             if found is not None and set(needed_statistics(mechanism)) <= set(found.statistics):
                 found.load_into(mechanism, layer)
                 return ""
-            longest = LONGEST_BASIS[mechanism.basis_kind]
-            return f"not calibrated, bases over positions are fitted up to {longest:,} tokens"
+            longest = LONGEST_BASIS.get(mechanism.basis_kind)
+            limit = "" if longest is None else f", bases over positions are fitted up to {longest:,} tokens"
+            return f"not calibrated{limit}"
         learns = any(parameter.requires_grad for parameter in mechanism.parameters())
         if learns or mechanism.capabilities.needs_calibration:
             return "not calibrated, only training fits its parameters"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_attn.attention.budget import kept_pairs
+from approx_attn.attention.decoding import DecodingCache
 from approx_attn.attention.mask import AttentionMask
 from approx_attn.attention.shape import AttentionShape
 from approx_attn.errors import require_count, warn
@@ -164,6 +165,17 @@ class AttentionMechanism(nn.Module):
         Of a mask without padding and without a window.
         """
         raise NotImplementedError
+
+    def start_cache(self) -> DecodingCache | None:
+        """What is to be kept beside one key/value cache from its first key on, so that decoding reads few keys.
+
+        None: nothing, every step is a pass over all keys.
+        """
+        return None
+
+    def decoding_cost(self, key_length: int) -> Cost:
+        """Cost of one step, a query behind `key_length` - 1 others, with what `start_cache` keeps."""
+        return self.cost(1, key_length, causal=True)
 
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether inputs of this type on this device are computed by a compiled operator of this package.

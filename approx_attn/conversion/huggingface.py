@@ -25,6 +25,7 @@ except ImportError as error:
 
 from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.huggingface_cache import follow_cache, kept_beside
 from approx_attn.conversion.huggingface_masks import mask_from_interface, mask_function
 from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionSlot
 
@@ -137,6 +138,7 @@ def install(layers: list[AttentionLayer], slots: dict[str, AttentionSlot]) -> No
         slot.replaced = before.replaced if before is not None else current
         slot.eager = _eager_function(layer.module)
         setattr(layer.module, SLOT, slot)
+        follow_cache(layer.module, slot, before)
     for layer in sharing:
         eager = getattr(layer.module, SLOT).replaced == "eager"
         _set_implementation(layer.module.config, EAGER_IMPLEMENTATION if eager else IMPLEMENTATION)
@@ -162,6 +164,7 @@ def uninstall(layers: list[AttentionLayer], names: Collection[str]) -> None:
                 empty = AttentionSlot(layer.name, None, layer.shape, is_cross=layer.is_cross)
                 empty.replaced, empty.eager = slot.replaced, slot.eager
                 setattr(layer.module, SLOT, empty)
+                follow_cache(layer.module, empty, slot)
         if any(getattr(layer.module, SLOT).spec is not None for layer in group):
             continue
         for layer in group:
@@ -250,6 +253,7 @@ def attention_forward(
                 f"attention={slot.name} does not support {meaning} ({argument}), which layer {slot.layer} asks for; "
                 "leave that layer out with layers=, or use exact."
             )
+    cached = kept_beside(slot, key)
     key, value, mask = mask_from_interface(
         slot.layer,
         module,
@@ -261,7 +265,8 @@ def attention_forward(
         position_bias=position_bias,
         implementation=module.config._attn_implementation,
     )
-    output, weights = slot(query, key, value, mask, scale=scaling, dropout_p=dropout, need_weights=need_weights)
+    words = {"scale": scaling, "dropout_p": dropout, "need_weights": need_weights}
+    output, weights = slot(query, key, value, mask, **words, **cached)
     return output.transpose(1, 2).contiguous(), weights
 
 

@@ -128,6 +128,9 @@ def mask_from_interface(
         mask = AttentionMask(causal=True, query_offset=n_k - n_q)
     else:
         mask = _mask_from_tensor(attention_mask, key.shape[0], n_q, n_k, bool(causal))
+        is_step = n_q == 1 and causal and not implementation.endswith("eager")
+        if is_step and not AttentionLayer(name, module, "interface", None).is_cross:
+            mask = _mask_of_a_step(mask, n_k)
     if position_bias is not None and (position_bias.requires_grad or bool(position_bias.any())):
         # T5's cross-attention carries a bias of zeros, which must not cost a mechanism its structured mask.
         mask = replace(mask, bias=position_bias if mask.bias is None else mask.bias + position_bias)
@@ -138,6 +141,20 @@ def mask_from_interface(
     elif mask.key_keep is not None and n_q == n_k:  # which could be taken for the same tokens
         mask = replace(mask, query_keep=torch.ones_like(mask.key_keep))
     return key, value, mask
+
+
+def _mask_of_a_step(mask: AttentionMask, n_k: int) -> AttentionMask:
+    """A mask of one query that has lost its structure: its own key is the last that any sample may use."""
+    if mask.causal or mask.window is not None or not mask.is_structured:
+        return mask
+    if mask.key_keep is None:
+        return replace(mask, causal=True, query_offset=n_k - 1)
+    used = mask.key_keep.any(dim=0)
+    if not bool(used.any()):
+        return mask
+    last = n_k - 1 - int(used.flip(0).byte().argmax())
+    key_keep = None if bool(mask.key_keep[:, : last + 1].all()) else mask.key_keep
+    return replace(mask, key_keep=key_keep, causal=True, query_offset=last)
 
 
 def _query_keep(mask: AttentionMask, n_q: int) -> Tensor:

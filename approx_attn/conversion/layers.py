@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, resolve_attention
+from approx_attn.attention.decoding import DecodingCache
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import attention_class
 
@@ -126,6 +128,8 @@ class AttentionSlot(nn.Module):
         self.shape = None if shape is None else replace(shape, **options)
         self.replaced: str | bool | None = None  # what the host has to restore
         self.eager: Callable[..., Any] | None = None  # the module's own attention that returns weights
+        self.cached: Any = None  # the layer of a cache that the call under way has added to
+        self.hook: RemovableHandle | None = None  # which finds that layer
         self.mechanism: AttentionMechanism | None = None
         if spec is None or spec["name"] == "exact":
             return
@@ -160,14 +164,18 @@ class AttentionSlot(nn.Module):
         scale: float | None = None,
         dropout_p: float = 0.0,
         need_weights: bool = False,
+        beside: DecodingCache | None = None,
+        **cached: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `AttentionMechanism.forward`, (b, h, n, d) in and out."""
+        """As `AttentionMechanism.forward`, (b, h, n, d) in and out; as `DecodingCache.attend` where there is one."""
         if self.mechanism is None or self.shape is None or not self.shape.fits(query, key, value):
             self._rebuild(AttentionShape.of(query, key, value, **self.options), query)
         assert self.mechanism is not None
         if query.shape[0] != key.shape[0]:  # learned queries, given once for the whole batch
             query = query.expand(key.shape[0], -1, -1, -1)
-        return self.mechanism(query, key, value, mask, scale=scale, dropout_p=dropout_p, need_weights=need_weights)
+        attend: Callable[..., Any] = self.mechanism if beside is None else beside.attend
+        words = {"scale": scale, "dropout_p": dropout_p, "need_weights": need_weights}
+        return attend(query, key, value, mask, **words, **cached)
 
     def _rebuild(self, shape: AttentionShape, query: Tensor) -> None:
         if self.mechanism is not None and self.mechanism.capabilities.has_parameters:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from approx_attn.attention.base import Capabilities, Cost, Request
 from approx_attn.attention.budget import require_budget
+from approx_attn.attention.eigen.cluster_cache import ClusterCache
 from approx_attn.attention.eigen.content_basis import HasContentBasis
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import (
@@ -127,6 +128,9 @@ class EigenClusterAttention(HasContentBasis):
             inputs = Inputs(query, key, value, query_map, key_map, mask.key_keep)
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
+
+    def start_cache(self) -> ClusterCache:
+        return ClusterCache(self)
 
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
         # Narrower types are multiplied as they are or computed in float32.

@@ -9,13 +9,14 @@
 // all runs, Q blocks of up to R queries, d and v features of keys and values (multiples of kLanes), r coordinates,
 // f = r (r + 1) / 2 pairs of them (0 at order 0), o = 1 + r value moments per cluster (1 below order 2).
 //
-// Top-down: forward.h and backward.h; query_block.h, own_clusters.h and highest.h, which both work with; clusters.h;
+// Top-down: forward.h, backward.h and step.h; query_block.h, own_clusters.h and highest.h, which both work with; clusters.h;
 // problem.h; dropout.h, products.h and vectors.h. All is one translation unit, so that the compiler knows every caller.
 
 #include <torch/library.h>
 
 #include "backward.h"
 #include "forward.h"
+#include "step.h"
 
 TORCH_LIBRARY(approx_attn_cpu, library) {
   library.def("has_bfloat16_products() -> bool", &tiles_available);
@@ -30,4 +31,9 @@ TORCH_LIBRARY(approx_attn_cpu, library) {
       "Tensor moments, Tensor spread, Tensor log_count, bool causal, int offset, int window, int run, int cluster, "
       "int order, float dropout_p, int seed) -> Tensor[]",
       &backward);
+  library.def(
+      "cluster_step(Tensor query, Tensor key, Tensor value, Tensor query_map, Tensor? key_open, Tensor members, "
+      "Tensor centre, Tensor values, Tensor spread, Tensor log_count, Tensor spans, int position, int first, int window) "
+      "-> Tensor",
+      &step);
 }

@@ -216,8 +216,10 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
     if can.sinks:
         sinks = torch.tensor([0.5, -1.0], dtype=torch.float64)
         masks["sinks"] = AttentionMask(sinks=sinks)
-        masks["causal window with sinks"] = replace(masks["causal window"], sinks=sinks)
+        masks["causal with sinks"] = AttentionMask(causal=True, sinks=sinks)
         masks["padding with sinks"] = replace(masks["padding"], sinks=sinks)
+        if can.window:
+            masks["causal window with sinks"] = replace(masks["causal window"], sinks=sinks)
     if can.arbitrary_mask and getattr(REFERENCES[name], "EXTRA_MASKS", True):
         pairs = torch.rand(BATCH, 1, n_q, n_k, generator=generator) < 0.7
         bias = torch.randn(1, HEADS, n_q, n_k, generator=generator)
@@ -230,7 +232,7 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
             if can.window:
                 masks["everything in a window"] = replace(masks["everything"], window=7)
             if can.softcap and can.sinks:
-                masks["everything in a window"] = replace(masks["everything in a window"], softcap=2.0, sinks=sinks)
+                masks["everything, soft cap and sinks"] = replace(masks["everything"], softcap=2.0, sinks=sinks)
     return masks
 
 

@@ -117,9 +117,8 @@ def attend(
     for start in range(first, n_q, step):
         stop = min(start + step, n_q)
         blocks = slice((start - first) // layout.run, -(-(stop - first) // layout.run))
-        part = query[:, :, max(start, 0) : stop]
         near = sorted(set().union(*near_runs[blocks]))
-        part = inputs._replace(query=part, key=key, value=value, key_open=key_open)
+        part = inputs._replace(query=query[:, :, max(start, 0) : stop], key=key, value=value, key_open=key_open)
         chunk = (part, clusters, plan[:, blocks], near, most, layout, max(start, 0))
         if torch.is_grad_enabled() and step < n_q:
             output, weight = checkpoint(_chunk, *chunk, dropout_p, need_weights, use_reentrant=False)
@@ -175,10 +174,10 @@ def cut(coordinates: Tensor, key_open: Tensor, layout: Layout) -> Tensor:
     return members.reshape(b, h, -1, layout.cluster)
 
 
-def capped(scores: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | float]:
-    """Scores after `softcap`, and the derivative of that; 1 without a cap."""
+def capped(scores: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Scores after `softcap`, and the derivative of that, for all of them 1 without a cap."""
     if softcap is None:
-        return scores, 1.0
+        return scores, scores.new_ones(())
     bent = (scores / softcap).tanh()
     return softcap * bent, 1.0 - bent.square()
 
@@ -260,7 +259,6 @@ def _chunk(
     shares = of_far[..., None] * clusters.filled[:, :, None] / filled_count  # (b, h, n, C, L)
     if layout.order == 2:
         tilts = coordinates @ clusters.deviations.flatten(2, 3).mT  # (b, h, n, C · L)
-        slope = slope if softcap is None else slope[..., None]
-        shares = shares * (1.0 + slope * tilts.view_as(shares))
+        shares = shares * (1.0 + slope[..., None] * tilts.view_as(shares))
     dense = dense.scatter_add(-1, clusters.members.flatten(2)[:, :, None].expand(-1, -1, n, -1), shares.flatten(-2))
     return output, dense[..., : layout.n_k]

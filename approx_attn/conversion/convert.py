@@ -194,7 +194,9 @@ def _refusal(model: nn.Module) -> str:
     if model_type is not None:
         return (
             f"{kind} (model_type={model_type}) computes its attention outside the attention interface of "
-            "transformers, so it cannot be converted; models such as bert, gpt2, llama, t5 and vit can."
+            "transformers, so it cannot be converted: give it attention modules of your own that call "
+            "torch.nn.functional.scaled_dot_product_attention, with biases in attn_mask, or take a model such as bert, "
+            "mpnet, gpt2, llama, t5 or vit."
         )
     return (
         f"{kind} holds no attention layer that can be converted: none of the attention interface of transformers, "

@@ -36,14 +36,14 @@ The second is for models that run eager attention, some of which know no other: 
 given, and no causal flag is read, which in such models may say anything.
 """
 
-BEYOND_EXACT = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+BEYOND_MECHANISMS = {
+    "sinks": "an attention sink of each query",
     "indices": "a sparse index",
     "block_indices": "a sparse index",
 }
-"""Arguments that change attention itself, with what they mean; mechanisms know none of them."""
+"""Arguments that change attention itself, with what they mean, and that no mechanism knows."""
+BEYOND_FUSED = ("softcap", "s_aux", *BEYOND_MECHANISMS)
+"""Those that PyTorch's fused attention does not know: a cap on scores and a learned sink of each head, too."""
 
 
 # -- finding attention modules ---------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def attention_forward(
     A module without a mechanism of its own keeps the attention that it had.
 
     Raises:
-        ValueError: a request beyond the mechanism, such as weights it does not have or soft-capped scores.
+        ValueError: a request beyond the mechanism, such as weights or attention sinks that it does not have.
     """
     slot: AttentionSlot | None = getattr(module, SLOT, None)
     need_weights = _weights_requested(kwargs)
@@ -247,7 +247,7 @@ def attention_forward(
             position_bias=position_bias,
             **kwargs,
         )
-    for argument, meaning in BEYOND_EXACT.items():
+    for argument, meaning in BEYOND_MECHANISMS.items():
         if kwargs.get(argument) is not None:
             raise ValueError(
                 f"attention={slot.name} does not support {meaning} ({argument}), which layer {slot.layer} asks for; "
@@ -263,6 +263,8 @@ def attention_forward(
         attention_mask,
         is_causal=is_causal,
         position_bias=position_bias,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
         implementation=module.config._attn_implementation,
     )
     words = {"scale": scaling, "dropout_p": dropout, "need_weights": need_weights}
@@ -288,7 +290,7 @@ def _original_function(
     module: nn.Module, slot: AttentionSlot | None, need_weights: bool, kwargs: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The exact attention of a module: PyTorch's fused one, or its own eager one where that one cannot."""
-    eager_only = any(kwargs.get(argument) is not None for argument in BEYOND_EXACT)
+    eager_only = any(kwargs.get(argument) is not None for argument in BEYOND_FUSED)
     was_eager = slot is not None and slot.replaced == "eager"
     if not (eager_only or was_eager or need_weights):
         return sdpa_attention_forward

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.feed_forward import converted_blocks
 from approx_attn.conversion.huggingface_cache import follow_cache, kept_beside
 from approx_attn.conversion.huggingface_masks import mask_from_interface, mask_function
 from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionSlot
@@ -204,7 +205,9 @@ def mark_converted(model: nn.Module, save: Callable[..., Any]) -> None:
 
 
 def _is_converted(model: nn.Module) -> bool:
-    """Does any layer of `model` have other attention than exact?"""
+    """Does any layer of `model` have other attention than exact, or a block part of its hidden units?"""
+    if converted_blocks(model):
+        return True
     specs = (m.spec for m in model.modules() if isinstance(m, AttentionSlot | MultiheadAttention))
     return any(spec is not None and spec["name"] != "exact" for spec in specs)
 

@@ -291,7 +291,7 @@ def _backward_op(
     if sinks is not None:  # each takes its weight of the value that is missing
         output, lse = results[:2]
         weight = (sinks[:, None] - lse).exp()  # (b, h, n_q)
-        found.append(-(weight * (grad * output).float().sum(-1)).sum(dim=(0, 2)))
+        found.append(-(weight * (grad.float() * output.float()).sum(-1)).sum(dim=(0, 2)))
     return found
 
 

@@ -66,6 +66,21 @@ def clear_padding(tensors: Sequence[Tensor], mask: AttentionMask) -> tuple[Tenso
     return query, *(x.masked_fill(~mask.key_keep[:, None, :, None], 0.0) for x in others)
 
 
+def naive_cap(scores: Tensor, mask: AttentionMask) -> Tensor:
+    """Scaled scores of any shape, soft-capped where the mask says so."""
+    return scores if mask.softcap is None else mask.softcap * torch.tanh(scores / mask.softcap)
+
+
+def naive_softmax(scores: Tensor, mask: AttentionMask, head: int | None = None) -> Tensor:
+    """exp(s) / (Σ exp(s) + exp(sink)) of rows (b, h, n_q, n_k), or of rows of one head, with the sinks of the mask."""
+    if mask.sinks is None:
+        return scores.softmax(-1)
+    sink = mask.sinks.to(scores.dtype)
+    sink = sink[None, :, None, None] if head is None else sink[head]
+    column = sink.expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
 def naive_reference(name: str) -> ModuleType:
     """The module tests/attention/naive/<name>.py."""
     path = ROOT / "tests" / "attention" / "naive" / f"{name}.py"

@@ -39,6 +39,8 @@ class Capabilities:
         grouped_query: takes fewer key/value heads than query heads without copies being made for it.
         window: honours `mask.window`.
         head_budgets: takes as `keep` a list too, one budget for each query head.
+        softcap: honours `mask.softcap`.
+        sinks: honours `mask.sinks`.
     """
 
     causal: bool = True
@@ -52,6 +54,8 @@ class Capabilities:
     grouped_query: bool = False
     window: bool = False
     head_budgets: bool = False
+    softcap: bool = False
+    sinks: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Request(NamedTuple):
     """How one pass of a mechanism is to be.
 
     Attributes:
-        mask: which pairs may be used; holds only parts that the capabilities allow.
+        mask: which pairs may be used and how their scores count; holds only parts that the capabilities allow.
         scale: factor on query-key products.
         dropout_p: probability of dropping an attention weight; 0 outside training.
         need_weights: return the weights; only True if `capabilities.returns_weights`.
@@ -235,7 +239,7 @@ class AttentionMechanism(nn.Module):
             ValueError: shapes that do not fit, or a request beyond `capabilities`.
         """
         mask = AttentionMask() if mask is None else mask
-        self._check_shapes(query, key, value)
+        self._check_shapes(query, key, value, mask)
         self._check_capabilities(query.shape[-2], key.shape[-2], mask, need_weights)
         if 0 in query.shape or 0 in key.shape:
             return self._attend_nothing(query, key, value, need_weights)
@@ -260,7 +264,7 @@ class AttentionMechanism(nn.Module):
         output = query.new_zeros(b, h, n_q, self.value_dim) + nothing
         return output, query.new_zeros(b, h, n_q, n_k) if need_weights else None
 
-    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+    def _check_shapes(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> None:
         expected = (
             ("query", query, self.num_heads, self.head_dim),
             ("key", key, self.num_key_value_heads, self.head_dim),
@@ -271,6 +275,8 @@ class AttentionMechanism(nn.Module):
                 raise ValueError(
                     f"{self.name}: {label} must be (batch, {heads}, length, {dim}), got {tuple(tensor.shape)}."
                 )
+        if mask.sinks is not None and mask.sinks.shape != (self.num_heads,):
+            raise ValueError(f"{self.name}: mask.sinks must be ({self.num_heads},), got {tuple(mask.sinks.shape)}.")
         if key.shape[-2] != value.shape[-2]:
             raise ValueError(
                 f"{self.name}: key and value lengths must be equal, got {key.shape[-2]} and {value.shape[-2]}."
@@ -284,6 +290,10 @@ class AttentionMechanism(nn.Module):
             raise ValueError(self._refusal(f"{n_q} queries over {n_k} keys", "cross"))
         if mask.window is not None and not can.window:
             raise ValueError(self._refusal(f"a window of {mask.window} keys in the mask", "window"))
+        if mask.softcap is not None and not can.softcap:
+            raise ValueError(self._refusal(f"scores that are soft-capped at {mask.softcap:g}", "softcap"))
+        if mask.sinks is not None and not can.sinks:
+            raise ValueError(self._refusal("attention sinks", "sinks"))
         if mask.key_keep is not None and not can.padding_mask:
             raise ValueError(self._refusal("a key padding mask", "padding_mask"))
         if not mask.is_structured and not can.arbitrary_mask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,10 +20,11 @@ LEAST_CHUNK, MOST_CHUNK = 128, 1024  # queries at once in a window: small produc
 class ExactAttention(AttentionMechanism):
     """softmax(s·Q·Kᵀ + mask)·V through `torch.nn.functional.scaled_dot_product_attention`.
 
-    With a window w in the mask it takes chunks of queries over the keys in their windows, n·w pairs in all.
+    With a window w in the mask it takes chunks of queries over the keys in their windows, n·w pairs in all. Soft-capped
+    scores and sinks, which no kernel of PyTorch knows, are computed by its plain operators, in chunks of queries, too.
     """
 
-    capabilities = Capabilities(grouped_query=True, window=True)
+    capabilities = Capabilities(grouped_query=True, window=True, softcap=True, sinks=True)
     cost_formula = "n²·d"
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
@@ -45,8 +46,10 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, request: Request)
     mask, scale, dropout_p, need_weights = request
     if need_weights:
         return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)
+    if mask.softcap is not None or mask.sinks is not None:
+        return attention_in_chunks(unfused_attention, query, key, value, mask, scale, dropout_p), None
     if mask.window is not None:
-        return windowed_attention(query, key, value, mask, mask.window, scale, dropout_p), None
+        return attention_in_chunks(fused_attention, query, key, value, mask, scale, dropout_p), None
     return fused_attention(query, key, value, mask, scale, dropout_p), None
 
 
@@ -82,11 +85,26 @@ def fused_attention(
     )
 
 
-def windowed_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, window: int, scale: float, dropout_p: float
+def unfused_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, scale: float, dropout_p: float
 ) -> Tensor:
-    """`fused_attention` of chunks of queries, each over the keys that the window leaves any of them."""
-    n_q, n_k, size = query.shape[-2], key.shape[-2], min(max(window, LEAST_CHUNK), MOST_CHUNK)
+    """The output of `exact_attention_with_weights`."""
+    return exact_attention_with_weights(query, key, value, mask, scale, dropout_p)[0]
+
+
+def attention_in_chunks(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """`attend`, one of the two above, on chunks of queries, each over the keys that the mask leaves any of them."""
+    n_q, n_k = query.shape[-2], key.shape[-2]
+    window = n_q + n_k + abs(mask.query_offset) if mask.window is None else mask.window
+    size = min(max(window, LEAST_CHUNK), MOST_CHUNK)
     outputs = []
     for start in range(0, n_q, size):
         stop = min(start + size, n_q)
@@ -95,7 +113,7 @@ def windowed_attention(
         end = max(begin + 1, min(last + 1 if mask.causal else last + window, n_k))
         part = mask.queries(start, stop).keys(begin, end)
         inputs = (query[:, :, start:stop], key[:, :, begin:end], value[:, :, begin:end])
-        outputs.append(fused_attention(*inputs, part, scale, dropout_p))
+        outputs.append(attend(*inputs, part, scale, dropout_p))
     return torch.cat(outputs, dim=-2)
 
 
@@ -104,7 +122,7 @@ def exact_attention_with_weights(
 ) -> tuple[Tensor, Tensor]:
     """Exact attention that holds its (b, h, n_q, n_k) weights; for callers who want to see them."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
-    weights = masked_softmax(scores, mask.dense_keep(query.shape[-2], key.shape[-2], query.device))
+    scores = mask.logits(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
+    weights = masked_softmax(scores, mask.dense_keep(query.shape[-2], key.shape[-2], query.device), mask.sinks)
     weights = apply_dropout(weights, dropout_p).to(value.dtype)
     return torch.matmul(weights, value), weights

@@ -1,4 +1,4 @@
-"""One canonical description of which (query, key) pairs an attention mechanism may use.
+"""One canonical description of which (query, key) pairs an attention mechanism may use, and how their scores count.
 
 PyTorch alone has four conventions (boolean keep-masks in `scaled_dot_product_attention`, boolean
 drop-masks in `nn.MultiheadAttention`, additive float masks, `is_causal`); Hugging Face adds another.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query may attend to; `True` always means *keep*.
+    """Which keys each query may attend to, `True` always meaning *keep*, and what becomes of their scores.
 
     A pair (i, j) is kept when every part that is present keeps it.
 
@@ -34,6 +34,10 @@ class AttentionMask:
         pair_keep: (batch | 1, heads | 1, n_q, n_k) bool, an arbitrary pattern.
         bias: float, broadcastable to (batch, heads, n_q, n_k), added to the scaled scores. Minus
             infinity, or the lowest finite number of its type, closes a pair.
+        softcap: scores s become softcap·tanh(s / softcap) before `bias` is added, whether exact or estimated (Gemma
+            Team: *Gemma 2*, arXiv 2408.00118).
+        sinks: (heads,) float, for each head a logit that joins the softmax as one more column without a value (OpenAI:
+            *gpt-oss*, arXiv 2508.10925), so that weights sum to less than 1. A query without any key gives zeros.
     """
 
     key_keep: Tensor | None = None
@@ -43,8 +47,12 @@ class AttentionMask:
     pair_keep: Tensor | None = None
     bias: Tensor | None = None
     window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"mask.softcap must be a number above 0 or None, got {self.softcap!r}.")
         if self.window is not None and (
             isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1
         ):
@@ -104,8 +112,9 @@ class AttentionMask:
 
     @property
     def is_trivial(self) -> bool:
-        """True when every pair is kept and nothing is added."""
-        return self.key_keep is None and not self.causal and self.window is None and self.is_structured
+        """True when every pair is kept and the softmax is one of the scores as they are."""
+        plain = self.softcap is None and self.sinks is None
+        return plain and self.key_keep is None and not self.causal and self.window is None and self.is_structured
 
     @property
     def is_structured(self) -> bool:
@@ -168,10 +177,14 @@ class AttentionMask:
             return None
         return self.bias.masked_fill(self._closed_by_bias(self.bias), 0.0)
 
-    def add_bias(self, scores: Tensor) -> Tensor:
-        """`scores`, broadcastable to (batch, heads, n_q, n_k), with `finite_bias` added."""
+    def capped(self, scores: Tensor) -> Tensor:
+        """Scaled scores of any shape after `softcap`."""
+        return scores if self.softcap is None else self.softcap * (scores / self.softcap).tanh()
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """Scaled scores, broadcastable to (batch, heads, n_q, n_k), after `softcap` and with `finite_bias`."""
         bias = self.finite_bias()
-        return scores if bias is None else scores + bias
+        return self.capped(scores) if bias is None else self.capped(scores) + bias
 
     @staticmethod
     def _closed_by_bias(bias: Tensor) -> Tensor:
@@ -253,24 +266,29 @@ def _windows_around(keep: Tensor, offset: int) -> list[dict[str, Any]]:
     return [*causal, {"window": max(first, last) + 1}]
 
 
-def masked_softmax(scores: Tensor, keep: Tensor | None) -> Tensor:
+def masked_softmax(scores: Tensor, keep: Tensor | None, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last axis in at least float32; closed pairs get exactly zero.
 
     Args:
         scores: (..., n_k), any float type. Where `keep` is False they may hold anything finite.
         keep: bool, broadcastable to `scores`, or None.
+        sinks: (heads,) logits of one more column, which is left out of the result; heads are the second axis of
+            `scores`. None: no such column.
 
     Returns:
         Weights of the shape of `scores`, float32 (float64 stays). A row with nothing kept is all zeros
         and sends zero gradient back, where a plain softmax over minus infinity gives NaN.
     """
     scores = at_least_float32(scores)
-    if keep is None:
-        return scores.softmax(dim=-1)
-    closed = ~keep
     # The smallest finite number, not minus infinity: a fully closed row stays finite in both directions.
     lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(closed, lowest).softmax(dim=-1).masked_fill(closed, 0.0)
+    logits = scores if keep is None else scores.masked_fill(~keep, lowest)
+    if sinks is None:
+        weights = logits.softmax(dim=-1)
+    else:
+        column = sinks.to(logits.dtype).view(-1, *(1,) * (logits.dim() - 2)).expand(*logits.shape[:-1], 1)
+        weights = torch.cat([logits, column], dim=-1).softmax(dim=-1)[..., :-1]
+    return weights if keep is None else weights.masked_fill(~keep, 0.0)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape, Capabilities
 from approx_attn.attention.base import Request
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
-from approx_attn.conversion import timm
+from approx_attn.conversion import mpnet, timm
 from approx_attn.conversion.layers import SLOT
 
 CaptureCallback = Callable[[str, Tensor, Tensor, Tensor, AttentionMask, float], None]
@@ -27,8 +27,8 @@ CaptureCallback = Callable[[str, Tensor, Tensor, Tensor, AttentionMask, float], 
 def capture_attention_inputs(model: nn.Module, callback: CaptureCallback) -> Iterator[None]:
     """Call `callback` with the inputs of every attention of `model` that runs inside the context.
 
-    Seen are the layers of Hugging Face models that go through the attention interface of transformers, every
-    `torch.nn.MultiheadAttention`, which the models of this package use too, and modules that call
+    Seen are the layers of Hugging Face models that go through the attention interface of transformers, those of
+    MPNet, every `torch.nn.MultiheadAttention`, which the models of this package use too, and modules that call
     `scaled_dot_product_attention`, as those of timm do; converted layers as well as unconverted ones. The
     output of the model stays what it is.
 
@@ -37,7 +37,8 @@ def capture_attention_inputs(model: nn.Module, callback: CaptureCallback) -> Ite
         callback: called once per attention call, in the order of the calls, with the qualified name of the
             attention module, query (b, h, n_q, d), key (b, h_kv, n_k, d), value (b, h_kv, n_k, d_v), the
             `AttentionMask` and the scale on query-key products. The tensors are detached, must not be
-            changed, and may hold anything where the mask says padding. Position biases stand in `mask.bias`.
+            changed, and may hold anything where the mask says padding. Position biases, soft caps and sinks stand in
+            the mask.
 
     Raises:
         ValueError: the model holds no layer that can be seen.
@@ -54,13 +55,17 @@ def capture_attention_inputs(model: nn.Module, callback: CaptureCallback) -> Ite
         calling = timm.find_sdpa_layers(model)
         for layer in calling:
             stack.enter_context(_sdpa_calls(layer.name, layer.module, callback))
+        written = mpnet.find_mpnet_layers(model)
+        for layer in written:
+            hook = _mpnet_hook(layer.name, callback)
+            stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         interface: dict[nn.Module, str] = {}
         if "transformers" in sys.modules:  # no model of that library can be here before it was imported
             from approx_attn.conversion.huggingface import interface_attention_modules
 
             interface = {module: name for name, module in interface_attention_modules(model).items()}
             stack.enter_context(_interface_calls(interface, callback))
-        if not (multihead or calling or interface):
+        if not (multihead or calling or written or interface):
             raise ValueError(
                 f"{type(model).__name__} holds no torch.nn.MultiheadAttention, no module that calls "
                 "scaled_dot_product_attention and no attention layer that goes through the attention interface of "
@@ -117,6 +122,19 @@ def _multihead_hook(
         del arguments["self"]
         with torch.no_grad():
             layer(**(arguments | {"need_weights": False}))
+
+    return hook
+
+
+# -- modules of MPNet ------------------------------------------------------------------------------------
+
+
+def _mpnet_hook(name: str, callback: CaptureCallback) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A pre-hook that runs the input projections once more."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with torch.no_grad():
+            callback(name, *mpnet.attention_inputs(module, *args, **kwargs))
 
     return hook
 
@@ -190,6 +208,8 @@ def _interface_calls(names: dict[nn.Module, str], callback: CaptureCallback) -> 
                     attention_mask,
                     is_causal=kwargs.get("is_causal"),
                     position_bias=kwargs.get("position_bias"),
+                    softcap=kwargs.get("softcap"),
+                    sinks=kwargs.get("s_aux"),
                     implementation=implementation,
                 )
                 scaling = kwargs.get("scaling")

@@ -20,6 +20,13 @@ from approx_attn.conversion.calibration import calibrate
 from approx_attn.conversion.calibration.fitting import refuse_texts
 from approx_attn.conversion.calibration.refinement import refine_basis, require_refinable
 from approx_attn.conversion.capture import capture_attention_inputs
+from approx_attn.conversion.feed_forward import (
+    converted_blocks,
+    require_blocks,
+    require_feed_forward,
+    use_all_units,
+    use_top_units,
+)
 from approx_attn.conversion.installing import find_layers, install, uninstall
 from approx_attn.conversion.layers import AttentionLayer, AttentionSlot, select_layers
 from approx_attn.conversion.saving import mark_converted
@@ -40,14 +47,16 @@ def convert(
     refine: int = 0,
     example: Any = None,
     max_length: int | None = None,
+    feed_forward: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Let attention layers of a trained model use a mechanism; the model is changed in place.
 
     Converted are the attention modules of Hugging Face models that go through the attention interface of
-    transformers, `torch.nn.MultiheadAttention`, and modules that call `scaled_dot_product_attention`, as
-    those of timm do. Everything is checked and built before the first layer is touched. Parameters of a
-    mechanism become parameters of the model, so they train, move, and stand in its state_dict.
+    transformers, those of MPNet, `torch.nn.MultiheadAttention`, and modules that call
+    `scaled_dot_product_attention`, as those of timm do. Everything is checked and built before the first layer is
+    touched. Parameters of a mechanism become parameters of the model, so they train, move, and stand in its
+    state_dict.
 
     Args:
         model: a trained model.
@@ -66,6 +75,8 @@ def convert(
             of `calibration` if that is given.
         max_length: longest input, for mechanisms with parts laid out over positions; by default what the
             model declares, at most 2048.
+        feed_forward: `{"name": "topk", "keep": ...}` lets every token use the `keep` largest pre-activations (a share
+            of the hidden units or a number) of each plain two-layer feed-forward block; None leaves blocks as they are.
         options: of the mechanism, as `rank=8, keep=0.25`.
 
     Returns:
@@ -73,8 +84,9 @@ def convert(
 
     Raises:
         ValueError: a model without an attention layer that can be converted (named), an unknown mechanism or
-            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, one that
-            needs `calibration` without a word about it, budgets of another model, or nothing to refine.
+            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, one that needs
+            `calibration` without a word about it, budgets of another model, nothing to refine, or `feed_forward` for a
+            model without plain blocks.
 
     Example:
         >>> model = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
@@ -85,6 +97,8 @@ def convert(
         raise ValueError(_refusal(model))
     selected = select_layers(found, layers)
     specs = _specs(model, found, selected, attention, budgets, options)
+    kept_units = None if feed_forward is None else require_feed_forward(feed_forward)
+    blocks = [] if feed_forward is None else require_blocks(model)
     given = None if calibration is UNSAID else calibration
     seen: list[Any] = []
     if require_count("refine", refine, 0):
@@ -130,15 +144,19 @@ def convert(
             uninstall(model, [layer.name for layer in selected])
             mark_converted(model)
             raise
+    if kept_units is not None:  # after calibration, which is to see what the exact model does
+        use_top_units(blocks, kept_units)
+        mark_converted(model)
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Give every converted layer of `model` its own attention back; the model is changed in place.
+    """Give every converted layer of `model` its own attention, and blocks their own activation, back; in place.
 
     The parameters of mechanisms are dropped; those of the model stay as they are, trained or not.
     """
     uninstall(model, [layer.name for layer in find_layers(model)])
+    use_all_units(model)
     mark_converted(model)
     return model
 
@@ -235,7 +253,9 @@ def _refusal(model: nn.Module) -> str:
     if model_type is not None:
         return (
             f"{kind} (model_type={model_type}) computes its attention outside the attention interface of "
-            "transformers, so it cannot be converted; models such as bert, gpt2, llama, t5 and vit can."
+            "transformers, so it cannot be converted: give it attention modules of your own that call "
+            "torch.nn.functional.scaled_dot_product_attention, with biases in attn_mask, or take a model such as bert, "
+            "mpnet, gpt2, llama, t5 or vit."
         )
     return (
         f"{kind} holds no attention layer that can be converted: none of the attention interface of transformers, "
@@ -272,6 +292,8 @@ class LayerDescription:
 def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
     """Print which mechanism stands in which attention layer of `model`, with its parameters and cost.
 
+    Below stand the feed-forward blocks that use part of their hidden units, if there are any.
+
     Args:
         model: converted or not.
         length: tokens in the sequence that costs are stated for, queries and keys alike.
@@ -296,6 +318,12 @@ def describe(model: nn.Module, length: int = 128) -> list[LayerDescription]:
         name = f"{row.attention} ({options})" if options else row.attention
         table.add_row(row.layer, row.kind, name, f"{row.parameters:,}", share, relative)
     print_table(table)
+    blocks = converted_blocks(model)
+    if blocks:
+        table = Table("block", "hidden units", title=f"{type(model).__name__}: feed-forward")
+        for name, keep in blocks.items():
+            table.add_row(name, f"topk (keep={keep})")
+        print_table(table)
     return rows
 
 

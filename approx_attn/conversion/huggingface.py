@@ -25,6 +25,7 @@ except ImportError as error:
 
 from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.feed_forward import converted_blocks
 from approx_attn.conversion.huggingface_cache import follow_cache, kept_beside
 from approx_attn.conversion.huggingface_masks import mask_from_interface, mask_function
 from approx_attn.conversion.layers import CROSS_ATTENTION, SLOT, AttentionLayer, AttentionSlot
@@ -36,14 +37,14 @@ The second is for models that run eager attention, some of which know no other: 
 given, and no causal flag is read, which in such models may say anything.
 """
 
-BEYOND_EXACT = {
-    "softcap": "soft-capped scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+BEYOND_MECHANISMS = {
+    "sinks": "an attention sink of each query",
     "indices": "a sparse index",
     "block_indices": "a sparse index",
 }
-"""Arguments that change attention itself, with what they mean; mechanisms know none of them."""
+"""Arguments that change attention itself, with what they mean, and that no mechanism knows."""
+BEYOND_FUSED = ("softcap", "s_aux", *BEYOND_MECHANISMS)
+"""Those that PyTorch's fused attention does not know: a cap on scores and a learned sink of each head, too."""
 
 
 # -- finding attention modules ---------------------------------------------------------------------------
@@ -204,7 +205,9 @@ def mark_converted(model: nn.Module, save: Callable[..., Any]) -> None:
 
 
 def _is_converted(model: nn.Module) -> bool:
-    """Does any layer of `model` have other attention than exact?"""
+    """Does any layer of `model` have other attention than exact, or a block part of its hidden units?"""
+    if converted_blocks(model):
+        return True
     specs = (m.spec for m in model.modules() if isinstance(m, AttentionSlot | MultiheadAttention))
     return any(spec is not None and spec["name"] != "exact" for spec in specs)
 
@@ -229,7 +232,7 @@ def attention_forward(
     A module without a mechanism of its own keeps the attention that it had.
 
     Raises:
-        ValueError: a request beyond the mechanism, such as weights it does not have or soft-capped scores.
+        ValueError: a request beyond the mechanism, such as weights or attention sinks that it does not have.
     """
     slot: AttentionSlot | None = getattr(module, SLOT, None)
     need_weights = _weights_requested(kwargs)
@@ -247,7 +250,7 @@ def attention_forward(
             position_bias=position_bias,
             **kwargs,
         )
-    for argument, meaning in BEYOND_EXACT.items():
+    for argument, meaning in BEYOND_MECHANISMS.items():
         if kwargs.get(argument) is not None:
             raise ValueError(
                 f"attention={slot.name} does not support {meaning} ({argument}), which layer {slot.layer} asks for; "
@@ -263,6 +266,8 @@ def attention_forward(
         attention_mask,
         is_causal=is_causal,
         position_bias=position_bias,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
         implementation=module.config._attn_implementation,
     )
     words = {"scale": scaling, "dropout_p": dropout, "need_weights": need_weights}
@@ -288,7 +293,7 @@ def _original_function(
     module: nn.Module, slot: AttentionSlot | None, need_weights: bool, kwargs: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The exact attention of a module: PyTorch's fused one, or its own eager one where that one cannot."""
-    eager_only = any(kwargs.get(argument) is not None for argument in BEYOND_EXACT)
+    eager_only = any(kwargs.get(argument) is not None for argument in BEYOND_FUSED)
     was_eager = slot is not None and slot.replaced == "eager"
     if not (eager_only or was_eager or need_weights):
         return sdpa_attention_forward

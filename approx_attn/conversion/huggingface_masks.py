@@ -100,6 +100,8 @@ def mask_from_interface(
     is_causal: bool | None,
     position_bias: Tensor | None,
     implementation: str,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, AttentionMask]:
     """Translate what an attention function of transformers is given.
 
@@ -111,6 +113,7 @@ def mask_from_interface(
         is_causal: overrides `module.is_causal`; both count only where no mask is given.
         position_bias: broadcastable to (b, h, n_q, n_k), added to the scaled scores.
         implementation: name of the attention function; eager ones read no causal flag.
+        softcap, sinks: as in `AttentionMask`.
 
     Returns:
         keys and values, without the empty end of a static cache where the mask says nothing of it, and the mask.
@@ -140,6 +143,8 @@ def mask_from_interface(
         mask = replace(mask, query_keep=_query_keep(mask, n_q) if placed else mask.key_keep[:, n_k - n_q :])
     elif mask.key_keep is not None and n_q == n_k:  # which could be taken for the same tokens
         mask = replace(mask, query_keep=torch.ones_like(mask.key_keep))
+    if softcap is not None or sinks is not None:
+        mask = replace(mask, softcap=softcap, sinks=None if sinks is None else sinks.flatten())
     return key, value, mask
 
 

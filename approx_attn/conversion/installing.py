@@ -9,7 +9,7 @@ from torch import nn
 
 from approx_attn.attention import AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention, TorchMultiheadAttention
-from approx_attn.conversion import timm
+from approx_attn.conversion import mpnet, timm
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 
 
@@ -19,7 +19,7 @@ def find_layers(model: nn.Module) -> list[AttentionLayer]:
     if "transformers" in sys.modules:  # no model of that library can be here before it was imported
         from approx_attn.conversion import huggingface
 
-        layers += huggingface.find_interface_layers(model)
+        layers += huggingface.find_interface_layers(model) + mpnet.find_mpnet_layers(model)
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     return sorted(layers, key=lambda layer: order[layer.name])
 
@@ -61,6 +61,8 @@ def install(model: nn.Module, found: list[AttentionLayer], slots: Mapping[str, A
             continue
         if layer.host == "sdpa":
             timm.install(layer.module, slots[layer.name])
+        elif layer.host == "mpnet":
+            mpnet.install(layer.module, slots[layer.name])
         elif layer.host == "multihead":
             _replace_multihead(model, layer, slots[layer.name])
 
@@ -101,6 +103,8 @@ def uninstall(model: nn.Module, names: Collection[str]) -> None:
             _set_module(model, layer.name, original.train(layer.module.training))
         elif layer.host == "sdpa" and getattr(layer.module, SLOT, None) is not None:
             timm.uninstall(layer.module)
+        elif layer.host == "mpnet" and getattr(layer.module, SLOT, None) is not None:
+            mpnet.uninstall(layer.module)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -33,7 +33,7 @@ class AttentionLayer:
         name: qualified name in the model.
         module: the attention module.
         host: how its attention is reached: `interface` (transformers), `multihead`
-            (`torch.nn.MultiheadAttention`) or `sdpa` (calls `scaled_dot_product_attention`).
+            (`torch.nn.MultiheadAttention`), `sdpa` (calls `scaled_dot_product_attention`) or `mpnet`.
         shape: None where the module does not tell before it runs.
         causal: the module says that it is used under a causal mask.
         max_length: longest input that the model declares; None if it does not.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from approx_attn.attention import AttentionMechanism, AttentionShape
 from approx_attn.attention.multihead import MultiheadAttention
+from approx_attn.conversion.feed_forward import converted_blocks, restore_blocks
 from approx_attn.conversion.installing import find_layers, install
 from approx_attn.conversion.layers import SLOT, AttentionLayer, AttentionSlot
 
@@ -51,12 +52,15 @@ def save_converted(model: nn.Module, folder: str | Path, **options: Any) -> Path
         raise ValueError(
             f"{type(model).__name__} is not converted, so there is nothing to save beside the model itself."
         )
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "library": "transformers" if _is_pretrained(model) else "torch",
         "model": type(model).__name__,
         "layers": {name: _layer_header(slot) for name, slot in slots.items()},
     }
+    blocks = converted_blocks(model)
+    if blocks:
+        header["feed_forward"] = blocks
     try:
         text = json.dumps(header, indent=2)
     except TypeError as error:
@@ -104,7 +108,7 @@ def load_converted(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
             model.load_state_dict(_read_tensors(folder / TORCH_MODEL))
         except RuntimeError as error:
             raise ValueError(f"{folder / TORCH_MODEL} does not fit model={type(model).__name__}: {error}") from error
-    _install_saved(model, header["layers"], folder)
+    _install_saved(model, header, folder)
     return model.eval()
 
 
@@ -142,7 +146,8 @@ def _layer_header(slot: AttentionSlot) -> dict[str, Any]:
     }
 
 
-def _install_saved(model: nn.Module, layers: dict[str, Any], folder: Path) -> None:
+def _install_saved(model: nn.Module, header: dict[str, Any], folder: Path) -> None:
+    layers = header["layers"]
     found = {layer.name: layer for layer in find_layers(model)}
     missing = sorted(set(layers) - set(found))
     if missing:
@@ -162,6 +167,7 @@ def _install_saved(model: nn.Module, layers: dict[str, Any], folder: Path) -> No
         slot.spec = dict(layers[name]["attention"])
     if tensors:
         raise ValueError(f"{folder / TENSORS} holds {next(iter(tensors))}, which no layer of {HEADER} has.")
+    restore_blocks(model, header.get("feed_forward", {}))
     install(model, list(found.values()), slots)
     mark_converted(model)
 
@@ -217,7 +223,8 @@ def _read_header(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: it is truncated or foreign.") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path} must have format {FORMAT}, the one this version reads.")
-    if header.get("library") not in ("transformers", "torch") or not isinstance(header.get("layers"), dict):
+    parts = (header.get("layers"), header.get("feed_forward", {}))
+    if header.get("library") not in ("transformers", "torch") or not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not a header that save_converted wrote.")
     return header
 

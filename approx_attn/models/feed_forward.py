@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_attn.attention.base import apply_dropout
 from approx_attn.attention.budget import require_budget, resolve_count
+from approx_attn.attention.hidden_units import top_units
 from approx_attn.errors import require_count, require_one_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -105,11 +106,12 @@ class TopKFeedForward(FeedForward):
 
     def _chunk(self, x: Tensor) -> Tensor:
         """(t, dim) -> (t, dim)."""
-        scores = self.up(x)  # (t, hidden_dim): every token's products with every key
-        top, units = scores.topk(self.num_kept, dim=-1)  # (t, k)
-        weights = apply_dropout(ACTIVATIONS[self.activation](top), self.dropout if self.training else 0.0)
-        # Zeros and one dense product: gathering k value rows per token would hold (t, k, dim).
-        return self.down(torch.zeros_like(scores, dtype=weights.dtype).scatter(-1, units, weights))
+        dropout_p = self.dropout if self.training else 0.0
+
+        def weights(top: Tensor) -> Tensor:
+            return apply_dropout(ACTIVATIONS[self.activation](top), dropout_p)
+
+        return self.down(top_units(self.up(x), weights, self.num_kept))  # scores: products with every key
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, keep={self.keep}"

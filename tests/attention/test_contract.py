@@ -210,6 +210,16 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
         if can.causal and can.padding_mask:
             masks["causal window and left padding"] = replace(masks["left padding"], causal=True, window=6)
             masks["window and padding"] = replace(masks["padding"], window=6)
+    if can.softcap:
+        masks["softcap"] = AttentionMask(softcap=1.5)
+        masks["causal softcap"] = replace(masks["causal and left padding"], softcap=0.7)
+    if can.sinks:
+        sinks = torch.tensor([0.5, -1.0], dtype=torch.float64)
+        masks["sinks"] = AttentionMask(sinks=sinks)
+        masks["causal with sinks"] = AttentionMask(causal=True, sinks=sinks)
+        masks["padding with sinks"] = replace(masks["padding"], sinks=sinks)
+        if can.window:
+            masks["causal window with sinks"] = replace(masks["causal window"], sinks=sinks)
     if can.arbitrary_mask and getattr(REFERENCES[name], "EXTRA_MASKS", True):
         pairs = torch.rand(BATCH, 1, n_q, n_k, generator=generator) < 0.7
         bias = torch.randn(1, HEADS, n_q, n_k, generator=generator)
@@ -221,6 +231,8 @@ def naive_masks(name: str, n_q: int, n_k: int) -> dict[str, AttentionMask]:
             )
             if can.window:
                 masks["everything in a window"] = replace(masks["everything"], window=7)
+            if can.softcap and can.sinks:
+                masks["everything, soft cap and sinks"] = replace(masks["everything"], softcap=2.0, sinks=sinks)
     return masks
 
 
@@ -305,6 +317,10 @@ def test_full_budget_equals_exact(name):
     if cls.capabilities.window:
         masks["window"] = AttentionMask(window=4)
         masks["causal window"] = AttentionMask(causal=cls.capabilities.causal, window=4)
+    if cls.capabilities.softcap:
+        masks["softcap"] = AttentionMask(causal=True, softcap=1.5)
+    if cls.capabilities.sinks:
+        masks["sinks"] = AttentionMask(sinks=torch.tensor([0.5, -1.0]))
     if cls.capabilities.arbitrary_mask:
         masks["pairs"] = AttentionMask(pair_keep=inputs(17)[0] @ inputs(17)[1].transpose(-2, -1) > -1.0)
     options = cls.full_budget(17, DIM)
@@ -332,7 +348,10 @@ def test_weights_reproduce_the_output(name, case):
         if keep is not None:
             assert (weights.masked_fill(keep, 0.0) == 0).all(), f"mask: {label}: weight on a closed pair"
         has_key = weights.abs().sum(-1) > 0
-        torch.testing.assert_close(weights.sum(-1), has_key.double())
+        if mask.sinks is None:
+            torch.testing.assert_close(weights.sum(-1), has_key.double())
+        else:
+            assert (weights.sum(-1)[has_key] < 1.0).all()
         clean = value if mask.key_keep is None else value * mask.key_keep[:, None, :, None]
         torch.testing.assert_close(weights @ clean, output)
         torch.testing.assert_close(output, call(mechanism, query, key, value, mask=mask))
@@ -657,6 +676,30 @@ def test_gradients_are_those_of_the_output(name, case):
         torch.testing.assert_close(analytic, numeric, rtol=1e-5, atol=1e-7, msg=lambda text, at=label: f"{at}: {text}")
 
 
+@each_name("sinks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sinks_and_inputs_beside_them_get_their_gradients(name, dtype):
+    """In both types: some compute float32 by kernels of their own."""
+    mechanism, direction = build(name, first_case(name), torch.float64), torch.randn(BATCH, HEADS, 17, DIM).double()
+
+    def gradients(mechanism: AttentionMechanism, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        sinks = torch.tensor([0.5, -1.0], dtype=dtype, requires_grad=True)
+        tensors = [x.requires_grad_() for x in inputs(17, dtype=dtype)]
+        output = call(mechanism, *tensors, mask=AttentionMask(causal=True, sinks=sinks))
+        return torch.autograd.grad((output * direction).sum(), (sinks, *tensors))
+
+    found, epsilon = gradients(mechanism.to(dtype), dtype), 1e-6
+    mechanism.double()
+    around = (torch.tensor([0.5 + step, -1.0], dtype=torch.float64) for step in (epsilon, -epsilon))
+    tensors = inputs(17, dtype=torch.float64)
+    with torch.no_grad():
+        ahead, behind = (call(mechanism, *tensors, mask=AttentionMask(causal=True, sinks=sinks)) for sinks in around)
+    expected = float(((ahead - behind) * direction).sum() / (2 * epsilon))
+    assert float(found[0][0]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    for got, exact in zip(found, gradients(mechanism, torch.float64), strict=True):
+        assert_close(got, exact, 1e-3)
+
+
 @each_case()
 def test_dropout_acts_in_training_only(name, case):
     mechanism = build(name, case)
@@ -760,6 +803,18 @@ def test_refuses_arbitrary_masks(name):
 def test_refuses_windows(name):
     with pytest.raises(ValueError, match=f"attention={name} does not support a window of 3 keys in the mask"):
         call(build(name, first_case(name)), *inputs(8), mask=AttentionMask(window=3))
+
+
+@each_name("softcap", present=False)
+def test_refuses_soft_capped_scores(name):
+    with pytest.raises(ValueError, match=f"attention={name} does not support scores that are soft-capped at 50"):
+        call(build(name, first_case(name)), *inputs(8), mask=AttentionMask(softcap=50.0))
+
+
+@each_name("sinks", present=False)
+def test_refuses_sinks(name):
+    with pytest.raises(ValueError, match=f"attention={name} does not support attention sinks"):
+        call(build(name, first_case(name)), *inputs(8), mask=AttentionMask(sinks=torch.zeros(HEADS)))
 
 
 @each_name("returns_weights", present=False)

@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from approx_attn import available_attention, convert, describe, load_converted, revert, save_converted
+from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.registry import attention_class
 from approx_attn.conversion.capture import capture_attention_inputs
 
@@ -62,6 +64,9 @@ MODERNBERT = SIZES | {
 GEMMA3 = LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
 GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
 SLIDING_QWEN2 = LLAMA_LIKE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+GEMMA2 = GEMMA3 | {"attn_logit_softcapping": 2.0}
+GPT_OSS = LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+GPT_OSS |= {"intermediate_size": 40, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 CLIP = {"text_config": SIZES, "vision_config": VISION, "projection_dim": 16}
 T5 = {
     "vocab_size": VOCABULARY,
@@ -73,6 +78,9 @@ T5 = {
     "decoder_start_token_id": 0,
     "relative_attention_num_buckets": 8,
 }
+WAV2VEC2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+WAV2VEC2 |= {"conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (4, 2), "num_conv_pos_embeddings": 4}
+WAV2VEC2 |= {"num_conv_pos_embedding_groups": 2}
 WHISPER = SEQ2SEQ | {"num_mel_bins": 4, "max_source_positions": 10, "max_target_positions": 32}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
@@ -84,6 +92,7 @@ FAMILIES = {
     "bert": ("BertForMaskedLM", "BertConfig", SIZES),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", SIZES),
     "distilbert": ("DistilBertModel", "DistilBertConfig", DISTILBERT),
+    "mpnet": ("MPNetForMaskedLM", "MPNetConfig", SIZES),
     "electra": ("ElectraModel", "ElectraConfig", ELECTRA),
     "modernbert": ("ModernBertModel", "ModernBertConfig", MODERNBERT),
     "vit": ("ViTForImageClassification", "ViTConfig", VISION),
@@ -93,13 +102,30 @@ FAMILIES = {
     "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA_LIKE | {"sliding_window": 4}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA_LIKE),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS),
     "qwen2 sliding": ("Qwen2ForCausalLM", "Qwen2Config", SLIDING_QWEN2),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "bart": ("BartForConditionalGeneration", "BartConfig", SEQ2SEQ),
+    "wav2vec2": ("Wav2Vec2Model", "Wav2Vec2Config", WAV2VEC2),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }
-GENERATORS = ["gpt2", "llama", "mistral", "qwen2", "gemma3", "qwen2 sliding", "t5", "bart", "whisper"]
+GENERATORS = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "gemma3",
+    "gemma2",
+    "gpt_oss",
+    "qwen2 sliding",
+    "t5",
+    "bart",
+    "whisper",
+]
+EAGER_ONLY = ("mpnet", "gemma2", "gpt_oss")
 WINDOWS = {"mistral": [4, 4], "gemma3": [4, None], "qwen2 sliding": [None, 4], "modernbert": [None, 3]}  # by layer
+WINDOWS |= {"gemma2": [4, None], "gpt_oss": [4, None]}
 FULL = [name for name in available_attention() if attention_class(name).full_budget(LENGTH, 8) is not None]
 CAUSAL = [name for name in available_attention() if attention_class(name).capabilities.causal]
 
@@ -113,6 +139,7 @@ def build(family, implementation="sdpa"):
     model_class, config_class, arguments = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**copy.deepcopy(arguments))
+    implementation = "eager" if family in EAGER_ONLY else implementation
     model = getattr(transformers, model_class)._from_config(config, attn_implementation=implementation)
     for parameter in model.parameters():  # larger than at initialisation, so that attention is not uniform
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
@@ -129,6 +156,8 @@ def make_inputs(family, padding=None):
         tokens = tokens.masked_fill(keep == 0, 0)
     if family == "vit":
         return {"pixel_values": torch.randn(BATCH, 3, 8, 8)}
+    if family == "wav2vec2":
+        return {"input_values": torch.randn(BATCH, 8 * LENGTH)}
     if family == "whisper":
         return {"input_features": torch.randn(BATCH, 4, 20), "decoder_input_ids": tokens}
     inputs = {"input_ids": tokens} if padding is None else {"input_ids": tokens, "attention_mask": keep}
@@ -156,8 +185,11 @@ def outputs(model, inputs):
 ARBITRARY = "arbitrary or additive"
 REFUSED = {  # what a family needs and a mechanism may refuse
     "t5": (ARBITRARY,),
+    "mpnet": (ARBITRARY,),
     **dict.fromkeys(WINDOWS, ("a window of",)),
 }
+REFUSED["gemma2"] += ("scores that are soft-capped",)
+REFUSED["gpt_oss"] += ("attention sinks",)
 
 
 @contextmanager
@@ -225,9 +257,9 @@ def check_compiled(family, attention, fullgraph):
 
 
 @pytest.mark.parametrize("attention", FULL)
-@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "bert", "gpt2", "t5"))
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "bert", "mpnet", "gpt2", "gemma2", "gpt_oss", "t5"))
 def test_full_budget_equals_exact(family, attention):
-    length = 5 if family == "vit" else LENGTH
+    length = {"vit": 5, "wav2vec2": 9}.get(family, LENGTH)
     options = attention_class(attention).full_budget(length, 8)
     # Against padding on the left of its memory, what a decoder's position means there is up to the mechanism.
     for padding in (None, "right") if family in ("t5", "bart") else (None, "left", "right"):
@@ -269,7 +301,7 @@ def test_every_causal_mechanism_generates(family, attention):
 
 
 @pytest.mark.parametrize("attention", ["exact", "topk"])
-@pytest.mark.parametrize("family", ["bert", "llama", "t5", "bart", "vit"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "llama", "gemma2", "t5", "bart", "vit"])
 def test_weights_are_returned(family, attention):
     inputs = make_inputs(family, None if family == "vit" else "right")
     expected = build(family, "eager")(**inputs, output_attentions=True)
@@ -382,7 +414,7 @@ def test_layers_are_chosen_by_kind_or_pattern(family, layers, expected):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["bert", "clip", "t5", "llama"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "clip", "t5", "llama"])
 def test_revert_restores_bit_for_bit(family, implementation):
     model, inputs = build(family, implementation), make_inputs(family)
     expected, keys = outputs(model, inputs), list(model.state_dict())
@@ -418,33 +450,54 @@ def test_non_causal_mechanisms_are_refused_in_decoders_before_anything_changes()
     assert not any("approx_attn" in name for name, _ in model.named_modules())
 
 
-def test_soft_capped_scores_are_refused_by_name():
-    config = transformers.Gemma2Config(**LLAMA_LIKE, head_dim=8, query_pre_attn_scalar=8)
-    model = convert(transformers.Gemma2ForCausalLM(config), "topk")
-    with pytest.raises(ValueError, match=r"topk does not support soft-capped scores \(softcap\)"):
-        model(input_ids=make_inputs("llama")["input_ids"])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma2", "uniform does not support scores that are soft-capped at 2"),
+        ("gpt_oss", "uniform .* attention sinks"),
+    ],
+)
+def test_soft_caps_and_sinks_are_refused_by_name(family, message):
+    model = convert(build(family), "uniform")
+    with pytest.raises(ValueError, match=message):
+        model(**make_inputs(family))
 
 
-def test_attention_sinks_are_refused_by_name():
-    sizes = LLAMA_LIKE | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
-    model = convert(transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)), "topk")
-    with pytest.raises(ValueError, match=r"topk does not support attention sinks \(s_aux\)"):
-        model(input_ids=make_inputs("llama")["input_ids"])
+@pytest.mark.parametrize("attention", ["eigen_cluster", "sliding_window", "topk"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_reach_the_mechanism(family, attention):
+    """Without them the same mechanism gives something else; calibration and decoding know them as well."""
+    inputs = make_inputs(family, "left")
+    options = {"keep": 4, **({"block_size": 4, "cluster_size": 2} if attention == "eigen_cluster" else {})}
+    options |= {"calibration": [inputs]} if attention == "eigen_cluster" else {}
+    model, seen = convert(build(family), attention, **options), []
+    with torch.no_grad(), capture_attention_inputs(model, lambda *call: seen.append(call)):
+        model(**inputs)
+    assert [(mask.softcap, mask.sinks is not None) for *_, mask, _ in seen] == 2 * [
+        (2.0, False) if family == "gemma2" else (None, True)
+    ]
+    _, query, key, value, mask, scale = seen[0]
+    mechanism = next(m for m in model.modules() if isinstance(m, AttentionMechanism))
+    with torch.no_grad():
+        plain = mechanism(query, key, value, replace(mask, softcap=None, sinks=None), scale=scale)[0]
+        assert not torch.allclose(mechanism(query, key, value, mask, scale=scale)[0], plain, atol=1e-3)
+    assert torch.equal(generate(model, inputs), generate(model, inputs, use_cache=False))
 
 
-def test_calibration_makes_the_estimate_better():
+@pytest.mark.parametrize(("family", "share"), [("bert", 0.7), ("mpnet", 0.9)])
+def test_calibration_makes_the_estimate_better(family, share):
     torch.manual_seed(0)
     batches = [{"input_ids": torch.randint(3, VOCABULARY, (4, 16))} for _ in range(6)]
-    expected = build("bert")(**batches[0]).logits
+    expected = build(family)(**batches[0]).logits
 
     def error(calibration):
-        model = convert(build("bert"), "eigen_topk", rank=2, keep=4, calibration=calibration)
+        model = convert(build(family), "eigen_topk", rank=2, keep=4, calibration=calibration)
         return float((model(**batches[0]).logits - expected).norm())
 
-    assert error(batches) < 0.7 * error(None)
+    assert error(batches) < share * error(None)
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "llama", "clip"])
+@pytest.mark.parametrize("family", ["bert", "mpnet", "t5", "llama", "gpt_oss", "clip"])
 def test_gradients_reach_the_mechanism_and_training_runs(family):
     model = convert(build(family), "eigen_topk", layers="self", rank=2, keep=2, calibration=None).train()
     loss(model, make_inputs(family, "right")).backward()
@@ -512,6 +565,25 @@ def test_save_pretrained_keeps_the_conversion_and_is_not_opened_as_exact_in_sile
     assert all(torch.equal(value, reverted[name]) for name, value in outputs(build("clip"), inputs).items())
 
 
+def test_position_biases_of_mpnet_are_seen_and_saved_and_refused_by_name(tmp_path):
+    inputs, seen = make_inputs("mpnet", "right"), []
+    model = convert(build("mpnet"), "topk", keep=3)
+    for one in (build("mpnet"), model):
+        with torch.no_grad(), capture_attention_inputs(one, lambda *call: seen.append(call)):
+            one(**inputs)
+    (name, *before, mask, scale), (other, *after, other_mask, other_scale) = seen[0], seen[2]
+    assert name == other == "mpnet.encoder.layer.0.attention.attn"
+    assert scale == other_scale == pytest.approx(8**-0.5)
+    torch.testing.assert_close(after, before)
+    assert mask.key_keep.tolist() == other_mask.key_keep.tolist() == inputs["attention_mask"].bool().tolist()
+    bias = model.mpnet.encoder.compute_position_bias(inputs["input_ids"][..., None])
+    torch.testing.assert_close(mask.bias, bias.detach())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_converted(tmp_path)(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match="eigen_cluster does not support an arbitrary or additive attention mask"):
+        convert(build("mpnet"), "eigen_cluster", calibration=None)(**inputs)
+
+
 @pytest.mark.parametrize("name", ["os", "AutoModel", "NoSuchModel"])
 def test_a_header_that_names_another_class_is_refused(name, tmp_path):
     save_converted(convert(build("bert"), "topk"), tmp_path)
@@ -529,8 +601,9 @@ def test_description_follows_a_switch_by_hand():
     assert {row.attention for row in describe(model)} == {"topk"}
 
 
-def test_copies_share_nothing():
-    model, inputs = convert(build("bert"), "eigen_topk", rank=2, keep=2, calibration=None), make_inputs("bert")
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_copies_share_nothing(family):
+    model, inputs = convert(build(family), "eigen_topk", rank=2, keep=2, calibration=None), make_inputs(family)
     other = copy.deepcopy(model)
     torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits)
     revert(other)

@@ -68,7 +68,7 @@ class DifferentiableMaskAttention(AttentionMechanism):
         self._record(gate, mask, keep)
         if not self.training and not need_weights:
             return self._fused(query, key, value, mask, gate > 0, scale), None
-        scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
+        scores = mask.logits(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_k)
         weights = gated_softmax(scores, gate, keep)
         weights = apply_dropout(weights, dropout_p).to(value.dtype)
         return weights @ value, weights if need_weights else None

@@ -50,7 +50,7 @@ class LowRankTopKAttention(ObservingMechanism):
             numbers per head.
     """
 
-    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True, softcap=True, sinks=True)
     cost_formula = "n²·(r + d), with basis=input n·d² + 9·d³ more"
     covariance: Tensor
 

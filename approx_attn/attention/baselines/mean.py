@@ -56,7 +56,7 @@ class MeanAttention(PositionalAttention, ObservingMechanism):
         scores = at_least_float32(query) @ at_least_float32(repeat_heads(key, self.num_heads)).transpose(-2, -1)
         scores = scores * (self.head_dim**-0.5 if scale is None else scale)  # (b, h, n_q, n_k)
         keep = mask.dense_keep(n_q, n_k, query.device)
-        weights = masked_softmax(mask.add_bias(scores), keep).double()
+        weights = masked_softmax(mask.logits(scores), keep).double()
         counted = torch.ones_like(weights) if keep is None else keep.expand_as(weights).double()
         if mask.query_keep is not None:
             counted = counted * mask.query_keep[:, None, :, None]

@@ -117,7 +117,7 @@ def attention_from_scores(scores: Tensor, value: Tensor, request: Request) -> tu
     """
     mask, _, dropout_p, need_weights = request
     batch, n_q, n_k = value.shape[0], *scores.shape[-2:]
-    weights = masked_softmax(mask.add_bias(scores), mask.dense_keep(n_q, n_k, value.device))
+    weights = masked_softmax(mask.logits(scores), mask.dense_keep(n_q, n_k, value.device))
     if dropout_p > 0.0:
         weights = apply_dropout(weights.expand(batch, -1, -1, -1), dropout_p)  # each sample drops its own
     weights = weights.to(value.dtype)

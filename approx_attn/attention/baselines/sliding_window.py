@@ -52,7 +52,7 @@ class SlidingWindowAttention(AttentionMechanism):
         seed: of the random blocks; each layer draws its own.
     """
 
-    capabilities = Capabilities(window=True)
+    capabilities = Capabilities(window=True, softcap=True, sinks=True)
     cost_formula = "n·(3w + g + r·b)·d"
 
     def __init__(
@@ -97,6 +97,8 @@ class SlidingWindowAttention(AttentionMechanism):
                 key_keep=mask.key_keep,
                 pair_keep=pair_keep,
                 bias=take_queries(mask.bias, index),
+                softcap=mask.softcap,
+                sinks=mask.sinks,
             )
             top, top_weights = exact_attention_with_weights(take(query, index), key, value, part, scale, dropout_p)
             output = put(output, index, top)
@@ -109,7 +111,10 @@ class SlidingWindowAttention(AttentionMechanism):
             part = mask.queries(start, stop).keys(0, seen)
             band = self.window.band(stop - start, seen, mask.causal, part.query_offset, limit=mask.window)
             inputs = (query[:, :, start:stop], key[:, :, :seen], value[:, :, :seen])
-            outputs.append(self._fused(*inputs, request._replace(mask=part), band))
+            if mask.softcap is None and mask.sinks is None:
+                outputs.append(self._fused(*inputs, request._replace(mask=part), band))
+            else:  # which the fused kernel does not know
+                outputs.append(self._by_parts(*inputs, request._replace(mask=part), band)[0])
         return torch.cat(outputs, dim=-2)
 
     def _segments(self, n_q: int, n_k: int, causal: bool, offset: int) -> list[tuple[int, int, int]]:
@@ -169,7 +174,7 @@ class SlidingWindowAttention(AttentionMechanism):
             scores.append(band.query_blocks(chosen))
             pairs.append(self._random_pairs(band, mask, index, is_open))
             widths.append(self.random.width)
-        weights = self._weights(scores, pairs)  # (b, h, n_blocks, block, span + g + e)
+        weights = self._weights(scores, pairs, mask)  # (b, h, n_blocks, block, span + g + e)
         parts = apply_dropout(weights, dropout_p).to(value.dtype).split(widths, dim=-1)
         everywhere = take(value, index_global)[:, :, None]  # (b, h, 1, g, d_v)
         output = band.merge_queries(parts[0] @ band.key_blocks(value) + parts[1] @ everywhere)
@@ -189,14 +194,14 @@ class SlidingWindowAttention(AttentionMechanism):
         return output, dense
 
     @staticmethod
-    def _weights(scores: list[Tensor], pairs: list[tuple[Tensor | None, Tensor]]) -> Tensor:
+    def _weights(scores: list[Tensor], pairs: list[tuple[Tensor | None, Tensor]], mask: AttentionMask) -> Tensor:
         """One softmax over all kinds of keys; `pairs` are (bias or None, keep) that broadcast to `scores`."""
         logits, keeps = [], []
         for products, (bias, keep) in zip(scores, pairs, strict=True):
-            products = at_least_float32(products)
+            products = mask.capped(at_least_float32(products))
             logits.append(products if bias is None else products + bias)
             keeps.append(keep.expand(products.shape))
-        return masked_softmax(torch.cat(logits, dim=-1), torch.cat(keeps, dim=-1))
+        return masked_softmax(torch.cat(logits, dim=-1), torch.cat(keeps, dim=-1), mask.sinks)
 
     # -- which pairs are used: (bias or None, keep), in the layout of the band. No pair counts twice. --------
 

@@ -33,7 +33,7 @@ class TopKAttention(AttentionMechanism):
         chunk_size: queries scored at once; bounds the memory of a pass at chunk_size·n scores per head.
     """
 
-    capabilities = Capabilities(window=True)
+    capabilities = Capabilities(window=True, softcap=True, sinks=True)
     cost_formula = "n²·d"
 
     def __init__(
@@ -102,7 +102,9 @@ def topk_attention(
             _, index, is_open = choose(estimate[0][:, :, start:stop], estimate[1][:, :, :keys], part, scale, keep, n_k)
             scores = scores_at(q, k, part, scale, index)
         drop = apply_dropout(torch.ones_like(scores), dropout_p) if dropout_p > 0.0 else None
-        output, applied = _SparseAttention.apply(q, k, v, part.finite_bias(), scores, index, is_open, drop, scale)
+        slope = None if part.softcap is None else slope_at(scores, part, part.softcap, index, keys)
+        inputs = (q, k, v, part.finite_bias(), part.sinks)
+        output, applied = _SparseAttention.apply(*inputs, scores, slope, index, is_open, drop, scale)
         outputs.append(output)
         if need_weights:
             weights.append(scatter_rows(applied, index, n_k))
@@ -133,7 +135,7 @@ def choose(
         is_open: (b, h, n_q, k) bool, False where a query may use fewer than k keys.
     """
     n_q, n_seen = query.shape[-2], key.shape[-2]
-    scores = mask.add_bias(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_seen)
+    scores = mask.logits(at_least_float32((query * scale) @ key.transpose(-2, -1)))  # (b, h, n_q, n_seen)
     allowed = mask.dense_keep(n_q, n_seen, query.device)
     if allowed is None:
         usable = torch.full((1, 1, 1, 1), n_seen, device=query.device)
@@ -155,11 +157,22 @@ def scores_at(query: Tensor, key: Tensor, mask: AttentionMask, scale: float, ind
     """
     index = index.long()
     query = query * scale  # first: in 16 bits a product may overflow where its score does not
-    scores = at_least_float32((query @ key.transpose(-2, -1)).gather(-1, index))  # (b, h, n_q, k)
+    scores = mask.capped(at_least_float32((query @ key.transpose(-2, -1)).gather(-1, index)))  # (b, h, n_q, k)
+    return scores if mask.bias is None else scores + bias_at(mask, index, key.shape[-2])
+
+
+def bias_at(mask: AttentionMask, index: Tensor, n_k: int) -> Tensor:
+    """The finite bias (b, h, n_q, k) of chosen keys, of n_k."""
     bias = mask.finite_bias()
-    if bias is not None:
-        scores = scores + bias.expand(*index.shape[:3], key.shape[-2]).gather(-1, index)
-    return scores
+    assert bias is not None
+    return bias.expand(*index.shape[:3], n_k).gather(-1, index.long())
+
+
+@torch.no_grad()
+def slope_at(scores: Tensor, mask: AttentionMask, softcap: float, index: Tensor, n_k: int) -> Tensor:
+    """Derivative of the scores (b, h, n_q, k) of chosen keys by what the cap has made them of."""
+    capped = scores if mask.bias is None else scores - bias_at(mask, index, n_k)
+    return 1.0 - (capped / softcap).clamp(-1.0, 1.0).square()  # closed pairs may hold any number
 
 
 def scatter_rows(values: Tensor, index: Tensor, n_k: int) -> Tensor:
@@ -170,7 +183,7 @@ def scatter_rows(values: Tensor, index: Tensor, n_k: int) -> Tensor:
 class _SparseAttention(torch.autograd.Function):
     """Softmax over the scores of chosen keys, saving O(n·k) numbers for the backward pass.
 
-    Takes the scores as computed, and gives the gradients of query, key and bias that they would have. The k
+    Takes the scores as computed, and gives the gradients of query, key, bias and sinks that they would have. The k
     weights of a query are scattered into a dense row of the chunk: one dense product with V is faster than
     gathering k rows of V per query unless k is a very small fraction of n.
     """
@@ -182,23 +195,25 @@ class _SparseAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
+        sinks: Tensor | None,
         scores: Tensor,
+        slope: Tensor | None,
         index: Tensor,
         is_open: Tensor,
         drop: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """Output (b, h, n_q, d_v) and the applied weights (b, h, n_q, k)."""
-        weights = masked_softmax(scores, is_open)
+        """Output (b, h, n_q, d_v) and the applied weights (b, h, n_q, k); `slope` is of scores by scaled products."""
+        weights = masked_softmax(scores, is_open, sinks)
         applied = weights if drop is None else weights * drop
-        ctx.save_for_backward(query, key, value, bias, weights, index, drop)
+        ctx.save_for_backward(query, key, value, bias, sinks, weights, slope, index, drop)
         ctx.scale = scale
         return scatter_rows(applied.to(value.dtype), index, key.shape[-2]) @ value, applied.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_applied: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, weights, index, drop = ctx.saved_tensors
+        query, key, value, bias, sinks, weights, slope, index, drop = ctx.saved_tensors
         n_k, kind = key.shape[-2], value.dtype
         applied = weights if drop is None else weights * drop
         grad_value = scatter_rows(applied.to(kind), index, n_k).transpose(-2, -1) @ grad_output
@@ -206,8 +221,15 @@ class _SparseAttention(torch.autograd.Function):
         grad_weights = at_least_float32(products.gather(-1, index.long())) + grad_applied  # (b, h, n_q, k)
         if drop is not None:
             grad_weights = grad_weights * drop
-        grad_scores = weights * (grad_weights - (grad_weights * weights).sum(dim=-1, keepdim=True))
-        dense = scatter_rows(grad_scores, index, n_k)  # (b, h, n_q, n_k)
-        grad_bias = dense.sum_to_size(bias.shape).to(bias.dtype) if ctx.needs_input_grad[3] else None
-        dense = (dense * ctx.scale).to(query.dtype)
-        return dense @ key, dense.transpose(-2, -1) @ query, grad_value, grad_bias, None, None, None, None, None
+        mean = (grad_weights * weights).sum(dim=-1, keepdim=True)  # (b, h, n_q, 1)
+        grad_scores = weights * (grad_weights - mean)
+        grad_bias = grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = scatter_rows(grad_scores, index, n_k).sum_to_size(bias.shape).to(bias.dtype)
+        if ctx.needs_input_grad[4]:
+            of_sinks = 1.0 - weights.sum(dim=-1, keepdim=True)
+            grad_sinks = -(of_sinks * mean).sum(dim=(0, 2, 3)).to(sinks.dtype)
+        grad_products = grad_scores if slope is None else grad_scores * slope
+        dense = (scatter_rows(grad_products, index, n_k) * ctx.scale).to(query.dtype)  # (b, h, n_q, n_k)
+        grads = (dense @ key, dense.transpose(-2, -1) @ query, grad_value, grad_bias, grad_sinks)
+        return *grads, *(None for _ in range(6))

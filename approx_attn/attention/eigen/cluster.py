@@ -50,6 +50,9 @@ class EigenClusterAttention(HasClusters):
     on a later input, and decoding equals one pass. Gradient flows through scores, moments and, from order 1 on, both
     maps of the basis, not through cuts and choices.
 
+    With a cap c on scores (`mask.softcap`), c·tanh(s·q·k̄/c) takes the place of s·q·k̄ and a is multiplied by the slope
+    1 − tanh²(s·q·k̄/c); such scores are computed by PyTorch's operators alone, in float32.
+
     The mean key needs no basis, since its score costs 1/L of the exact ones: the basis explains deviations within a
     cluster and finds clusters of little deviation.
 
@@ -71,7 +74,13 @@ class EigenClusterAttention(HasClusters):
     """
 
     capabilities = Capabilities(
-        arbitrary_mask=False, needs_calibration=True, window=True, has_parameters=True, grouped_query=True
+        arbitrary_mask=False,
+        needs_calibration=True,
+        window=True,
+        has_parameters=True,
+        grouped_query=True,
+        softcap=True,
+        sinks=True,
     )
     cost_formula = "n·t·d + (n²/L)·(d + r²/2 + d_v)"
 
@@ -117,7 +126,8 @@ class EigenClusterAttention(HasClusters):
         # Exponentials of sums over clusters: float32, also under autocast; products alone may be of bfloat16.
         with torch.autocast(query.device.type, enabled=False):
             types = {x.dtype for x in (query, key, value)}
-            narrow = len(types) == 1 and not need_weights and multiplies_bfloat16(key, self.cluster_size)
+            narrow = len(types) == 1 and not need_weights and mask.softcap is None
+            narrow = narrow and multiplies_bfloat16(key, self.cluster_size)
             if not narrow:
                 key, value = at_least_float32(key), at_least_float32(value)
             if not narrow or math.frexp(scale)[0] != 0.5:  # a power of two rounds nothing
@@ -130,7 +140,7 @@ class EigenClusterAttention(HasClusters):
             dtype = torch.promote_types(query.dtype, torch.float32)
             query_map = self.basis.query_map.to(dtype).expand(expand)
             key_map = self.basis.key_map.to(dtype).expand(expand)
-            inputs = Inputs(query, key, value, query_map, key_map, mask.key_keep)
+            inputs = Inputs(query, key, value, query_map, key_map, mask.key_keep, mask.softcap, mask.sinks)
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 

@@ -36,7 +36,8 @@ class ClusterCache(DecodingCache):
     own clusters and of the run it stands in. It takes the same clusters and choices as a pass over the whole sequence.
     With `share=head` each query head has clusters of its own, with any other `share` each key head.
 
-    Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys.
+    Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys, and so do queries
+    whose scores are soft-capped or have sinks beside them.
     """
 
     def __init__(self, mechanism: HasClusters) -> None:
@@ -129,6 +130,8 @@ class ClusterCache(DecodingCache):
             mask.causal
             and mask.is_structured
             and its.rest == "keep"  # where the rest is dropped, its moments are of no use
+            and mask.softcap is None
+            and mask.sinks is None
             and its.substitute is None
             and 0 < n_q <= its.block_size
             and mask.query_offset >= 0

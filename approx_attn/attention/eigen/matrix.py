@@ -76,7 +76,9 @@ class EigenMatrixAttention(BasisMechanism):
     # An arbitrary mask may be a causal one in disguise, and evidence from later rows would leak through it.
     basis_kind = "matrix"
     fit_type = PositionFit
-    capabilities = Capabilities(arbitrary_mask=False, needs_calibration=True, has_parameters=True)
+    capabilities = Capabilities(
+        arbitrary_mask=False, needs_calibration=True, has_parameters=True, softcap=True, sinks=True
+    )
     cost_formula = "n·m·d + n²·r (rows_and_columns); n²·(d + r) (random, greedy)"
 
     def __init__(
@@ -243,7 +245,7 @@ class EigenMatrixAttention(BasisMechanism):
                 evidence = evidence & real[:, None, :, None]
             table, noise = self._components(n_q, n_k, mask.query_offset, exact.dtype)  # (g, n_q, n_k, r + 1)
             estimate = reconstruct_matrix(exact, evidence.to(exact.dtype), table, noise, mask.causal)
-            weights = masked_softmax(torch.where(observed, exact, estimate), keep)
+            weights = masked_softmax(mask.logits(torch.where(observed, exact, estimate)), keep, mask.sinks)
         weights = apply_dropout(weights, dropout_p).to(value.dtype)
         return weights @ value, weights if need_weights else None
 

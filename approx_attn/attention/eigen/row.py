@@ -41,7 +41,8 @@ class RowAttention(AttentionMechanism):
 
     Because the estimate is linear in the observed keys, with common columns and no causal mask it *is* attention
     with interpolated keys R·K_Ω and a bias per key, and runs as one call of `scaled_dot_product_attention`.
-    Under a causal mask or a window every row has its own r × r system.
+    Under a causal mask or a window every row has its own r × r system. Where the mask caps scores, rows are computed
+    one by one, too, and observed and estimated scores capped alike; a sink is one more key.
 
     With `lengths="truncate"` the columns are those chosen at `max_length`, repeated with that period: neither
     padding nor keys appended change a row, so decoding with a cache equals one pass. With "interpolate" basis
@@ -55,7 +56,7 @@ class RowAttention(AttentionMechanism):
         ValueError: no `max_length`, an impossible option, or `rank` above the number of observed keys.
     """
 
-    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True)
+    capabilities = Capabilities(needs_calibration=True, has_parameters=True, window=True, softcap=True, sinks=True)
     cost_formula = "n²·d + n·r·d (common columns); n·m·(d + r²) + n²·r (causal, window)"
 
     def __init__(
@@ -130,7 +131,7 @@ class RowAttention(AttentionMechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
         mask, self.auxiliary_loss = request.mask, None
         columns = self.columns(key.shape[-2])
-        if self._rows_share(mask) and not mask.causal and not request.need_weights:
+        if self._rows_share(mask) and not mask.causal and mask.softcap is None and not request.need_weights:
             return self._attend_to_interpolated_keys(query, key, value, request, columns), None
         return self._attend_by_rows(query, key, value, request, columns)
 
@@ -152,6 +153,9 @@ class RowAttention(AttentionMechanism):
                     return (queries[..., i, :] * keys[..., j, :]).sum(-1) * scale + bias[..., j]
 
                 self._set_auxiliary_loss([sampled_errors(estimate, query, key, None, mask, scale)])
+            if mask.sinks is not None:  # a key of zeros with the logit as its bias, and a value of zeros
+                keys, value = F.pad(keys, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+                bias = torch.cat([bias, mask.sinks.to(bias.dtype).expand(bias.shape[0], -1)[..., None]], dim=-1)
         return attend_with_key_bias(query, keys, bias, value, scale, dropout_p)
 
     def _attend_by_rows(
@@ -175,7 +179,7 @@ class RowAttention(AttentionMechanism):
                 scores = block_scores(q, k, keep, table[:, : block.n_k], prior.noise, block, scale, rows_share)
                 if self.training and self.auxiliary_loss_weight > 0.0:
                     errors.append(sampled_errors(partial(entries, scores), q, k, keep, part, scale))
-                weights = masked_softmax(part.add_bias(scores), keep)  # (b, h, c, n)
+                weights = masked_softmax(part.logits(scores), keep, mask.sinks)  # (b, h, c, n)
             weights = apply_dropout(weights, dropout_p).to(value.dtype)
             outputs.append(weights @ value[..., : block.n_k, :])
             if need_weights:

@@ -38,7 +38,8 @@ class EigenTopKAttention(HasContentBasis):
 
         ŝ_ij = s·(q_i A)·((k_j − k̄_i) B) + s·q_i·k̄_i  (+ position prior + additive mask)
 
-    The row mean of ŝ is exact, since it costs next to nothing. Per query, the keys of its window and the
+    The row mean of ŝ is exact, since it costs next to nothing. Where the mask caps scores, it caps exact ones and ŝ,
+    with its prior, alike. Per query, the keys of its window and the
     global tokens come first, then those with the largest expected error (or estimate, see `select`), until the
     budget is used up. Gradient flows through exact scores to queries and keys, through estimates also to A and B,
     not through the choice.
@@ -72,7 +73,13 @@ class EigenTopKAttention(HasContentBasis):
     """
 
     capabilities = Capabilities(
-        needs_calibration=True, has_parameters=True, grouped_query=True, window=True, head_budgets=True
+        needs_calibration=True,
+        has_parameters=True,
+        grouped_query=True,
+        window=True,
+        head_budgets=True,
+        softcap=True,
+        sinks=True,
     )
     cost_formula = "n²·(r + d)"
 
@@ -152,12 +159,18 @@ class EigenTopKAttention(HasContentBasis):
         rank_by = self._ranking(estimate if inputs.hidden is None else estimate + inputs.hidden, mask, keep)
         selected = self._chosen_pairs(rank_by, keep, n_k)
         # All exact scores of the chunk: one dense product is faster than gathering the keys of each query.
-        exact = mask.add_bias(at_least_float32(grouped_matmul(query * scale, key.mT)))
+        exact = mask.logits(at_least_float32(grouped_matmul(query * scale, key.mT)))
         scores = exact if selected is None else torch.where(selected, exact, estimate)
-        return self._weigh(scores, selected, keep, inputs.value, dropout_p)
+        return self._weigh(scores, selected, keep, mask.sinks, inputs.value, dropout_p)
 
     def _weigh(
-        self, scores: Tensor, selected: Tensor | None, keep: Tensor | None, value: Tensor, dropout_p: float
+        self,
+        scores: Tensor,
+        selected: Tensor | None,
+        keep: Tensor | None,
+        sinks: Tensor | None,
+        value: Tensor,
+        dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         """Output and weights from scores that are exact where `selected` is True (None: everywhere)."""
         if selected is not None and self.rest == "drop":
@@ -165,7 +178,7 @@ class EigenTopKAttention(HasContentBasis):
         elif selected is not None and self.rest == "mean":
             far = ~selected if keep is None else keep & ~selected
             scores = torch.where(selected, scores, log_mean_exp(scores, far))
-        weights = apply_dropout(masked_softmax(scores, keep), dropout_p).to(value.dtype)
+        weights = apply_dropout(masked_softmax(scores, keep, sinks), dropout_p).to(value.dtype)
         return grouped_matmul(weights, value), weights
 
     @torch.no_grad()
@@ -214,7 +227,7 @@ class EigenTopKAttention(HasContentBasis):
         return ScoreInputs(query, query_low, offset, key, key_low, hidden, value, mask)
 
     def _estimate(self, inputs: ScoreInputs, keep: Tensor | None, scale: float) -> Tensor:
-        """Estimated scores with prior and bias: (b, h, n_q, n_k)."""
+        """Estimated scores with prior, cap and bias: (b, h, n_q, n_k)."""
         estimate = at_least_float32(inputs.query_low @ inputs.key_low.mT)
         offset = inputs.offset
         if offset is None:
@@ -222,7 +235,7 @@ class EigenTopKAttention(HasContentBasis):
         estimate = estimate.add_(offset).mul_(scale)  # in place: the products are no longer needed
         if self.prior is not None:
             estimate = estimate + self._prior_scores(inputs.mask, *estimate.shape[-2:])
-        return inputs.mask.add_bias(estimate)
+        return inputs.mask.logits(estimate)
 
     def _row_offset(
         self, query: Tensor, key: Tensor, query_low: Tensor, key_low: Tensor, mask: AttentionMask

@@ -181,6 +181,8 @@ def needed_capabilities(query: Tensor, key: Tensor, mask: AttentionMask) -> set[
         "padding_mask": mask.key_keep is not None,
         "arbitrary_mask": not mask.is_structured,
         "window": mask.window is not None,
+        "softcap": mask.softcap is not None,
+        "sinks": mask.sinks is not None,
     }
     return {capability for capability, wanted in asked.items() if wanted}
 

@@ -7,6 +7,7 @@ reference.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,12 +61,13 @@ def solve(
     """Output and all gradients, in float64, computed from inputs of a type (of the mechanism's by default)."""
     dtype = dtype or mechanism.basis.key_map.dtype
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
-    output = mechanism(*leaves, mask, **words)[0]
+    sinks = None if mask.sinks is None else mask.sinks.to(dtype, copy=True).requires_grad_()
+    output = mechanism(*leaves, replace(mask, sinks=sinks), **words)[0]
     generator = torch.Generator().manual_seed(3)
     output.backward(torch.randn(output.shape, generator=generator).bfloat16().to(dtype))  # the same number in all types
     maps = {name: getattr(mechanism.basis, name).grad for name in ("query_map", "key_map")}
     grads = dict(zip(("query", "key", "value"), (x.grad for x in leaves), strict=True))
-    found = {"output": output.detach(), **grads, **maps}
+    found = {"output": output.detach(), "sinks": None if sinks is None else sinks.grad, **grads, **maps}
     return {name: None if x is None else x.double() for name, x in found.items()}
 
 
@@ -75,7 +77,10 @@ def check_equal(got: dict[str, Tensor | None], expected: dict[str, Tensor | None
         if reference is None or mine is None:
             assert mine is reference, name
         else:
-            assert (mine - reference).norm() <= tolerance * reference.norm(), name
+            cancelled = (
+                3.0 if name == "sinks" else 1.0
+            )  # one number per head sums what all queries give, of either sign
+            assert (mine - reference).norm() <= cancelled * tolerance * reference.norm(), name
 
 
 # -- the compiled operator ---------------------------------------------------------------------------------
@@ -107,6 +112,8 @@ CASES = {
     "wide_heads": {"n_q": 70, "dim": 128, "value_dim": 64, "options": {"rank": 8}},
     "uneven_heads": {"n_q": 70, "dim": 20, "value_dim": 12, "causal": True, "options": {"rank": 5, "order": 2}},
     "shared_basis": {"n_q": 70, "options": {"share": "layer"}},
+    "sinks": {"n_q": 90, "padded": True, "sinks": True, "options": {"order": 2}},
+    "causal_window_with_sinks": {"n_q": 110, "window": 40, "causal": True, "key_heads": 2, "sinks": True},
 }
 
 
@@ -119,7 +126,8 @@ def problem(case: str) -> tuple[dict, list[Tensor], AttentionMask]:
     if words.pop("padded", False):
         key_keep = torch.rand(2, shape.get("n_k", n_q), generator=torch.Generator().manual_seed(4)) < 0.8
     causal, offset = words.pop("causal", False), words.pop("offset", 0)
-    mask = AttentionMask(key_keep=key_keep, causal=causal, query_offset=offset, window=window)
+    sinks = torch.linspace(-1.0, 3.0, HEADS) if words.pop("sinks", False) else None
+    mask = AttentionMask(key_keep=key_keep, causal=causal, query_offset=offset, window=window, sinks=sinks)
     options = words.pop("options", {})
     options |= {"dim": shape.get("dim", 8), "value_dim": shape.get("value_dim", 8)}
     options["num_key_value_heads"] = shape.get("key_heads", HEADS)

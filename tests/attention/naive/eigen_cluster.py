@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from helpers import naive_cap, naive_softmax
+
 EXTRA_MASKS = False
 SMALL = {"rank": 3, "block_size": 8, "cluster_size": 2}
 
@@ -33,15 +35,15 @@ def naive(mechanism, query, key, value, mask, scale):
     for sample in range(b):
         open_keys = [j for j in range(n_k) if mask.key_keep is None or mask.key_keep[sample, j]]
         for head in range(h):
-            one = OneHead(mechanism, head, key[sample, head], value[sample, head], open_keys)
+            one = OneHead(mechanism, head, key[sample, head], value[sample, head], open_keys, mask)
             for i in range(n_q):
-                output[sample, head, i] = one.attend(query[sample, head, i] * scale, i, mask)
+                output[sample, head, i] = one.attend(query[sample, head, i] * scale, i)
     return output
 
 
 class OneHead:
-    def __init__(self, mechanism, head, key, value, open_keys):
-        self.options, self.key, self.value = mechanism, key, value
+    def __init__(self, mechanism, head, key, value, open_keys, mask):
+        self.options, self.head, self.key, self.value, self.mask = mechanism, head, key, value, mask
         expand = (mechanism.num_heads, -1, -1)
         self.a_map = mechanism.basis.query_map.expand(expand)[head]
         self.b_map = mechanism.basis.key_map.expand(expand)[head]
@@ -49,7 +51,8 @@ class OneHead:
         for j in open_keys:
             self.runs.setdefault(j // mechanism.block_size, []).append(j)
 
-    def attend(self, q, i, mask):
+    def attend(self, q, i):
+        mask = self.mask
         far, near, paid = self.places(i, mask)
         position = i + mask.query_offset
         seen = [j for run in near for j in self.runs.get(run, []) if allowed(position, j, mask)]
@@ -62,13 +65,13 @@ class OneHead:
         clusters.sort(key=lambda cluster: self.moments(q, cluster)[2], reverse=True)
         own = max(math.ceil((budget - paid) / self.options.cluster_size), 0) if clusters else 0
         seen += [j for cluster in clusters[:own] for j in cluster]
-        terms = [(q @ self.key[j], self.value[j]) for j in seen]
+        terms = [(naive_cap(q @ self.key[j], mask), self.value[j]) for j in seen]
         if self.options.rest == "keep":
             terms += [self.moments(q, cluster)[:2] for cluster in clusters[own:]]
         if not terms:
             return torch.zeros_like(self.value[0])
         logits, values = zip(*terms, strict=True)
-        return torch.stack(logits).softmax(0) @ torch.stack(values)
+        return naive_softmax(torch.stack(logits), mask, self.head) @ torch.stack(values)
 
     def places(self, i, mask):
         """Far runs, near runs, and the keys that near runs are paid for."""
@@ -107,7 +110,10 @@ class OneHead:
         """Logit, value and rating of a cluster."""
         k, v = self.key[cluster], self.value[cluster]
         z, a = (k - k.mean(0)) @ self.b_map, q @ self.a_map
-        logit, value, rating = q @ k.mean(0) + math.log(len(cluster)), v.mean(0), 0.0
+        mean = q @ k.mean(0)
+        if self.mask.softcap is not None:  # deviations count as the cap leaves them at the mean
+            a = a * (1 - torch.tanh(mean / self.mask.softcap) ** 2)
+        logit, value, rating = naive_cap(mean, self.mask) + math.log(len(cluster)), v.mean(0), 0.0
         if self.options.order > 0:
             variance = a @ (z.T @ z) @ a / len(cluster)
             logit, rating = logit + (variance / 2).clamp(max=2.0), variance.sqrt()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from approx_attn.attention import AttentionMask, AttentionMechanism
+from helpers import naive_cap, naive_softmax
 
 CASES = {
     "default": {},
@@ -51,7 +52,7 @@ def naive(
                 estimate = whole
             observed = mechanism.observed(n_q, n_k, mask.query_offset)[i]
             row = torch.where(observed, exact[b, h, i], estimate[i])
-            output[b, h, i] = row[kept].softmax(0) @ value[b, h][kept]
+            output[b, h, i] = naive_softmax(naive_cap(row[kept], mask), mask, h) @ value[b, h][kept]
     return output
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from approx_attn.attention import AttentionMask, AttentionMechanism
+from helpers import naive_cap, naive_softmax
 
 CASES = {
     "default": {},
@@ -63,11 +64,12 @@ def reconstruct(
             row = mean + columns_of_basis @ c
         row[observed] = exact[b, h, i, observed]
         scores[b, h, i] = row
+        row = naive_cap(row, mask)
         if bias is not None:
             row = row + bias.expand(*query.shape[:2], n_q, n_k)[b, h, i]
         kept = keep[b, h, i]
         if kept.any():
-            output[b, h, i] = row[kept].softmax(0) @ value[b, h][kept]
+            output[b, h, i] = naive_softmax(row[kept], mask, h) @ value[b, h][kept]
     return output, scores
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from helpers import naive_cap
+
 CASES = {
     "default": {},
     "drop": {"rest": "drop", "keep": 5},
@@ -64,7 +66,7 @@ class OneHead:
         q, k = self.query[i], self.key[usable]
         mean = k.mean(0)
         low = (k - mean) @ self.b_map @ self.a_map.T @ q + mean @ q
-        return self.scale * low + bias + prior(self.options, self.head, position, usable)
+        return naive_cap(self.scale * low + prior(self.options, self.head, position, usable), self.mask) + bias
 
     def choose(self, i, usable, bias):
         worth = self.estimate(i, usable, bias) + self.hidden[usable].log()
@@ -82,13 +84,14 @@ class OneHead:
 
     def one_query(self, i, usable, bias, chosen):
         estimate = self.estimate(i, usable, bias)
-        exact = self.scale * (self.key[usable] @ self.query[i]) + bias
+        exact = naive_cap(self.scale * (self.key[usable] @ self.query[i]), self.mask) + bias
         weights = torch.where(chosen, exact.exp(), estimate.exp())
         if self.options.rest == "drop":
             weights[~chosen] = 0.0
         elif self.options.rest == "mean" and not chosen.all():
             weights[~chosen] = weights[~chosen].mean()
-        return weights @ self.value[usable] / weights.sum()
+        sink = 0.0 if self.mask.sinks is None else self.mask.sinks[self.head].exp()
+        return weights @ self.value[usable] / (weights.sum() + sink)
 
 
 def prior(mechanism, head, position, usable):

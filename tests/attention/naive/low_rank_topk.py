@@ -2,6 +2,8 @@
 
 import torch
 
+from helpers import naive_cap, naive_softmax
+
 CASES = {"default": {}, "small": {"rank": 2, "keep": 4, "chunk_size": 5}}
 BFLOAT16_TOLERANCE = 0.3  # nearly equal estimates change places
 
@@ -29,7 +31,9 @@ def naive(mechanism, query, key, value, mask, scale):
             if len(usable) == 0:
                 continue
             k = mechanism.keep if isinstance(mechanism.keep, int) else max(1, round(mechanism.keep * len(usable)))
-            estimate = scale * (key[b, h, usable] @ leading) @ (leading.T @ q) + bias[b, h, i, usable]
+            estimate = naive_cap(scale * (key[b, h, usable] @ leading) @ (leading.T @ q), mask)
+            estimate = estimate + bias[b, h, i, usable]
             best = usable[estimate.argsort(descending=True)[:k]]
-            output[b, h, i] = torch.softmax(scale * key[b, h, best] @ q + bias[b, h, i, best], 0) @ value[b, h, best]
+            scores = naive_cap(scale * key[b, h, best] @ q, mask) + bias[b, h, i, best]
+            output[b, h, i] = naive_softmax(scores, mask, h) @ value[b, h, best]
     return output

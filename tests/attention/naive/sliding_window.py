@@ -2,6 +2,8 @@
 
 import torch
 
+from helpers import naive_cap, naive_softmax
+
 CASES = {
     "default": {},
     "window": {"window": 3, "global_tokens": 2},
@@ -60,11 +62,11 @@ def pattern(mechanism, mask, batch, n_q, n_k):
 
 
 def naive(mechanism, query, key, value, mask, scale):
-    scores = scale * query @ key.transpose(-2, -1)
+    scores = naive_cap(scale * query @ key.transpose(-2, -1), mask)
     if mask.bias is not None:
         scores = scores + mask.finite_bias()
     keep = pattern(mechanism, mask, scores.shape[0], *scores.shape[-2:])
     allowed = mask.dense_keep(*scores.shape[-2:], query.device)
     if allowed is not None:
         keep = keep & allowed
-    return torch.softmax(scores.masked_fill(~keep, float("-inf")), dim=-1).nan_to_num(0.0) @ value
+    return naive_softmax(scores.masked_fill(~keep, float("-inf")), mask).nan_to_num(0.0) @ value

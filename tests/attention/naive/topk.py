@@ -2,6 +2,8 @@
 
 import torch
 
+from helpers import naive_cap, naive_softmax
+
 CASES = {"default": {}, "count": {"keep": 3, "chunk_size": 5}}
 
 
@@ -11,7 +13,7 @@ def budget(keep, usable):
 
 
 def naive(mechanism, query, key, value, mask, scale):
-    scores = scale * query @ key.transpose(-2, -1)
+    scores = naive_cap(scale * query @ key.transpose(-2, -1), mask)
     if mask.bias is not None:
         scores = scores + mask.finite_bias()
     keep = mask.dense_keep(*scores.shape[-2:], query.device)
@@ -21,5 +23,5 @@ def naive(mechanism, query, key, value, mask, scale):
         usable = keep[b, h, i].nonzero()[:, 0].tolist()
         best = sorted(usable, key=lambda j: -scores[b, h, i, j].item())[: budget(mechanism.keep, len(usable))]
         if best:
-            output[b, h, i] = torch.softmax(scores[b, h, i, best], dim=0) @ value[b, h, best]
+            output[b, h, i] = naive_softmax(scores[b, h, i, best], mask, h) @ value[b, h, best]
     return output

@@ -1,7 +1,8 @@
 """Attention over exact keys and cluster moments under one softmax, and the plan of which keys are which.
 
 Where it runs: one compiled operator (cluster_cpu/) on a CPU in float32 or bfloat16, PyTorch operators
-(cluster_torch.py) elsewhere. Neither holds an array of queries by keys in training or inference.
+(cluster_torch.py) elsewhere and for soft-capped scores. Neither holds an array of queries by keys in training or
+inference.
 """
 
 from __future__ import annotations
@@ -51,10 +52,13 @@ def cluster_attention(
         logit of a cluster:  q·k̄ + log N + min(½ a Σ aᵀ, SPREAD_LIMIT)     (last term: order 1 and 2)
         value of a cluster:  v̄ + a·M                                       (last term: order 2)
 
+    With a cap c on scores, c·tanh(q·k̄/c) takes the place of q·k̄ and c·tanh(q·k/c) that of q·k, and a is multiplied by
+    1 − tanh²(q·k̄/c): within a cluster the capped score is expanded to first order about the mean key.
+
     The own clusters of a query have the highest logit + √(a Σ aᵀ). Softmax is over the open keys of own clusters and
-    near runs, with q·k as logits, and the other clusters, unless the layout drops these. The weight of a cluster is
-    spread over its keys as its value is over theirs, at order 2 with tilts that may be negative. Rows of queries
-    without a usable key are zero.
+    near runs, with q·k as logits, the other clusters, unless the layout drops these, and the sink of the head if there
+    is one, which has no value. The weight of a cluster is spread over its keys as its value is over theirs, at order 2
+    with tilts that may be negative. Rows of queries without a usable key are zero.
 
     Args:
         inputs: queries, keys, values and maps.
@@ -64,7 +68,7 @@ def cluster_attention(
         need_weights: return the weights; an array of queries by keys, which nothing else here makes.
     """
     plan = make_plan(layout, keep, inputs.key_open, inputs.query.device)
-    if runs_compiled(inputs.key) and not need_weights:
+    if runs_compiled(inputs.key) and inputs.softcap is None and not need_weights:
         return _compiled(inputs, plan, layout, most_own(layout, keep), dropout_p), None
     fixed = near_runs(layout, keep, inputs.key_open is not None), most_own(layout, keep)
     return cluster_torch.attend(inputs, plan, *fixed, layout, dropout_p, need_weights)
@@ -83,7 +87,7 @@ def multiplies_bfloat16(key: Tensor, cluster: int) -> bool:
 
 
 def _compiled(inputs: Inputs, plan: Tensor, layout: Layout, most: int, dropout_p: float) -> Tensor:
-    query, key, value, query_map, key_map, key_open = inputs
+    query, key, value, query_map, key_map, key_open, _, sinks = inputs
     missing, missing_value = -query.shape[-1] % KERNEL_LANES, -value.shape[-1] % KERNEL_LANES
     if missing:
         query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
@@ -91,7 +95,8 @@ def _compiled(inputs: Inputs, plan: Tensor, layout: Layout, most: int, dropout_p
     padded = F.pad(value, (0, missing_value)) if missing_value else value
     tensors = (x.contiguous() for x in (query, key, padded, query_map, key_map))
     seed = int(torch.randint(1 << 62, ())) if dropout_p > 0.0 else 0
-    output = _forward_op(*tensors, key_open, plan, *layout[2:], dropout_p, seed, most)[0]
+    sinks = None if sinks is None else sinks.float()
+    output = _forward_op(*tensors, sinks, key_open, plan, *layout[2:], dropout_p, seed, most)[0]
     return output[..., : value.shape[-1]]
 
 
@@ -189,6 +194,7 @@ def _forward_op(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
+    sinks: Tensor | None,
     key_open: Tensor | None,
     plan: Tensor,
     causal: bool,
@@ -207,7 +213,11 @@ def _forward_op(
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
     settings = (causal, offset, window, run, cluster, order, drops_rest, dropout_p, seed)
-    return kernel.cluster_forward(query, key, value, query_map, key_map, key_open, plan, *settings, most)
+    output, lse, *rest = kernel.cluster_forward(query, key, value, query_map, key_map, key_open, plan, *settings, most)
+    if sinks is not None:  # one more column of the softmax: what is there shrinks, and the sum of exponentials grows
+        without, lse = lse, torch.logaddexp(lse, sinks[:, None])
+        output = (output * (without - lse).exp()[..., None]).to(output.dtype)
+    return [output, lse, *rest]
 
 
 @_forward_op.register_fake
@@ -217,6 +227,7 @@ def _forward_shapes(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
+    sinks: Tensor | None,
     key_open: Tensor | None,
     plan: Tensor,
     causal: bool,
@@ -253,6 +264,7 @@ def _backward_op(
     value: Tensor,
     query_map: Tensor,
     key_map: Tensor,
+    sinks: Tensor | None,
     key_open: Tensor | None,
     plan: Tensor,
     results: list[Tensor],
@@ -266,7 +278,7 @@ def _backward_op(
     dropout_p: float,
     seed: int,
 ) -> list[Tensor]:
-    """Gradients of query, key, value, query_map and key_map."""
+    """Gradients of query, key, value, query_map, key_map and, if there are any, sinks."""
     kernel = native.load()
     assert kernel is not None
     key_open = None if key_open is None else key_open.contiguous()
@@ -278,12 +290,18 @@ def _backward_op(
     key_grad, value_grad = ((x.sum(2) if parts else x.squeeze(2)) for x in (key_grad, value_grad))
     wide = (query_grad, key_grad, value_grad)
     narrow = (x.to(like.dtype) for x, like in zip(wide, (query, key, value), strict=True))
-    return [*narrow, *(parts.sum(0) for parts in map_grads)]  # views of one are refused
+    found = [*narrow, *(parts.sum(0) for parts in map_grads)]  # views of one are refused
+    if sinks is not None:  # each takes its weight of the value that is missing
+        output, lse = results[:2]
+        weight = (sinks[:, None] - lse).exp()  # (b, h, n_q)
+        found.append(-(weight * (grad.float() * output.float()).sum(-1)).sum(dim=(0, 2)))
+    return found
 
 
 @_backward_op.register_fake
 def _backward_shapes(grad: Tensor, *tensors: object) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors[:5]]  # type: ignore[arg-type]
+    found = tensors[: 5 if tensors[5] is None else 6]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found]  # type: ignore[arg-type]
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[Tensor]) -> None:
@@ -293,13 +311,16 @@ def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: list[
     ctx.set_materialize_grads(False)
 
 
+INPUTS = 18  # of the operator
+
+
 def _differentiate(ctx: torch.autograd.function.FunctionCtx, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # type: ignore[attr-defined]
     grad = grads[0]
     if grad is None:
-        return (None,) * 17
-    found = _backward_op(grad.contiguous(), *saved[:7], list(saved[7:]), *ctx.settings)  # type: ignore[attr-defined]
-    return (*found, *(None for _ in range(12)))
+        return (None,) * INPUTS
+    found = _backward_op(grad.contiguous(), *saved[:8], list(saved[8:]), *ctx.settings)  # type: ignore[attr-defined]
+    return (*found, *(None for _ in range(INPUTS - len(found))))
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save)
@@ -312,7 +333,7 @@ _forward_op.register_autograd(_differentiate, setup_context=_save)
 def _forward_operations(
     query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: Any, **kwargs: object
 ) -> int:
-    _, _, plan, *settings, _, _, _ = rest
+    _, _, _, plan, *settings, _, _, _ = rest
     layout = Layout(query.shape[2], key.shape[2], *settings)
     return 2 * _multiply_adds(query, value, query_map.shape[2], plan, layout)
 
@@ -321,7 +342,7 @@ def _forward_operations(
 def _backward_operations(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, query_map: Tensor, *rest: Any, **kwargs: object
 ) -> int:
-    _, _, plan, _, *settings, _, _ = rest
+    _, _, _, plan, _, *settings, _, _ = rest
     layout = Layout(query.shape[2], key.shape[2], *settings)
     # Scores are computed again and differentiated by both factors; values likewise, but for their output.
     return 5 * _multiply_adds(query, value, query_map.shape[2], plan, layout)

@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
         key: (b, h_kv, n_k, d). value: (b, h_kv, n_k, d_v).
         query_map: (h, d, r), A. key_map: (h, d, r), B.
         key_open: (b, n_k) bool, usable keys; None if all are.
+        softcap, sinks: of the mask.
     """
 
     query: Tensor
@@ -58,6 +59,8 @@ class Inputs(NamedTuple):
     query_map: Tensor
     key_map: Tensor
     key_open: Tensor | None
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Clusters(NamedTuple):
@@ -99,7 +102,7 @@ def attend(
         near_runs: runs that may be near, for each query block.
         most: no query has more own clusters.
     """
-    query, key, value, query_map, key_map, key_open = inputs
+    query, key, value, _, key_map, key_open, _, _ = inputs
     b, h, n_q, d = query.shape
     key, value = repeat_heads(key, h), repeat_heads(value, h)
     missing = -layout.n_k % layout.run
@@ -115,9 +118,9 @@ def attend(
     for start in range(first, n_q, step):
         stop = min(start + step, n_q)
         blocks = slice((start - first) // layout.run, -(-(stop - first) // layout.run))
-        part = query[:, :, max(start, 0) : stop]
         near = sorted(set().union(*near_runs[blocks]))
-        chunk = (part, key, value, query_map, key_open, clusters, plan[:, blocks], near, most, layout, max(start, 0))
+        part = inputs._replace(query=query[:, :, max(start, 0) : stop], key=key, value=value, key_open=key_open)
+        chunk = (part, clusters, plan[:, blocks], near, most, layout, max(start, 0))
         if torch.is_grad_enabled() and step < n_q:
             output, weight = checkpoint(_chunk, *chunk, dropout_p, need_weights, use_reentrant=False)
         else:
@@ -172,17 +175,21 @@ def cut(coordinates: Tensor, key_open: Tensor, layout: Layout) -> Tensor:
     return members.reshape(b, h, -1, layout.cluster)
 
 
+def capped(scores: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Scores after `softcap`, and the derivative of that, for all of them 1 without a cap."""
+    if softcap is None:
+        return scores, scores.new_ones(())
+    bent = (scores / softcap).tanh()
+    return softcap * bent, 1.0 - bent.square()
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """(b, h, n, d) at (b, h, m) -> (b, h, m, d)."""
     return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
 def _chunk(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_map: Tensor,
-    key_open: Tensor,
+    inputs: Inputs,
     clusters: Clusters,
     plan: Tensor,
     near_runs: Sequence[int],
@@ -193,6 +200,8 @@ def _chunk(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Output and weights of some query blocks, the first query of which is `start`; plan: (b | 1, blocks, 5)."""
+    query, key, value, query_map, _, key_open, softcap, sinks = inputs
+    assert key_open is not None
     b, h, n, _ = query.shape
     position = torch.arange(start, start + n, device=query.device) + layout.offset  # (n,)
     block = torch.div(position, layout.run, rounding_mode="floor")
@@ -202,11 +211,12 @@ def _chunk(
     far = far[:, None] & (clusters.log_count > float("-inf"))[:, :, None]  # (b, h, n, C)
 
     coordinates = query @ query_map  # (b, h, n, r)
-    logits = query @ clusters.centre.mT + clusters.log_count.clamp_min(0.0)[:, :, None]
+    means, slope = capped(query @ clusters.centre.mT, softcap)  # (b, h, n, C)
+    logits = means + clusters.log_count.clamp_min(0.0)[:, :, None]
     rating = logits.detach()
     if layout.order > 0:
         pairs = (coordinates[..., :, None] * coordinates[..., None, :]).flatten(-2)  # (b, h, n, r²)
-        variance = pairs @ clusters.spread.flatten(-2).mT
+        variance = slope**2 * (pairs @ clusters.spread.flatten(-2).mT)
         logits = logits + (variance / 2).clamp_max(SPREAD_LIMIT)
         rating = logits.detach() + variance.detach().clamp_min(0.0).sqrt()
     most = min(most, rating.shape[-1])
@@ -234,16 +244,16 @@ def _chunk(
     own_scores = (_rows(key, slots).view(b, h, n, -1, key.shape[-1]) @ query[..., None]).squeeze(-1)
     near_scores = query @ key[:, :, near_keys].mT
 
-    scores = torch.cat((near_scores, own_scores, logits), dim=-1)
+    scores = torch.cat((capped(near_scores, softcap)[0], capped(own_scores, softcap)[0], logits), dim=-1)
     keep = torch.cat((near, own_open, far), dim=-1)
-    weights = apply_dropout(masked_softmax(scores, keep).to(query.dtype), dropout_p)
+    weights = apply_dropout(masked_softmax(scores, keep, sinks).to(query.dtype), dropout_p)
     of_near, of_own, of_far = weights.split([near.shape[-1], own_open.shape[-1], far.shape[-1]], dim=-1)
     output = of_near @ value[:, :, near_keys]
     if not layout.drops_rest:
         output = output + of_far @ clusters.values
     output = output + (of_own[..., None, :] @ _rows(value, slots).view(b, h, n, -1, value.shape[-1])).squeeze(-2)
     if layout.order == 2 and not layout.drops_rest:
-        tilted = (of_far @ clusters.tilt.flatten(3)).view(b, h, n, -1, value.shape[-1])
+        tilted = (slope * of_far @ clusters.tilt.flatten(3)).view(b, h, n, -1, value.shape[-1])
         output = output + (coordinates[..., None, :] @ tilted).squeeze(-2)
     if not need_weights:
         return output, None
@@ -254,6 +264,6 @@ def _chunk(
     shares = of_far[..., None] * clusters.filled[:, :, None] / filled_count  # (b, h, n, C, L)
     if layout.order == 2:
         tilts = coordinates @ clusters.deviations.flatten(2, 3).mT  # (b, h, n, C · L)
-        shares = shares * (1.0 + tilts.view_as(shares))
+        shares = shares * (1.0 + slope[..., None] * tilts.view_as(shares))
     dense = dense.scatter_add(-1, clusters.members.flatten(2)[:, :, None].expand(-1, -1, n, -1), shares.flatten(-2))
     return output, dense[..., : layout.n_k]

@@ -175,7 +175,7 @@ def _step_seconds(runs: Mapping[int, Record], measured: StepMeasurement | None) 
     """Seconds of a step of the optimizer, which may take several measured ones."""
     if measured is None or not runs:
         return None
-    trainer = next(iter(runs.values()))["config"]["trainer"]
+    trainer = next(iter(runs.values()))["config"].get("trainer", {})
     return measured.seconds * int(trainer.get("accumulate_grad_batches", 1))
 
 

@@ -83,7 +83,8 @@ def write_records(path: Path, comparison: StoredComparison) -> None:
     """Write the file of a comparison, whose records may still lie in the folders of their runs."""
     shown = _portable_labels(comparison.records)
     reference = comparison.records[comparison.reference]
-    steps = comparison.measurements.get("steps", {})
+    measured_steps = comparison.measurements.get("steps", {})  # also of mechanisms that were compared here before
+    steps = {label: each for label, each in measured_steps.items() if label in shown}
     environment = comparison.measurements.get("environment")
     kept = {
         shown[label]: {part.name: each[part.name] for part in fields(StepMeasurement)} for label, each in steps.items()

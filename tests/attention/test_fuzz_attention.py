@@ -42,6 +42,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "factor_rank": st.integers(1, 6),
     "global_tokens": st.integers(0, 6),
     "grid_width": st.none() | st.integers(1, 7),
+    "in_training": st.sampled_from(["chosen", "exact"]),
     "initial_open": st.floats(0.1, 0.95),
     "iterations": st.integers(1, 5),
     "keep": shares | counts,

@@ -103,7 +103,7 @@ def test_records_are_whole_but_for_the_places_of_the_machine(comparison, tmp_pat
             assert json.dumps({key: again[key] for key in same}) == json.dumps({key: run[key] for key in same})
             assert again["command"].endswith(f"seed={seed}")
     exact, other = found.records["exact"][3], found.records["topk basis=topk.bin"][3]
-    assert exact["curve"] == [[10, 0.1], [20, 0.3]]
+    assert exact["curve"] == [[11, 0.1], [21, 0.3]], "steps that were made: metrics.csv counts from 0"
     assert exact["config"]["data"] == {"path": "<digits folder>"}
     assert json.dumps(other["config"]) == json.dumps(
         {"steps": 1, "attention": {"name": "topk", "keep": [1, 1.0, True]}}

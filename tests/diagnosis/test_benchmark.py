@@ -300,7 +300,7 @@ def test_what_counts_as_out_of_memory():
         ("attention=[{name: topk, kep: 1}]", "attention.kep is not an option of topk"),
         ("attention=[{keep: 1}]", "an entry with options needs a name"),
         ("attention=topk", "attention must be a list"),
-        ("pass=[backward]", "pass must be among forward, train, got 'backward'"),
+        ("pass=[backward]", "pass must be among forward, train, decode, got 'backward'"),
         ("dtype=float8", "dtype must be among"),
         ("length=[0]", "length must be a whole number of at least 1, got 0"),
         ("repeats=0", "repeats must be a whole number of at least 1"),

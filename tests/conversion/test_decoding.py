@@ -23,10 +23,17 @@ GPT2 |= {"bos_token_id": 1, "eos_token_id": None}
 # One layer where a window closes keys: in the second, keys would depend on the length at which they are computed.
 SLIDING = GROUPED | {"sliding_window": 20, "num_hidden_layers": 1}
 
+GEMMA2 = GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
+GEMMA2 |= {"layer_types": ["full_attention", "full_attention"], "tie_word_embeddings": False}
+GPT_OSS = GROUPED | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 40}
+GPT_OSS |= {"layer_types": GEMMA2["layer_types"], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS),
     "mistral": ("MistralForCausalLM", "MistralConfig", SLIDING),
 }
 
@@ -36,7 +43,9 @@ def build(family: str = "llama", **options: object) -> nn.Module:
     model_class, config_class, arguments = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**copy.deepcopy(arguments))
-    model = getattr(transformers, model_class)._from_config(config, attn_implementation="sdpa")
+    words = {"attn_implementation": "eager" if family in ("gemma2", "gpt_oss") else "sdpa"}
+    words |= {"experts_implementation": "eager"} if family == "gpt_oss" else {}  # the other knows no float64
+    model = getattr(transformers, model_class)._from_config(config, **words)
     for parameter in model.parameters():  # larger than at initialisation, so that attention is not uniform
         torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() > 1 else None
     return convert(model.double().eval(), "eigen_cluster", **{**OPTIONS, **options})

@@ -36,8 +36,7 @@ class ClusterCache(DecodingCache):
     own clusters and of the run it stands in. It takes the same clusters and choices as a pass over the whole sequence.
     With `share=head` each query head has clusters of its own, with any other `share` each key head.
 
-    Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys, and so do queries
-    whose scores are soft-capped or have sinks beside them.
+    Up to `block_size` queries are a step; more of them, as a prompt is, take the pass over all keys.
     """
 
     def __init__(self, mechanism: HasClusters) -> None:
@@ -123,15 +122,12 @@ class ClusterCache(DecodingCache):
 
     def _is_step(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask, first: int) -> bool:
         its, n_q = self.mechanism, query.shape[-2]
-        learns = torch.is_grad_enabled() and any(
-            x.requires_grad for x in (query, key, value, its.basis.query_map, its.basis.key_map)
-        )
+        parts = (query, key, value, its.basis.query_map, its.basis.key_map, mask.sinks)
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)
         return (
             mask.causal
             and mask.is_structured
             and its.rest == "keep"  # where the rest is dropped, its moments are of no use
-            and mask.softcap is None
-            and mask.sinks is None
             and its.substitute is None
             and 0 < n_q <= its.block_size
             and mask.query_offset >= 0
@@ -157,7 +153,7 @@ class ClusterCache(DecodingCache):
             part = query[:, :, low : (block + 1) * layout.run - layout.offset]
             position = layout.offset + low
             spans = [self._spans(sample[block - first_block], first, position + part.shape[-2]) for sample in rows]
-            where = position, first, layout.window, spans
+            where = position, first, layout.window, spans, mask.softcap, mask.sinks
             outputs.append(attend_step(Step(part, key, value, query_map, mask.key_keep, *where), moments))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

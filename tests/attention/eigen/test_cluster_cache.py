@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def decode(cache, tensors: list[Tensor], mask: AttentionMask, steps: list[int], 
         stop = start + size
         first = 0 if sliding is None else max(start - sliding + 1, 0)
         keep = None if mask.key_keep is None else mask.key_keep[:, first:stop]
-        part = AttentionMask(key_keep=keep, causal=True, query_offset=start - first, window=mask.window)
+        part = replace(mask, key_keep=keep, query_offset=start - first)
         words = {"first": first, "window": sliding}
         outputs.append(
             cache.attend(query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop], part, **words)[0]
@@ -112,6 +113,27 @@ def test_a_sliding_cache_that_drops_keys_changes_nothing(sliding):
     for steps in (ONE_BY_ONE, [PROMPT, 9, *[1] * 10, 12, 5]):
         got = decode(mechanism.start_cache(), tensors, mask, steps, sliding)
         torch.testing.assert_close(got, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", ["number", "order 0", "order 2", "one map"])
+@pytest.mark.parametrize(
+    "part", [{"softcap": 1.5}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}], ids=["cap", "sinks"]
+)
+def test_steps_with_a_soft_cap_or_sinks(part, case, dtype, monkeypatch):
+    mechanism, mask = build(2, dtype, **CASES[case]), AttentionMask(causal=True, **part)
+    tensors = inputs(2, dtype=dtype)
+    reference = expected(mechanism, tensors, mask)
+    passes, attend = [], type(mechanism).attend
+    monkeypatch.setattr(
+        type(mechanism),
+        "attend",
+        lambda self, query, *rest: passes.append(query.shape[2]) or attend(self, query, *rest),
+    )
+    got = decode(mechanism.start_cache(), tensors, mask, ONE_BY_ONE)
+    torch.testing.assert_close(got.double(), reference, rtol=1e-4, atol=1e-5)
+    assert passes == [PROMPT]
+    assert not torch.allclose(reference, expected(mechanism, tensors, AttentionMask(causal=True)), atol=1e-2)
 
 
 def test_several_queries_a_step_and_across_runs():

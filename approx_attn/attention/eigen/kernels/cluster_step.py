@@ -1,6 +1,7 @@
 """A few last queries over stored cluster moments and few keys: the decoding step of `eigen_cluster`.
 
-Where it runs: one compiled operator (cluster_cpu/step.h) on a CPU in float32 or bfloat16, PyTorch operators elsewhere.
+Where it runs: one compiled operator (cluster_cpu/step.h) on a CPU in float32 or bfloat16, PyTorch operators elsewhere
+and for scores that are soft-capped or have sinks beside them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from approx_attn.attention.base import repeat_heads
 from approx_attn.attention.eigen.kernels import native
 from approx_attn.attention.eigen.kernels.cluster import runs_compiled
-from approx_attn.attention.eigen.kernels.cluster_torch import SPREAD_LIMIT, Layout, make_clusters
+from approx_attn.attention.eigen.kernels.cluster_torch import SPREAD_LIMIT, Layout, capped, make_clusters
 from approx_attn.attention.mask import at_least_float32, masked_softmax
 
 EMPTY = torch.finfo(torch.float32).min / 4  # instead of the logarithm of no key at all
@@ -70,6 +71,7 @@ class Step(NamedTuple):
         first: position of the first key.
         window: of the mask, 0 without one.
         spans: of each sample, or one for all.
+        softcap, sinks: of the mask.
     """
 
     query: Tensor
@@ -81,6 +83,8 @@ class Step(NamedTuple):
     first: int
     window: int
     spans: list[Spans]
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 def make_moments(
@@ -118,7 +122,8 @@ def make_moments(
 
 def attend_step(step: Step, moments: Moments) -> Tensor:
     """Output (b, h, m, d_v) of one softmax over near keys, keys of own clusters, and the other far clusters."""
-    if runs_compiled(step.key) and step.query.dtype == torch.float32:
+    plain = step.softcap is None and step.sinks is None
+    if plain and runs_compiled(step.key) and step.query.dtype == torch.float32:
         return _compiled(step, moments)
     if len(set(step.spans)) == 1:
         return _attend(step, step.spans[0], moments.clusters(*step.spans[0].far))
@@ -149,7 +154,8 @@ def _attend(step: Step, spans: Spans, moments: Moments) -> Tensor:
     b, h, m, d = query.shape
     heads, position = moments.centre.shape[1], torch.arange(m, device=query.device)[:, None] + step.position
     coordinates = query @ step.query_map  # (b, h, m, r)
-    logits, rating = (x.view(b, h, m, -1) for x in _logits(query, coordinates, moments))
+    *found, slope = _logits(query, coordinates, moments, step.softcap)
+    logits, rating = (x.view(b, h, m, -1) for x in found)
     own = min(spans.own, rating.shape[-1])
     chosen = rating.sort(dim=-1, descending=True, stable=True).indices[..., :own]  # (b, h, m, T), equal ones by place
     far = (moments.log_count > EMPTY / 2).repeat_interleave(h // heads, 1)[:, :, None].expand_as(logits)
@@ -177,31 +183,39 @@ def _attend(step: Step, spans: Spans, moments: Moments) -> Tensor:
         own_values = own_values.masked_fill(~own_open[..., None], 0.0)
     near_scores = (query.reshape(b, key.shape[1], -1, d) @ near_keys.mT).view(b, h, m, -1)
 
+    near_scores, own_scores = (capped(x, step.softcap)[0] for x in (near_scores, own_scores))
     scores = torch.cat((near_scores, own_scores, logits), dim=-1)
     keep = torch.cat((near[:, None].expand(-1, h, -1, -1), own_open, far), dim=-1)
-    weights = masked_softmax(scores, keep).to(query.dtype)
+    weights = masked_softmax(scores, keep, step.sinks).to(query.dtype)
     of_near, of_own, of_far = weights.split([len(places), slots.shape[-1], logits.shape[-1]], dim=-1)
     output = (of_near.reshape(b, key.shape[1], -1, len(places)) @ near_values).view(b, h, m, -1)
     output = output + (of_own[..., None, :] @ own_values).squeeze(-2)
-    sums = of_far.reshape(b, heads, h // heads * m, of_far.shape[-1]) @ moments.values.flatten(-2)
-    sums = sums.view(b, h, m, -1, value.shape[-1])  # (b, h, m, o, d_v)
-    if sums.shape[-2] == 1:
-        return output + sums.squeeze(-2)
-    return output + sums[..., 0, :] + (coordinates[..., None, :] @ sums[..., 1:, :]).squeeze(-2)
+    of_far = of_far.reshape(b, heads, h // heads * m, of_far.shape[-1])
+    output = output + (of_far @ moments.values[..., 0, :]).view(output.shape)
+    if moments.values.shape[-2] == 1:
+        return output
+    tilts = (slope * of_far) @ moments.values[..., 1:, :].flatten(-2)
+    return output + (coordinates[..., None, :] @ tilts.view(b, h, m, -1, value.shape[-1])).squeeze(-2)
 
 
-def _logits(query: Tensor, coordinates: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Logits of all clusters, and the ratings that own ones are chosen by: (b, h_s, h / h_s · m, C) each."""
+def _logits(
+    query: Tensor, coordinates: Tensor, moments: Moments, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of all clusters, the ratings that own ones are chosen by, and the slope of the cap at their means.
+
+    (b, h_s, h / h_s · m, C) each; the slope is one number without a cap.
+    """
     b, heads = moments.centre.shape[:2]
-    logits = query.reshape(b, heads, -1, query.shape[-1]) @ moments.centre.mT + moments.log_count[:, :, None]
+    means, slope = capped(query.reshape(b, heads, -1, query.shape[-1]) @ moments.centre.mT, softcap)
+    logits = means + moments.log_count[:, :, None]
     if not moments.spread.shape[-1]:
-        return logits, logits
+        return logits, logits, slope
     rank = coordinates.shape[-1]
     rows, columns = torch.triu_indices(rank, rank, device=query.device)
     pairs = coordinates[..., rows] * coordinates[..., columns]  # (b, h, m, f)
-    spread = pairs.reshape(b, heads, -1, len(rows)) @ moments.spread.mT
+    spread = slope**2 * (pairs.reshape(b, heads, -1, len(rows)) @ moments.spread.mT)
     logits = logits + spread.clamp_max(SPREAD_LIMIT)
-    return logits, logits + (2.0 * spread).clamp_min(0.0).sqrt()
+    return logits, logits + (2.0 * spread).clamp_min(0.0).sqrt(), slope
 
 
 def _near(x: Tensor, first: int, spans: Spans) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 from approx_attn.comparison.aggregate import StepMeasurement
 from approx_attn.comparison.plan import Comparison
 from approx_attn.comparison.terms import Terms
-from approx_attn.config.compose import plain
 from approx_attn.errors import ConfigError
 
 
@@ -48,7 +47,7 @@ def at_equal_time(
         ConfigError: the reference makes no step.
     """
     reference = comparison.reference
-    config = plain(next(iter(comparison.runs[reference].values())).config)
+    config = comparison.config
     whole, base = length(config["trainer"], batches_per_epoch), measured[reference].seconds
     if whole.steps == 0:
         raise ConfigError("equal=time needs a reference that trains, got one that makes no step.")

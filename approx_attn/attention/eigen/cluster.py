@@ -144,8 +144,8 @@ class EigenClusterAttention(HasClusters):
             layout = self._layout(query.shape[-2], key.shape[-2], mask.causal, mask.query_offset, mask.window)
             return cluster_attention(inputs, self.keep, layout, dropout_p, need_weights)
 
-    def start_cache(self) -> ClusterCache:
-        return ClusterCache(self)
+    def start_cache(self) -> ClusterCache | None:
+        return ClusterCache(self) if self.rest == "keep" else None
 
     def runs_compiled(self, device: torch.device, dtype: torch.dtype) -> bool:
         # Narrower types are multiplied as they are or computed in float32.
@@ -162,6 +162,8 @@ class EigenClusterAttention(HasClusters):
         return self._cost(self._layout(n_q, n_k, causal, n_k - n_q, None), pairs, new=n_k)
 
     def decoding_cost(self, key_length: int) -> Cost:
+        if self.rest == "drop":  # nothing is kept
+            return super().decoding_cost(key_length)
         return self._cost(self._layout(1, key_length, True, key_length - 1, None), key_length, new=1)
 
     def _cost(self, layout: Layout, pairs: int, new: int) -> Cost:

@@ -25,7 +25,6 @@ class HasClusters(HasContentBasis):
     block_size: int
     cluster_size: int
     order: int
-    rest: str
 
 
 class ClusterCache(DecodingCache):
@@ -127,7 +126,6 @@ class ClusterCache(DecodingCache):
         return (
             mask.causal
             and mask.is_structured
-            and its.rest == "keep"  # where the rest is dropped, its moments are of no use
             and its.substitute is None
             and 0 < n_q <= its.block_size
             and mask.query_offset >= 0

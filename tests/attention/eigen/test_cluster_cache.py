@@ -182,3 +182,10 @@ def test_the_compiled_step_equals_pytorchs(case, dtype):
         got = decode(mechanism.start_cache(), tensors, mask, [PROMPT, 5, *[1] * 31])
         error = (got.double() - reference)[:, :, PROMPT:].norm() / reference.norm()
         assert error < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_where_the_rest_is_dropped_nothing_is_kept_and_a_step_costs_a_pass():
+    mechanism = build(rest="drop")
+    assert mechanism.start_cache() is None
+    assert mechanism.decoding_cost(LENGTH) == mechanism.cost(1, LENGTH, causal=True)
+    assert build().decoding_cost(LENGTH).score_multiply_adds < mechanism.decoding_cost(LENGTH).score_multiply_adds

@@ -200,7 +200,8 @@ def plan(arguments: Sequence[str]) -> Comparison:
         for variant in variants
     }
     if settings["start_from"] is not None:
-        runs = started_from(Path(settings["results"]) / require_plain_name("start_from", settings["start_from"]), runs)
+        earlier = Path(settings["results"]) / require_plain_name("start_from", settings["start_from"])
+        runs = started_from(earlier, runs, reference)
     equal, tune = settings["equal"], _checked_rates(settings["tune"], passed_on)
     # Comparisons at equal steps are called as they were before there were others.
     fingerprint = _fingerprint(runs, [] if equal == "steps" and not tune else [equal, *tune])
@@ -223,12 +224,15 @@ def plan(arguments: Sequence[str]) -> Comparison:
     return comparison
 
 
-def started_from(folder: Path, runs: Mapping[str, Mapping[int, Run]]) -> dict[str, dict[int, Run]]:
+def started_from(folder: Path, runs: Mapping[str, Mapping[int, Run]], reference: str) -> dict[str, dict[int, Run]]:
     """The runs, each from the best weights that its mechanism and seed reached in another comparison.
+
+    A mechanism that is not in that comparison starts from the weights of the reference there.
 
     Args:
         folder: of the results of that comparison.
         runs: label -> seed -> run.
+        reference: label of the reference.
 
     Raises:
         ConfigError: that comparison lacks one of them.
@@ -238,6 +242,7 @@ def started_from(folder: Path, runs: Mapping[str, Mapping[int, Run]]) -> dict[st
         raise ConfigError(f"start_from={folder.name} must be the name of a finished comparison in {folder.parent}.")
 
     def start(label: str, seed: int) -> Path:
+        label = label if label in known else reference
         checkpoint = Path(known.get(label, {}).get(str(seed), "")) / "checkpoints" / "best.ckpt"
         if not checkpoint.is_file():
             there = ", ".join(f"{name} (seeds {', '.join(each)})" for name, each in known.items())

@@ -21,8 +21,11 @@ class SequenceModel(nn.Module):
     causal: bool = False
     """No position sees a later one."""
 
-    calibration_batches: int = 0
-    """Training batches on which bases are fitted before training."""
+    fits_bases: bool = False
+    """Bases are fitted before training: the weights were trained, with other attention than that of the model."""
+
+    calibration_batches: int = 8
+    """Training batches on which they are fitted."""
 
     new_parameters: Sequence[str] | None = None
     """Parameters that start at random in a model whose others were trained before; None where all start so."""

@@ -56,6 +56,7 @@ class PretrainedModel(SequenceModel):
 
     auto_class: ClassVar[str] = ""
     trains_head: ClassVar[bool] = True
+    fits_bases = True
     new_parameters: list[str]
 
     def __init__(

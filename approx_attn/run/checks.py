@@ -123,11 +123,12 @@ def check_trained(config: Mapping[str, Any], task: SequenceTask) -> None:
     """
     trainer = config["trainer"]
     budget = next((key for key in ("max_epochs", "max_steps", "limit_train_batches") if trainer.get(key) == 0), None)
-    if budget is None or config.get("init_from"):
+    if budget is None:
         return
     new = task.model.new_parameters
     if new is None or new:
-        which = f"; model.path has no fitting {new[0]}" if new else ", and this model starts at random"
+        source = "init_from" if config.get("init_from") else "model.path"
+        which = f"; {source} has no fitting {new[0]}" if new else ", and this model starts at random"
         raise ConfigError(f"trainer.{budget}=0 tests a model that was trained before{which}.")
 
 

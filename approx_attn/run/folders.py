@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from approx_attn.attention import AttentionMechanism
+from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.config.instantiate import target_class
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import metric_names
@@ -124,8 +125,11 @@ def extended(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     """Put the weights of the checkpoint `init_from`, if one is named, in place of those drawn; nothing else of it.
 
+    A mechanism whose own weights are not all there, as in a checkpoint of other attention, stays as drawn; its bases
+    are then fitted before training.
+
     Raises:
-        ConfigError: the file cannot be read, or not all weights fit; the first that do not are named.
+        ConfigError: the file cannot be read, or not all other weights fit; the first that do not are named.
     """
     if not config.get("init_from"):
         return
@@ -135,15 +139,28 @@ def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ConfigError(f"init_from={path!r} {error}.") from error
     own = task.state_dict()
+    names = [name for name in dict.fromkeys([*own, *weights]) if _shape(weights, name) != _shape(own, name)]
+    drawn = {
+        f"{name}.": mechanism
+        for name, mechanism in task.named_modules()
+        if isinstance(mechanism, AttentionMechanism) and any(each.startswith(f"{name}.") for each in names)
+    }
     misfits = [
         f"{name} is {_shape(weights, name)} there and {_shape(own, name)} here"
-        for name in dict.fromkeys([*own, *weights])
-        if _shape(weights, name) != _shape(own, name)
+        for name in names
+        if not name.startswith(tuple(drawn))
     ]
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ConfigError(f"init_from={path!r} does not fit this model: {', '.join(misfits[:3])}{more}.")
-    task.load_state_dict(weights)
+    task.load_state_dict({name: (own if name.startswith(tuple(drawn)) else weights)[name] for name in own})
+    task.model.fits_bases = bool(drawn)
+    task.model.new_parameters = [
+        prefix + name
+        for prefix, mechanism in drawn.items()
+        if not isinstance(mechanism, CalibratedMechanism)
+        for name, _ in mechanism.named_parameters()
+    ]
 
 
 def _shape(weights: Mapping[str, Any], name: str) -> str:

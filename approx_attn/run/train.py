@@ -145,7 +145,7 @@ def _fit_and_test(
     if not resumed and config.get("extend"):
         start = distributed.agree(lambda: extend_run(config, folder))
     started, environment = time.time(), record.environment()
-    if start.path is None and not config.get("init_from"):
+    if start.path is None:
         fit_bases(task, data, config)
     compile_model(task, config)
     try:
@@ -233,8 +233,8 @@ def compile_model(task: SequenceTask, config: Mapping[str, Any]) -> None:
 
 
 def fit_bases(task: SequenceTask, data: SequenceDataModule, config: Mapping[str, Any]) -> None:
-    """Fit the bases of a pretrained model on its first training batches, if it asks for that and has any."""
-    batches = task.model.calibration_batches
+    """Fit the bases of a model that was trained before on its first training batches, if it has any."""
+    batches = task.model.calibration_batches if task.model.fits_bases else 0
     if batches == 0 or not any(isinstance(mechanism, CalibratedMechanism) for mechanism in task.mechanisms):
         return
     seen = itertools.islice(data.joint_train_batches(), batches * distributed.processes())

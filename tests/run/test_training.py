@@ -339,6 +339,24 @@ def test_a_warm_start_is_from_the_weights_of_a_checkpoint(run: Any, tmp_path: Pa
     assert train(again).run_dir != trained.run_dir
 
 
+def test_a_warm_start_takes_other_attention(run: Any, tmp_path: Path) -> None:
+    best = run.run_dir / "checkpoints" / "best.ckpt"
+
+    def tested(*words: str) -> Any:
+        return train(config(tmp_path, f"init_from={best}", "trainer.max_epochs=0", *words))
+
+    exact = tested("attention=exact")
+    # With all pairs exact nothing is estimated; that a calibrated basis is filled shows that it was fitted.
+    whole = ["attention=eigen_topk", "attention.keep=1.0", "attention.basis_init=calibrated"]
+    assert tested(*whole).metrics["test/loss"] == pytest.approx(exact.metrics["test/loss"], rel=1e-4)
+    # And the other way: a basis that is not needed is left behind.
+    trained = train(config(tmp_path, f"init_from={best}", *whole))
+    best = trained.run_dir / "checkpoints" / "best.ckpt"
+    assert tested("attention=exact").metrics["test/loss"] == pytest.approx(trained.metrics["test/loss"], rel=1e-4)
+    with pytest.raises(ConfigError, match=r"max_epochs=0 tests a model .* init_from has no fitting model\.\S+"):
+        tested("attention=linformer")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -346,7 +364,7 @@ def test_a_warm_start_is_from_the_weights_of_a_checkpoint(run: Any, tmp_path: Pa
             ["attention=topk", "model.dim=32"],
             r"token_embedding\.weight is \(\d+, 16\) there and \(\d+, 32\) here, .* more",
         ),
-        (["attention=eigen_row"], r"does not fit this model: model\.\S+ is missing there and \(.*\) here"),
+        (["attention=topk", "model.depth=3"], r"does not fit this model: model\.\S+ is missing there and \(.*\) here"),
         (["init_from=nowhere.ckpt"], r"init_from must be a checkpoint file or null, got 'nowhere\.ckpt'"),
         (["init_from=README.md"], r"init_from='README\.md' is damaged"),
     ],

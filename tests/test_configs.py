@@ -95,7 +95,9 @@ def test_files_state_every_option_of_their_class(group: str) -> None:
         node = load_config(over)[group]
         parameters = inspect.signature(target_class(node, group, object)).parameters
         given = (
-            {"vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id"} if group == "model" else set()
+            {"vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id", "coordinate_dim"}
+            if group == "model"
+            else set()
         )
         assert set(parameters) - given == set(node) - {"_target_"}, name
 

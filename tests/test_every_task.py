@@ -32,6 +32,10 @@ PRETRAINED = ["model.calibrate=1"]
 TASKS: dict[str, list[str]] = {
     "digits": ["data=digits", *OWN_MODEL],
     "mqar": ["data=mqar", "data.length=16", "data.num_pairs=2", "data.train_size=16", *OWN_MODEL],
+    "point_cloud": [
+        *("data=point_cloud", "data.num_points=16", "data.train_size=16", "data.val_size=8", "data.test_size=8"),
+        *OWN_MODEL,
+    ],
     "listops": [
         *("experiment=lra_listops", "data.max_depth=3", "data.max_args=4", "data.min_length=5", "data.max_length=24"),
         *("data.train_size=16", "data.val_size=8", "data.test_size=8", *OWN_MODEL),
@@ -64,7 +68,7 @@ TASKS: dict[str, list[str]] = {
     ],
 }
 NEEDS_TRANSFORMERS = {"text_classification", "sst2", "token_lm", "images"}
-GENERATED = {"mqar", "listops", "pathfinder", "retrieval_sample"}
+GENERATED = {"mqar", "point_cloud", "listops", "pathfinder", "retrieval_sample"}
 CAUSAL = {"mqar", "text_lm", "token_lm"}
 # Each task with these, and each mechanism on these; other pairs bring nothing but themselves and are slow tests.
 KINDS = {"exact", "eigen_row", "eigen_topk"}

@@ -247,6 +247,7 @@ class AttentionMechanism(nn.Module):
             # Whatever stands in the padding, even NaN, must not reach a product with a zero weight.
             padded = ~mask.key_keep[:, None, :, None]
             key, value = key.masked_fill(padded, 0.0), value.masked_fill(padded, 0.0)
+        mask = mask.with_padding_cleared(query.shape[-2])
         if not self.capabilities.grouped_query and self.num_key_value_heads != self.num_heads:
             key, value = repeat_heads(key, self.num_heads), repeat_heads(value, self.num_heads)
         scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
@@ -281,6 +282,13 @@ class AttentionMechanism(nn.Module):
             raise ValueError(
                 f"{self.name}: key and value lengths must be equal, got {key.shape[-2]} and {value.shape[-2]}."
             )
+        for part, tensor in (("query", query), ("key", key)):
+            points = getattr(mask, f"{part}_coordinates")
+            if points is not None and (points.dim() != 3 or points.shape[:2] != (tensor.shape[0], tensor.shape[-2])):
+                raise ValueError(
+                    f"{self.name}: mask.{part}_coordinates must be ({tensor.shape[0]}, {tensor.shape[-2]}, any), "
+                    f"got {tuple(points.shape)}."
+                )
 
     def _check_capabilities(self, n_q: int, n_k: int, mask: AttentionMask, need_weights: bool) -> None:
         can = self.capabilities

@@ -38,6 +38,9 @@ class AttentionMask:
             Team: *Gemma 2*, arXiv 2408.00118).
         sinks: (heads,) float, for each head a logit that joins the softmax as one more column without a value (OpenAI:
             *gpt-oss*, arXiv 2508.10925), so that weights sum to less than 1. A query without any key gives zeros.
+        query_coordinates: (batch, n_q, c) float, where in space the queries stand, for mechanisms that go by distance;
+            the others do not read it. None: tokens stand at their positions.
+        key_coordinates: (batch, n_k, c) float, likewise the keys; both are given or none.
     """
 
     key_keep: Tensor | None = None
@@ -49,6 +52,8 @@ class AttentionMask:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    query_coordinates: Tensor | None = None
+    key_coordinates: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
@@ -61,6 +66,8 @@ class AttentionMask:
             part = getattr(self, name)
             if part is not None and part.dtype != torch.bool:
                 raise ValueError(f"mask.{name} must be boolean (True = keep), got {part.dtype}.")
+        if (self.query_coordinates is None) != (self.key_coordinates is None):
+            raise ValueError("mask.query_coordinates and mask.key_coordinates must both be given, got one of them.")
 
     @classmethod
     def from_attn_mask(
@@ -130,6 +137,17 @@ class AttentionMask:
         if self.query_keep is None and self.key_keep is not None and self.query_offset == 0:
             return self.key_keep if self.key_keep.shape[-1] == n_q else None
         return self.query_keep
+
+    def with_padding_cleared(self, n_q: int) -> AttentionMask:
+        """The mask with zeros where padded tokens would stand: even a NaN there must not reach a gradient."""
+        if self.query_coordinates is None or self.key_coordinates is None:
+            return self
+        real, queries, keys = self.real_queries(n_q), self.query_coordinates, self.key_coordinates
+        return replace(
+            self,
+            query_coordinates=queries if real is None else queries.masked_fill(~real[..., None], 0.0),
+            key_coordinates=keys if self.key_keep is None else keys.masked_fill(~self.key_keep[..., None], 0.0),
+        )
 
     def query_positions(self, n_q: int, device: torch.device) -> Tensor:
         """(n_q,) int64: the position of each query on the axis of the keys."""
@@ -211,6 +229,7 @@ class AttentionMask:
         return replace(
             self,
             query_keep=None if self.query_keep is None else self.query_keep[:, start:stop],
+            query_coordinates=None if self.query_coordinates is None else self.query_coordinates[:, start:stop],
             query_offset=self.query_offset + start,
             pair_keep=rows(self.pair_keep),
             bias=rows(self.bias),
@@ -225,6 +244,7 @@ class AttentionMask:
         return replace(
             self,
             key_keep=None if self.key_keep is None else self.key_keep[:, start:stop],
+            key_coordinates=None if self.key_coordinates is None else self.key_coordinates[:, start:stop],
             pair_keep=columns(self.pair_keep),
             query_offset=self.query_offset - start,
             bias=columns(self.bias),

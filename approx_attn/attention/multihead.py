@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class MultiheadAttention(TorchMultiheadAttention):
         causal: declares use under a causal mask, so that a mechanism that cannot is refused here. As in
             PyTorch, the mask given to `forward` decides what is masked.
         layer_index: position of this layer in its model, for mechanisms with one basis per layer.
+        coordinate_dim: declares that every input comes with coordinates of so many numbers per token.
 
     Raises:
         ValueError: unknown mechanism or option, or a built mechanism of another shape.
@@ -81,11 +83,19 @@ class MultiheadAttention(TorchMultiheadAttention):
         max_length: int | None = None,
         causal: bool = False,
         layer_index: int = 0,
+        coordinate_dim: int | None = None,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
-        shape = AttentionShape(num_heads, self.head_dim, max_length=max_length, causal=causal, layer_index=layer_index)
+        shape = AttentionShape(
+            num_heads,
+            self.head_dim,
+            max_length=max_length,
+            causal=causal,
+            layer_index=layer_index,
+            coordinate_dim=coordinate_dim,
+        )
         mechanism = resolve_attention(attention, shape)
         self._install(mechanism.to(device=device, dtype=dtype))
 
@@ -148,6 +158,7 @@ class MultiheadAttention(TorchMultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        coordinates: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of queries over keys and values; see `torch.nn.MultiheadAttention.forward`.
 
@@ -160,6 +171,8 @@ class MultiheadAttention(TorchMultiheadAttention):
             attn_mask: (n_q, n_k) or (b * num_heads, n_q, n_k); bool (True = masked out) or float (added).
             average_attn_weights: average the returned weights over heads.
             is_causal: a hint that `attn_mask` is the causal mask; it is then not read.
+            coordinates: (b, n, c), where the tokens of self-attention stand, for mechanisms that go by distance; the
+                others, exact attention among them, do not read it.
 
         Returns:
             The output in the layout of `query`, and the weights (b, n_q, n_k), or (b, h, n_q, n_k) if not
@@ -170,6 +183,8 @@ class MultiheadAttention(TorchMultiheadAttention):
             ValueError: with a mechanism other than exact: shapes that do not fit, or a request beyond its
                 capabilities. With exact, PyTorch's own errors.
         """
+        if coordinates is not None and (query.dim() != 3 or query.is_nested or query is not key):
+            raise ValueError("coordinates must come with self-attention over a padded batch, got another query or key.")
         if need_weights and not query.is_nested and not torch.compiler.is_compiling():
             self._warn_of_large_weights(query, key)
         if isinstance(self.attention, ExactAttention):
@@ -206,6 +221,8 @@ class MultiheadAttention(TorchMultiheadAttention):
             extra_keys=k.shape[-2] - self._length(key),
             device=q.device,
         )
+        if coordinates is not None:
+            mask = replace(mask, query_coordinates=coordinates, key_coordinates=coordinates)
         output, weights = self._attend(q, k, v, mask, need_weights)
         output = self.out_proj(output.transpose(1, 2).flatten(-2))  # (b, n_q, embed_dim)
         if weights is not None and average_attn_weights:

@@ -22,6 +22,8 @@ class AttentionShape:
         causal: declares that the mechanism will be used under a causal mask, so that one that cannot refuses before
             any training. The mask given to `forward` decides what happens.
         layer_index: which layer of a model this is, for mechanisms that load a basis fitted per layer.
+        coordinate_dim: numbers that say where each token stands, which come with every input
+            (`AttentionMask.query_coordinates`); None: tokens have their positions only.
 
     Raises:
         ValueError: a size that is no whole number above 0, or key/value heads that do not divide the query heads.
@@ -34,6 +36,7 @@ class AttentionShape:
     max_length: int | None = None
     causal: bool = False
     layer_index: int = 0
+    coordinate_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.value_dim is None:
@@ -44,6 +47,8 @@ class AttentionShape:
             require_count(key, getattr(self, key))
         if self.max_length is not None:
             require_count("max_length", self.max_length)
+        if self.coordinate_dim is not None:
+            require_count("coordinate_dim", self.coordinate_dim)
         if self.num_key_value_heads < 1 or self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_heads={self.num_heads}, got {self.num_key_value_heads}."

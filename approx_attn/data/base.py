@@ -8,6 +8,7 @@ A data module yields batches of token sequences as dictionaries of tensors:
             (b, n) int64   what the logits at each position predict, `IGNORE` where nothing is, for
                            `kind="token_prediction"` (shifted here, so a model never shifts)
     tokens_b, keep_b       the second sequence, where `spec.two_towers`
+    coordinates  (b, n, c) float32  where the tokens stand in space, where `spec.coordinate_dim` is c
 
 A subclass states its `DataSpec` and its three splits as `datasets.Dataset`; the base makes the loaders.
 """
@@ -41,6 +42,7 @@ class DataSpec:
         max_length: longest sequence; batches have this length unless `pad_to_longest`.
         causal: the model must not look ahead.
         two_towers: a batch holds two sequences per label (`tokens_b`, `keep_b`).
+        coordinate_dim: numbers that say where each token stands (`coordinates`); None: tokens have positions only.
         pad_id: token id of padding.
         class_names: what the classes are called, in their order; empty where they are only numbered.
         num_items: sizes of the training, validation and test split, None before `setup`.
@@ -53,6 +55,7 @@ class DataSpec:
     max_length: int
     causal: bool
     two_towers: bool = False
+    coordinate_dim: int | None = None
     pad_id: int = PAD
     class_names: tuple[str, ...] = ()
     num_items: tuple[int, int, int] | None = None

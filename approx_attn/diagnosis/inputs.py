@@ -139,7 +139,7 @@ def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
     for loader, wanted in ((module.train_dataloader, sequences), (module.test_dataloader, test_sequences)):
         batches: list[Batch] = []
         for batch in loader() if wanted else ():
-            batches.append({key: part for key, part in batch.items() if key.startswith(("tokens", "keep"))})
+            batches.append({key: part for key, part in batch.items() if key.startswith(("tokens", "keep", "coord"))})
             if sum(len(part["tokens"]) for part in batches) >= wanted:
                 break
         splits.append(batches)

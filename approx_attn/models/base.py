@@ -14,8 +14,8 @@ from approx_attn.attention import AttentionMechanism
 class SequenceModel(nn.Module):
     """Base of all models: a module from the tensors of a batch, by name, to logits.
 
-    What a model shares with the data (`vocab_size`, `num_classes`, `max_length`, `two_towers`, `causal`, `pad_id`) it
-    takes as arguments of these names; the rest of its arguments are its options, `model.<option>`.
+    What a model shares with the data (`vocab_size`, `num_classes`, `max_length`, `two_towers`, `causal`, `pad_id`,
+    `coordinate_dim`) it takes as arguments of these names; the rest of its arguments are its options, `model.<option>`.
     """
 
     causal: bool = False

@@ -21,6 +21,7 @@ class LanguageModel(SequenceModel):
         vocab_size, max_length: of the data.
         num_classes: outputs per position; `vocab_size` if None.
         causal: no position sees a later one.
+        coordinate_dim: of the data, see `Transformer`.
         tie_embeddings: use the token embedding as the output map too.
         options: of the `Transformer`.
 
@@ -36,13 +37,14 @@ class LanguageModel(SequenceModel):
         num_classes: int | None = None,
         *,
         causal: bool = True,
+        coordinate_dim: int | None = None,
         tie_embeddings: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
         self.causal = causal
         self.num_classes = require_count("model.num_classes", vocab_size if num_classes is None else num_classes)
-        self.decoder = Transformer(vocab_size, max_length, causal, **options)
+        self.decoder = Transformer(vocab_size, max_length, causal, coordinate_dim, **options)
         self.head = nn.Linear(self.decoder.dim, self.num_classes, bias=not tie_embeddings)
         if tie_embeddings:
             if self.num_classes != vocab_size:
@@ -51,14 +53,15 @@ class LanguageModel(SequenceModel):
                 )
             self.head.weight = self.decoder.token_embedding.weight
 
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
         """Scores of every token at every position.
 
         Args:
             tokens: (b, n) int64.
             keep: (b, n) bool, False where padded; all real if None.
+            coordinates: (b, n, coordinate_dim), where the data has them.
 
         Returns:
             (b, n, num_classes) logits.
         """
-        return self.head(self.decoder(tokens, keep))
+        return self.head(self.decoder(tokens, keep, coordinates))

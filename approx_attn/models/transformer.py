@@ -23,6 +23,9 @@ FEED_FORWARDS = ("dense", "topk")
 class Transformer(nn.Module):
     """Tokens to features: embedding, `depth` pre-LN blocks, layer norm.
 
+    Where tokens come with coordinates, a linear map of these is added to the embedding in place of what stands for
+    positions: the tokens are a set of points, whatever their order.
+
     Every layer builds a mechanism of its own from `attention`; where the options of the mechanism say that
     layers share parameters, later layers are tied to the first.
 
@@ -30,6 +33,7 @@ class Transformer(nn.Module):
         vocab_size: token ids are 0 … vocab_size − 1.
         max_length: longest input.
         causal: no token sees a later one.
+        coordinate_dim: numbers that say where each token stands; None: tokens have positions only.
         dim: features of a token.
         depth: number of blocks.
         num_heads: attention heads, a divisor of `dim`.
@@ -51,6 +55,7 @@ class Transformer(nn.Module):
         vocab_size: int,
         max_length: int,
         causal: bool = False,
+        coordinate_dim: int | None = None,
         *,
         dim: int = 64,
         depth: int = 2,
@@ -79,7 +84,11 @@ class Transformer(nn.Module):
             raise ValueError("attention must be a name, a mapping or a factory: each layer needs its own mechanism.")
 
         self.token_embedding = nn.Embedding(vocab_size, dim)
-        self.positions = Positions(max_length, dim, positions)
+        self.coordinate_dim = coordinate_dim
+        require_one_of("model.positions", positions, POSITIONS)
+        self.positions = (
+            Positions(max_length, dim, positions) if coordinate_dim is None else nn.Linear(coordinate_dim, dim)
+        )
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -92,6 +101,7 @@ class Transformer(nn.Module):
                     max_length=max_length,
                     causal=causal,
                     layer_index=index,
+                    coordinate_dim=coordinate_dim,
                 ),
                 build_feed_forward(feed_forward, dim, feed_forward_dim, dropout, activation, feed_forward_keep),
                 dropout,
@@ -104,18 +114,19 @@ class Transformer(nn.Module):
         for mechanism in others:
             mechanism.tie_to(first)
 
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, keep: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
         """Features of tokens.
 
         Args:
             tokens: (b, n) int64, n at most `max_length`.
             keep: (b, n) bool, False where padded; all real if None.
+            coordinates: (b, n, coordinate_dim), where the tokens stand; None where they have positions only.
 
         Returns:
             (b, n, dim). What stands at padded positions means nothing.
 
         Raises:
-            ValueError: input longer than `max_length`.
+            ValueError: input longer than `max_length`, or coordinates that are missing or not asked for.
         """
         length = tokens.shape[1]
         if length > self.max_length:
@@ -123,11 +134,16 @@ class Transformer(nn.Module):
                 f"a sequence of {length} tokens is longer than model.max_length={self.max_length}: "
                 "shorten it (data.max_length) or train a model for longer ones."
             )
-        x = self.dropout(self.token_embedding(tokens) + self.positions(length))  # (b, n, dim)
+        if (coordinates is None) != (self.coordinate_dim is None):
+            raise ValueError(
+                f"coordinates must be given where model.coordinate_dim is, which is {self.coordinate_dim}."
+            )
+        x = self.token_embedding(tokens) + self.positions(length if coordinates is None else coordinates)  # (b, n, dim)
+        x = self.dropout(x)
         future = self._future(length, tokens.device) if self.causal else None
         padding = None if keep is None else ~keep
         for block in self.blocks:
-            x = block(x, future, padding)
+            x = block(x, future, padding, coordinates)
         return self.norm(x)
 
     def _future(self, length: int, device: torch.device) -> Tensor:
@@ -150,16 +166,30 @@ class TransformerBlock(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, future: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        future: Tensor | None = None,
+        padding: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
         """(b, n, dim) -> (b, n, dim).
 
         Args:
             future: (n, n) bool, True above the diagonal, in a causal model; else None. Exact layers alone read it.
             padding: (b, n) bool, True where padded; None if nothing is.
+            coordinates: (b, n, c), where the tokens stand, for mechanisms that go by distance.
         """
         h = self.attention_norm(x)
         h, _ = self.attention(
-            h, h, h, key_padding_mask=padding, attn_mask=future, is_causal=future is not None, need_weights=False
+            h,
+            h,
+            h,
+            key_padding_mask=padding,
+            attn_mask=future,
+            is_causal=future is not None,
+            need_weights=False,
+            coordinates=coordinates,
         )
         x = x + self.dropout(h)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

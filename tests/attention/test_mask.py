@@ -172,3 +172,14 @@ def test_masked_softmax_is_at_least_float32():
 def test_masks_that_are_not_boolean_are_refused(part):
     with pytest.raises(ValueError, match=f"mask.{part} must be boolean"):
         AttentionMask(**{part: torch.ones(2, 3)})
+
+
+def test_a_part_of_queries_or_keys_takes_its_coordinates_along():
+    queries, keys = torch.randn(1, 4, 3), torch.randn(1, 5, 3)
+    mask = AttentionMask(query_coordinates=queries, key_coordinates=keys)
+    assert mask.is_trivial
+    part = mask.queries(1, 3).keys(2, 5)
+    assert torch.equal(part.query_coordinates, queries[:, 1:3])
+    assert torch.equal(part.key_coordinates, keys[:, 2:])
+    with pytest.raises(ValueError, match="must both be given"):
+        AttentionMask(query_coordinates=queries)

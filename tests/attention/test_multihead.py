@@ -421,3 +421,37 @@ def test_large_weights_that_nobody_may_have_wanted_are_said():
             warnings.simplefilter("always")
             layer(x, x, x, need_weights=need_weights)
         assert ["call the layer with need_weights=False" in str(warning.message) for warning in said] == [True] * warned
+
+
+# -- coordinates -------------------------------------------------------------------------------------------
+
+
+def gaussian_layer(**options):
+    torch.manual_seed(0)
+    return MultiheadAttention(EMBED_DIM, NUM_HEADS, batch_first=True, attention="gaussian", **options)
+
+
+def test_coordinates_reach_the_mechanism():
+    layer, x = gaussian_layer(coordinate_dim=2), torch.randn(BATCH, N_KEY, EMBED_DIM)
+    points = torch.stack([torch.arange(N_KEY), torch.zeros(N_KEY)], dim=-1).expand(BATCH, -1, -1)  # those of positions
+    on_the_line, weights = layer(x, x, x)
+    torch.testing.assert_close(layer(x, x, x, coordinates=points)[0], on_the_line)
+    order = torch.randperm(N_KEY)
+    _, shuffled = layer(x, x, x, coordinates=points[:, order])
+    torch.testing.assert_close(shuffled, weights[:, order][:, :, order])
+
+
+@pytest.mark.parametrize(
+    ("options", "query", "points", "message"),
+    [
+        ({}, N_QUERY, N_KEY, "coordinates must come with self-attention"),
+        ({}, N_KEY, N_QUERY, r"mask\.query_coordinates must be \(3, 7, any\), got \(3, 5, 2\)"),
+        ({"add_bias_kv": True}, N_KEY, N_KEY, r"mask\.key_coordinates must be \(3, 8, any\)"),
+    ],
+)
+def test_coordinates_that_do_not_fit_are_refused(options, query, points, message):
+    x = torch.randn(BATCH, N_KEY, EMBED_DIM)
+    with pytest.raises(ValueError, match=message):
+        gaussian_layer(**options)(
+            x if query == N_KEY else x[:, :query], x, x, coordinates=torch.zeros(BATCH, points, 2)
+        )

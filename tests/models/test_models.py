@@ -165,3 +165,17 @@ def test_non_causal_mechanism_is_refused_in_a_causal_model() -> None:
 def test_longer_input_than_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"longer than model\.max_length=12"):
         classifier()(torch.ones(1, LENGTH + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("attention", ["exact", {"name": "gaussian", "gaussian_heads": 1}])
+def test_points_are_a_set(attention: str | dict) -> None:
+    model = language_model(causal=False, attention=attention, coordinate_dim=3)
+    tokens, _ = tokens_and_keep()
+    points, order = torch.randn(3, LENGTH, 3), torch.randperm(LENGTH)
+    logits = model(tokens, coordinates=points)
+    torch.testing.assert_close(model(tokens[:, order], coordinates=points[:, order]), logits[:, order])
+    assert not torch.allclose(model(tokens, coordinates=2.0 * points), logits)
+    with pytest.raises(ValueError, match=r"model\.coordinate_dim is, which is 3"):
+        model(tokens)
+    with pytest.raises(ValueError, match=r"model\.coordinate_dim is, which is None"):
+        language_model()(tokens, coordinates=points)

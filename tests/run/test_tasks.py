@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,6 +69,8 @@ def test_task_and_model_must_fit_the_data() -> None:
         make_task(CLASSIFICATION, "task=token_prediction")
     with pytest.raises(ConfigError, match="cannot be used with data that is causal"):
         make_task(RECALL, "model=encoder_classifier")
+    with pytest.raises(ConfigError, match="cannot be used with data that is points in space"):
+        make_task(replace(RECALL, causal=False, coordinate_dim=3), "model=encoder_classifier")
     with pytest.raises(ValueError, match="auxiliary_weight"):
         make_task(RECALL, "task.auxiliary_weight=-1")
     assert isinstance(make_task(CLASSIFICATION), ClassificationTask)

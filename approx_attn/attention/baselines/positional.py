@@ -1,7 +1,7 @@
 """Attention by position alone: weights that are learned and do not depend on the input.
 
 Also the parts that other mechanisms over positions share: a table of numbers per pair of positions or per
-offset, and attention with scores that are the same for every sample.
+offset, and attention with scores that do not come from queries and keys.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class PositionTable(nn.Module):
 
 
 def attention_from_scores(scores: Tensor, value: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
-    """softmax(scores + mask)·value for scores that are the same for all samples.
+    """softmax(scores + mask)·value for scores that need not differ from sample to sample.
 
     Args:
-        scores: (1, h, n_q, n_k).
+        scores: (1 | b, h, n_q, n_k).
         value: (b, h, n_k, d_v).
 
     Returns:

@@ -116,7 +116,7 @@ class SequenceTask(pl.LightningModule):
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The arguments that the model is called with, taken from a batch."""
-        inputs = {key: batch[key] for key in ("tokens", "tokens_b", "pixels") if key in batch}
+        inputs = {key: batch[key] for key in ("tokens", "tokens_b", "coordinates", "pixels") if key in batch}
         for key in ("keep", "keep_b"):
             # Without a padding mask attention takes its faster path; a full one says nothing.
             if key in batch and not bool(batch[key].all()):
@@ -284,11 +284,13 @@ def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> SequenceMod
     """
     cls = target_class(node, "model", SequenceModel)
     accepted = inspect.signature(cls).parameters
-    known = ("vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id")
-    given = {name: spec[name] for name in known if name in accepted}
-    for need in ("causal", "two_towers"):
-        if spec[need] and need not in accepted:
-            raise ConfigError(f"model: {cls.__name__} cannot be used with data that is {need}; choose another model.")
+    known = ("vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id", "coordinate_dim")
+    given = {
+        name: spec[name] for name in known if name in accepted and name in spec
+    }  # earlier specs have no coordinates
+    for need, named in (("causal", "causal"), ("two_towers", "two_towers"), ("coordinate_dim", "points in space")):
+        if spec.get(need) and need not in accepted:
+            raise ConfigError(f"model: {cls.__name__} cannot be used with data that is {named}; choose another model.")
     check_arguments(node, "model", SequenceModel, given)
     return build(node, "model", SequenceModel, **given)
 

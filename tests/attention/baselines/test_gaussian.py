@@ -68,3 +68,48 @@ def test_coordinates_travel_with_the_checkpoint_and_bound_the_length():
 def test_fixed_width_is_no_parameter():
     assert list(build(train_sigma=False).parameters()) == []
     assert [name for name, _ in build().named_parameters()] == ["log_sigma"]
+
+
+def points_of(batch, length, seed=0):
+    return torch.randn(batch, length, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_points_of_a_sample_are_the_points_given_as_options():
+    query, key, value = draw(6)
+    points = points_of(2, 6)
+    mask = AttentionMask(query_coordinates=points[:, 2:], key_coordinates=points)
+    output, _ = build()(query[:, :, 2:], key, value, mask)
+    for sample in range(2):
+        alone = [part[sample : sample + 1] for part in (query[:, :, 2:], key, value)]
+        given = build(coordinates=points[sample].tolist())
+        torch.testing.assert_close(output[sample], given(*alone, AttentionMask(query_offset=2))[0][0])
+
+
+def test_points_in_the_padding_do_not_reach_the_width():
+    query, key, value = draw(6)
+    keep = torch.arange(6) < torch.tensor([[6], [4]])
+    points = points_of(2, 6).masked_fill(~keep[..., None], float("nan"))
+    layer = build()
+    mask = AttentionMask(key_keep=keep, query_keep=keep, query_coordinates=points, key_coordinates=points)
+    output, _ = layer(query, key, value, mask)
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert layer.log_sigma.grad.isfinite().all()
+    short = [part[1:, :, :4] for part in (query, key, value)]
+    only = AttentionMask(query_coordinates=points[1:, :4], key_coordinates=points[1:, :4])
+    torch.testing.assert_close(layer(*short, only)[0][0], output[1, :, :4])
+
+
+def test_points_come_from_one_place():
+    with pytest.raises(ValueError, match=r"attention\.grid_width must be null where inputs come with coordinates"):
+        build(grid_width=2, coordinate_dim=3)
+    points = points_of(2, 4)
+    with pytest.raises(ValueError, match=r"attention\.coordinates must be null"):
+        build(coordinates=[[0.0]] * 4)(*draw(4), AttentionMask(query_coordinates=points, key_coordinates=points))
+
+
+def test_only_the_gaussian_heads_spare_scores():
+    assert build().cost(10).exact_share == 0.0
+    half = build(gaussian_heads=1).cost(10)
+    assert half.exact_share == 0.5
+    assert build(gaussian_heads=1, coordinate_dim=3).cost(10).multiply_adds == half.multiply_adds + 2 * 10 * 10

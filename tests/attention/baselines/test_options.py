@@ -10,6 +10,7 @@ REFUSED = {
     "differentiable_mask": {"penalty": [-1.0, NAN], "temperature": [0.0], "initial_open": [0.0, 1.0]},
     "gaussian": {
         "sigma": [0.0, [1.0], [1.0, -1.0], [1.0, "wide"], NAN, "wide", True],
+        "gaussian_heads": [0, 3, 1.5],
         "grid_width": [0],
         "coordinates": [[], [[0.0], [1.0, 2.0]], [0.0, 1.0], [[INFINITY]]],
     },

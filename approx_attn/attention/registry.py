@@ -29,6 +29,7 @@ REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
 """Options of earlier versions, by mechanism: the value at which they play no part, and what is there instead."""
 
 ADDED_OPTIONS: dict[str, dict[str, Any]] = {
+    "differentiable_mask": {"lr_multiplier": 1.0, "freeze_step": None, "closed_offsets": []},
     "eigen_cluster": {"rest": "keep"},
     "eigen_matrix": {"basis_init": "dct", "basis": None},
     "gaussian": {"gaussian_heads": None},

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from approx_attn.attention import AttentionMask, build_attention
 from approx_attn.attention.baselines.differentiable_mask import gated_softmax
-from helpers import assert_cost_is_performed
+from helpers import assert_cost_is_performed, held_sizes
 
 
 def build(**options):
@@ -25,7 +25,6 @@ def test_with_every_gate_open_it_is_exact_attention():
     query, key, value = draw()
     mechanism = build().eval()
     torch.testing.assert_close(mechanism(query, key, value)[0], scaled_dot_product_attention(query, key, value))
-    assert mechanism.open_fraction == 1.0
     assert mechanism.auxiliary_loss is None
     assert mechanism.cost(8).exact_share == 1.0
 
@@ -42,7 +41,6 @@ def test_closed_gates_close_their_pairs(alignment):
     window = torch.ones(8, 8, dtype=torch.bool).tril(1)
     expected = scaled_dot_product_attention(query, key, value, attn_mask=window)
     torch.testing.assert_close(mechanism(query, key, value)[0], expected)
-    assert mechanism.open_fraction == pytest.approx(float(window.float().mean()))
     assert mechanism.cost(8).exact_pairs == 2 * int(window.sum())
     causal = mechanism.cost(8, causal=True)
     assert causal.exact_pairs == causal.total_pairs  # what is closed lies in the future
@@ -70,10 +68,17 @@ def test_training_draws_gates_and_charges_for_them():
     assert float((second > 0).float().mean()) == pytest.approx(float(mechanism.open_fraction))
 
 
-def test_loss_and_share_are_over_allowed_pairs():
-    mechanism = build(penalty=1.0).eval()
+def build_causal_gates():
+    """In training, with gates so sure of themselves that every draw is the same: the future is closed."""
+    mechanism = build(penalty=2.0).train()
     with torch.no_grad():
-        mechanism.gates.values[:, 8:] = -1.0  # the future is closed
+        mechanism.gates.values.fill_(50.0)
+        mechanism.gates.values[:, 8:] = -50.0
+    return mechanism
+
+
+def test_loss_and_share_are_over_allowed_pairs():
+    mechanism = build_causal_gates()
     keep = torch.arange(8) < torch.tensor([[8], [8], [3]])
     for mask, share in (
         (AttentionMask(causal=True), 1.0),
@@ -82,13 +87,12 @@ def test_loss_and_share_are_over_allowed_pairs():
     ):
         mechanism(*draw(), mask)
         assert float(mechanism.open_fraction) == pytest.approx(share)
+        assert mechanism.auxiliary_loss.item() == pytest.approx(2.0 * share)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_loss_and_share_do_not_depend_on_padding(causal):
-    mechanism = build(penalty=1.0).eval()
-    with torch.no_grad():
-        mechanism.gates.values[:, 8:] = -1.0  # later keys are closed
+    mechanism = build_causal_gates()
     keep = (torch.arange(8) < 5).expand(3, -1)
     mechanism(*draw(), AttentionMask(key_keep=keep, query_keep=keep, causal=causal))
     padded = float(mechanism.open_fraction)
@@ -98,12 +102,70 @@ def test_loss_and_share_do_not_depend_on_padding(causal):
     assert float(mechanism.open_fraction) == pytest.approx(1.0 if causal else 15 / 40)
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.1], ids=["dense", "sparse"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_cost_counts_the_products(causal):
-    mechanism = build().train()
-    query, key, value = draw()
-    mask = AttentionMask(causal=causal, query_offset=-1)
-    assert_cost_is_performed(mechanism, (query, key[:, :, :7], value[:, :, :7]), mask)
+def test_cost_counts_the_products_of_fixed_gates(causal, kept):
+    mechanism = build(max_length=80, alignment="absolute").eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        is_open = torch.rand(mechanism.gates.values.shape, generator=generator) < kept
+        mechanism.gates.values.copy_(is_open.float() - 0.5)
+    query, key, value = draw(80)
+    mask = AttentionMask(causal=causal, query_offset=-3 if causal else 0)
+    assert_cost_is_performed(mechanism, (query, key[:, :, :77], value[:, :, :77]), mask)
+    cost = mechanism.cost(80)
+    assert cost.exact_pairs == int(is_open.sum())
+    assert (cost.computed_share < 0.25) == (kept < 1.0)  # gaps are filled up, but most of what is closed is skipped
+
+
+def test_frozen_gates_are_not_drawn_and_train_the_rest_at_the_cost_of_what_they_keep():
+    mechanism = build(max_length=64, initial_open=0.5, freeze_step=3).train()
+    with torch.no_grad():
+        mechanism.gates.values.fill_(-1.0)
+        mechanism.gates.values[:, 63:65] = 1.0  # a token and the next
+    mechanism.begin_step(2)
+    mechanism(*draw(64))
+    assert mechanism.auxiliary_loss is not None
+    mechanism.begin_step(3)
+    inputs = [x.requires_grad_() for x in draw(64)]
+    output, weights = mechanism(*inputs, need_weights=True)
+    assert mechanism.auxiliary_loss is None
+    window = torch.ones(64, 64, dtype=torch.bool).tril(1).triu()
+    assert torch.equal(weights > 0, window.expand_as(weights))
+    expected = [x.detach().requires_grad_() for x in inputs]
+    scaled_dot_product_attention(*expected, attn_mask=window).square().sum().backward()
+    output.square().sum().backward()
+    for mine, theirs in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert mechanism.gates.values.grad is None
+    assert max(held_sizes(mechanism, *inputs)) < weights.numel()  # no array of all pairs
+
+
+def test_a_pattern_follows_its_gates():
+    """What was laid out for one state of the gates is not used for the next."""
+    mechanism = build(max_length=64, initial_open=0.1).eval()
+    tensors = draw(64)
+    for offset in (0, 1):
+        with torch.no_grad():
+            mechanism.gates.values.fill_(-1.0)
+            mechanism.gates.values[:, 63 + offset] = 1.0
+        value = tensors[2].roll(-offset, dims=2).clone()
+        value[:, :, 64 - offset :] = 0.0  # no such key
+        torch.testing.assert_close(mechanism(*tensors)[0], value)
+
+
+def test_the_learning_rate_of_gates_is_a_multiple_of_the_models():
+    gates = []
+    for multiplier in (1.0, 20.0):
+        torch.manual_seed(0)
+        mechanism = build(lr_multiplier=multiplier).train()
+        before = mechanism.logits(8, 8)
+        optimizer = torch.optim.Adam(mechanism.parameters(), lr=0.01)
+        (mechanism(*draw())[0].square().sum() + mechanism.auxiliary_loss).backward()
+        optimizer.step()
+        gates.append(mechanism.logits(8, 8) - before)
+    torch.testing.assert_close(gates[1], 20.0 * gates[0], rtol=1e-3, atol=1e-5)
+    assert float(gates[0].abs().max()) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_derivative_of_open_and_closed_gates():

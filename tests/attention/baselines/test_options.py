@@ -7,7 +7,14 @@ from approx_attn.attention import build_attention
 NAN, INFINITY = float("nan"), float("inf")
 REFUSED = {
     "clustered": {"keep": [0, 1.5], "num_clusters": [0], "bits": [0], "iterations": [0], "seed": [-1]},
-    "differentiable_mask": {"penalty": [-1.0, NAN], "temperature": [0.0], "initial_open": [0.0, 1.0]},
+    "differentiable_mask": {
+        "penalty": [-1.0, NAN],
+        "temperature": [0.0],
+        "initial_open": [0.0, 1.0],
+        "lr_multiplier": [0.0, NAN],
+        "freeze_step": [-1, 0.5],
+        "closed_offsets": [[0.5], [True]],
+    },
     "gaussian": {
         "sigma": [0.0, [1.0], [1.0, -1.0], [1.0, "wide"], NAN, "wide", True],
         "gaussian_heads": [0, 3, 1.5],

@@ -2,11 +2,16 @@
 
 import torch
 
-CASES = {"default": {}, "absolute": {"alignment": "absolute", "penalty": 0.1}}
+CASES = {
+    "default": {},
+    "absolute": {"alignment": "absolute", "penalty": 0.1},
+    "sparse": {"initial_open": 0.1, "closed_offsets": [0, 2], "lr_multiplier": 10.0},
+}
 
 
 def prepare(mechanism):
-    torch.nn.init.normal_(mechanism.gates.values, mean=0.5)
+    values = mechanism.gates.values
+    torch.nn.init.normal_(values, mean=0.5 if values.mean() > 0 else -1.5)
 
 
 def naive(mechanism, query, key, value, mask, scale):
@@ -19,6 +24,8 @@ def naive(mechanism, query, key, value, mask, scale):
                 is_open[:, i, j] = mechanism.gates.values[:, min(max(position, 0), last), min(j, last)] > 0
             else:
                 is_open[:, i, j] = mechanism.gates.values[:, min(max(j - position, -last), last) + last] > 0
+            if j - position in mechanism.closed_offsets:
+                is_open[:, i, j] = False
     scores = scale * query @ key.transpose(-2, -1)
     if mask.bias is not None:
         scores = scores + mask.finite_bias()

@@ -26,6 +26,8 @@ PRETRAINED = {
     "images": ("ViTConfig", "ViTForImageClassification"),
     "finetune_image": ("ViTConfig", "ViTForImageClassification"),
 }
+# Options of the recipe's own model that another one does not have.
+WITHOUT = {"attention_pooling": ["~model.depth", "~model.feed_forward_dim"]}
 # Where a mechanism that cannot be causal is tried.
 NOT_CAUSAL = "digits"
 
@@ -91,7 +93,7 @@ def test_files_state_every_option_of_their_class(group: str) -> None:
         over = [f"data={name}", *NEEDS.get(name, [])]
         if group == "model":  # with a recipe made for it; others state options that it does not have
             made_for = (recipe for recipe in available_choices("data") if model_of(recipe) == name)
-            over = [f"data={next(made_for, 'digits')}", f"model={name}"]
+            over = [f"data={next(made_for, 'digits')}", f"model={name}", *WITHOUT.get(name, [])]
         node = load_config(over)[group]
         parameters = inspect.signature(target_class(node, group, object)).parameters
         given = (

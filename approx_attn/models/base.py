@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from approx_attn.attention import AttentionMechanism
+from approx_attn.attention.base import Cost
 
 
 class SequenceModel(nn.Module):
@@ -43,6 +44,11 @@ class SequenceModel(nn.Module):
     def attention_length(self) -> int | None:
         """Queries of the longest attention where they do not depend on the input; None: the tokens of the input."""
         return None
+
+    def costs(self, length: int, causal: bool) -> list[Cost]:
+        """What every mechanism does for one sample of `length` tokens, in the order of the layers."""
+        length = self.attention_length or length
+        return [mechanism.cost(length, causal=causal or mechanism.causal) for mechanism in self.mechanisms]
 
     @property
     def rebuild_options(self) -> dict[str, Any]:

@@ -246,8 +246,7 @@ def describe_run(config: dict[str, Any], task: SequenceTask, spec: DataSpec) -> 
     """The part of a record that is known before training."""
     parameters = list(task.model.parameters())
     in_attention = {id(p): p.numel() for mechanism in task.mechanisms for p in mechanism.parameters()}
-    length = task.model.attention_length or spec.max_length
-    costs = [mechanism.cost(length, causal=spec.causal or mechanism.causal) for mechanism in task.mechanisms]
+    costs = task.model.costs(spec.max_length, spec.causal)
     return {
         "name": config["name"],
         "attention": attention_label(config),

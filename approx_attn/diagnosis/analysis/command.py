@@ -19,7 +19,8 @@ from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
-from approx_attn.diagnosis.analysis.explanation import run_experiments
+from approx_attn.diagnosis.analysis.explanation_runs import run_experiments
+from approx_attn.diagnosis.analysis.explanation_section import add_explanation
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
@@ -108,7 +109,7 @@ def run(options: dict[str, Any]) -> Path:
             divergence_weights=options["divergence_weights"],
             progress=options["progress_bar"],
         )
-        norm_sections.add_explanation(book, outcomes)
+        add_explanation(book, outcomes)
     add_summary(book)
     path = book.save(options["output"])
     _print_summary(statistics, rows, path)

@@ -1,4 +1,4 @@
-"""Sections of the report on vector norms, reconstruction and explanation."""
+"""Sections of the report on vector norms and reconstruction."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 
 from approx_attn.diagnosis.analysis.book import Book, BookSection
 from approx_attn.diagnosis.analysis.collect import Statistics
-from approx_attn.diagnosis.analysis.explanation import Outcome
-from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded, scatter
+from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded
 from approx_attn.diagnosis.analysis.transfer import means_over_layers
 from approx_attn.diagnosis.reconstruction import Reconstruction
 
@@ -184,51 +183,3 @@ def add_transfer(book: Book, found: Sequence[Mapping[str, Any]], labels: Mapping
     section.figure("transfer", error_curves(curves), caption)
     section.table("transfer", rows, "The same in figures; by layer in tables/transfer_layers.csv.")
     book.keep("transfer_layers", [{**row, "layer": labels.get(row["layer"], row["layer"])} for row in found])
-
-
-def add_explanation(book: Book, outcomes: Sequence[Outcome]) -> None:
-    """Is attention explanation?"""
-    section = book.section("Is attention explanation?")
-    section.text(
-        "Experiments after Wiegreffe and Pinter (EMNLP 2019) around one trained classifier, the base. Further seeds "
-        "show how far weights and predictions move by chance. A model with uniform weights shows whether the task "
-        "needs attention; one whose weights are the base model's, frozen, while the rest is learned anew, whether "
-        "these weights help a model that had no part in making them. Adversaries learn to predict as the base does "
-        "with weights as different as possible (loss: distance of predictions − λ · divergence of weights). Weights "
-        "that an adversary can move further than seeds do, at an equal distance of predictions, did not decide them."
-    )
-    rows = [
-        {
-            "experiment": outcome.experiment,
-            "seed": outcome.seed,
-            "λ": outcome.divergence_weight,
-            "test_accuracy": outcome.accuracy,
-            "distance_of_predictions": outcome.prediction_distance,
-            "divergence_of_weights": outcome.weight_divergence,
-        }
-        for outcome in outcomes
-    ]
-    points: dict[str, list[tuple[float, float]]] = {}
-    for outcome in outcomes:
-        if outcome.weight_divergence is not None and outcome.experiment != "base":
-            name = outcome.experiment
-            if outcome.divergence_weight is not None:
-                name += f", λ = {outcome.divergence_weight:g}"
-            points.setdefault(name, []).append((outcome.weight_divergence, outcome.prediction_distance))
-    if points:
-        section.figure(
-            "explanation",
-            scatter(
-                points,
-                x_title="divergence of weights from the base model (JSD, nats)",
-                y_title="distance of predictions (TVD)",
-            ),
-            "Every model beside the base model on the test split. Far right and low: other weights, same predictions.",
-        )
-    section.table(
-        "explanation",
-        rows,
-        "Distance: mean total variation between class probabilities and the base model's. Divergence: mean "
-        "Jensen-Shannon divergence between rows of weights, at most log 2 = 0.693 nats; a dash where weights are not "
-        "the model's own. Heads are compared by their index, so the order of heads is part of what seeds differ in.",
-    )

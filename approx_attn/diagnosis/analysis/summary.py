@@ -22,7 +22,7 @@ def add_summary(book: Book) -> None:
         _random_tokens(book.tables.get("random_tokens", ())),
         _norms(book.tables.get("norms", ())),
         _reconstruction(book.tables.get("reconstruction", ())),
-        _explanation(book.tables.get("explanation", ())),
+        _explanation(book.tables.get("explanation_means", ())),
     )
     for sentence in filter(None, sentences):
         section.text(sentence)
@@ -93,23 +93,31 @@ def _reconstruction(rows: Rows) -> str | None:
 
 
 def _explanation(rows: Rows) -> str | None:
-    by = {row["experiment"]: row for row in rows}
+    by = {row["experiment"]: row for row in rows if row["experiment"] != "adversary"}
     if not by:
         return None
-    seeds = [row["divergence_of_weights"] for row in rows if row["experiment"] == "seed"]
-    adversaries = [row for row in rows if row["experiment"] == "adversary"]
     text = (
         f"Explanation: test accuracy is {_percent(by['base']['test_accuracy'])}, with uniform weights "
         f"{_percent(by['uniform']['test_accuracy'])}, with the base model's weights imposed "
         f"{_percent(by['imposed']['test_accuracy'])}. "
     )
-    if not adversaries:
-        return text
-    closest = min(adversaries, key=lambda row: row["distance_of_predictions"])
-    return (
-        f"{text}An adversary (λ = {closest['λ']:g}) moves its weights by {closest['divergence_of_weights']:.2f} nats, "
-        f"seeds by {sum(seeds) / len(seeds):.2f}, and reaches {_percent(closest['test_accuracy'])}."
+    closest = min(
+        (row for row in rows if row["experiment"] == "adversary"),
+        key=lambda row: row["distance_of_predictions"],
+        default=None,
     )
+    if closest is not None:
+        text += (
+            f"An adversary (λ = {closest['λ']:g}) moves its weights by {closest['divergence_of_weights']:.2f} nats, "
+            f"seeds by {by['seed']['divergence_of_weights']:.2f}, and reaches {_percent(closest['test_accuracy'])}. "
+        )
+    if "context_free_base" in by:
+        text += (
+            f"A context-free model reaches {_percent(by['context_free_uniform']['test_accuracy'])} with uniform "
+            f"weights, {_percent(by['context_free_own']['test_accuracy'])} with its own and "
+            f"{_percent(by['context_free_base']['test_accuracy'])} with the base model's. "
+        )
+    return text.rstrip()
 
 
 def _range(rows: Rows, key: str, write: Callable[[float], str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,18 @@ from approx_attn.attention import AttentionMask, AttentionShape, build_attention
 from approx_attn.config.compose import compose_config
 from approx_attn.diagnosis.analysis.command import main
 from approx_attn.diagnosis.analysis.explanation import (
+    AttentionCall,
+    GuidedTask,
     ObservedAttention,
     logits_and_weights,
     prediction_distance,
+    token_weights,
     weight_divergence,
 )
+from approx_attn.diagnosis.analysis.explanation_runs import run_experiments
 from approx_attn.run.evaluate import load_task
 from approx_attn.run.train import train
-from helpers import TINY
+from helpers import QUIET, TINY
 
 
 def test_divergence_is_that_of_jensen_and_shannon() -> None:
@@ -71,19 +76,66 @@ def test_all_experiments_in_one_report(checkpoint: Path, tmp_path: Path, monkeyp
     options += [f"model={checkpoint}", f"output={tmp_path / 'out'}", "progress_bar=false", "random_tokens=false"]
     assert main(options) == 0
     rows = json.loads((tmp_path / "out" / "numbers.json").read_text())["tables"]["explanation"]
-    assert [row["experiment"] for row in rows] == ["base", "seed", "uniform", "imposed", "adversary"]
-    base, seed, uniform, imposed, adversary = rows
+    guided = [f"context_free_{weights}" for weights in ("uniform", "own", "base", "adversary")]
+    assert [row["experiment"] for row in rows] == ["base", "seed", "uniform", "imposed", "adversary", *guided]
+    base, seed, uniform, imposed, adversary, *others = rows
     assert (base["distance_of_predictions"], base["divergence_of_weights"]) == pytest.approx((0.0, 0.0), abs=1e-6)
     assert uniform["divergence_of_weights"] is None
     assert imposed["divergence_of_weights"] is None
+    assert [row["λ"] for row in others] == [None, None, None, 1.0]
     assert 0.0 < adversary["divergence_of_weights"] <= np.log(2.0)
     assert 0.0 < seed["distance_of_predictions"] <= 1.0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "figures/explanation.png" in page
     assert "tables/explanation.csv" in page
     assert "Explanation: test accuracy is" in page
-    monkeypatch.setattr("approx_attn.diagnosis.analysis.explanation.train", None)  # what is done is not run again
+    monkeypatch.setattr("approx_attn.diagnosis.analysis.explanation_runs.train", None)  # what is done is not run again
     assert main(options) == 0
+
+
+def test_a_guided_model_weighs_tokens_as_its_guide_does(checkpoint: Path) -> None:
+    guide = load_task(checkpoint)
+    attention = {"_target_": "approx_attn.diagnosis.analysis.explanation.ObservedAttention", "_partial_": True}
+    pooling = {"_target_": "approx_attn.models.AttentionPooling", "encoder": "affine", "dim": 16, "num_heads": 2}
+    config = {**guide.config, "model": {**pooling, "attention": attention}}
+    torch.manual_seed(0)
+    task = GuidedTask(config, guide.spec, base=str(checkpoint)).eval()
+    batch = {"tokens": torch.randint(1, 5, (3, 64)), "keep": torch.arange(64) < torch.tensor([[64], [40], [1]])}
+    logits = task(batch)
+    _, calls = logits_and_weights(guide, batch)  # type: ignore[arg-type]
+    model = task.model
+    x = model.encoder(model.token_embedding(batch["tokens"]))  # type: ignore[operator]
+    _, _, value = model.attention.in_proj_weight.chunk(3)  # type: ignore[union-attr]
+    pooled = []
+    for i, length in enumerate((64, 40, 1)):
+        mean_row = calls[-1].weights[i, :, :length].mean(1)  # (heads, tokens), over the real queries
+        values = (x[i] @ value.T).unflatten(-1, (2, 8))
+        pooled.append(torch.einsum("hn,nhd->hd", mean_row, values).flatten())
+    expected = model.head(model.attention.out_proj(torch.stack(pooled)))  # type: ignore[operator, union-attr]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_token_weights_are_means_over_real_queries() -> None:
+    weights = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
+    real = torch.tensor([[True, True]])
+    assert token_weights(AttentionCall(weights, real)).tolist() == [[[[0.75, 0.25]]]]
+    assert token_weights(AttentionCall(weights, real & torch.tensor([True, False]))).tolist() == [[[[1.0, 0.0]]]]
+
+
+def test_one_weight_per_token_over_an_lstm(tmp_path: Path) -> None:
+    """The model of the paper: its adversary and its context-free models."""
+    model = ["model=attention_pooling", "~model.depth", "~model.feed_forward_dim", "model.dim=8", "model.num_heads=1"]
+    train(compose_config(["debug=fast", *QUIET, *model, f"paths.run_dir={tmp_path / 'base'}"]))
+    outcomes = run_experiments(
+        tmp_path / "base" / "checkpoints" / "best.ckpt", tmp_path, seeds=2, divergence_weights=[0.5], progress=False
+    )
+    count = Counter(outcome.experiment for outcome in outcomes)
+    assert count["base"] == 1
+    assert set(count.values()) == {1, 2}
+    assert len(count) == 9
+    first, second = (o.prediction_distance for o in outcomes if o.experiment == "context_free_base")
+    assert first != second
+    assert all(0.0 <= outcome.accuracy <= 1.0 for outcome in outcomes)
 
 
 def test_weights_of_a_model_are_those_it_uses(checkpoint: Path) -> None:

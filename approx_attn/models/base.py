@@ -30,6 +30,9 @@ class SequenceModel(nn.Module):
     new_parameters: Sequence[str] | None = None
     """Parameters that start at random in a model whose others were trained before; None where all start so."""
 
+    redrawn_parameters: Sequence[str] = ()
+    """Parameters that a run which starts from other weights (`init_from`) leaves as they were drawn."""
+
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Refuse what can be seen to be wrong before the data are read; raises `ValueError`."""

@@ -12,8 +12,18 @@ from torch.nn import functional as F
 from approx_attn.attention import AttentionMechanism
 from approx_attn.attention.multihead import MultiheadAttention
 from approx_attn.attention.registry import AttentionSpec
+from approx_attn.errors import require_one_of
 from approx_attn.models.base import SequenceModel, attention_mechanisms, passes_options_to
 from approx_attn.models.transformer import Transformer, TransformerBlock, tie_layers
+
+EMBEDDINGS = {"source": "encoder.token_embedding.weight", "target": "decoder.token_embedding.weight"}
+"""Parameters that belong to the words of a language; that of the target is the output map as well."""
+TRAINED: dict[str, tuple[str, ...]] = {
+    "all": ("encoder.", "decoder."),
+    "cross_attention_only": ("decoder.cross.",),
+    "embeddings_only": (),
+}
+"""How the names of parameters begin that `model.train` means."""
 
 
 class EncoderDecoder(SequenceModel):
@@ -28,6 +38,10 @@ class EncoderDecoder(SequenceModel):
         vocab_size: source tokens.
         num_classes: target tokens.
         max_length: longest source and longest target.
+        new_language: `source` or `target`, whose words are new to weights that the run starts from (`init_from`): their
+            embedding is drawn anew, and trained whatever `train` says.
+        train: `all` parameters; `cross_attention_only`: those of cross-attention, with its projections and norms
+            (Gheini, Ren and May 2021, arXiv 2104.08771); or `embeddings_only`: nothing but the new language.
         options: of the `Transformer`, the same for encoder and decoder.
 
     Raises:
@@ -37,12 +51,32 @@ class EncoderDecoder(SequenceModel):
     translates = True
 
     @passes_options_to(Transformer)
-    def __init__(self, vocab_size: int, num_classes: int, max_length: int, **options: Any) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        num_classes: int,
+        max_length: int,
+        *,
+        new_language: str | None = None,
+        train: str = "all",
+        **options: Any,
+    ) -> None:
         super().__init__()
+        require_one_of("model.train", train, tuple(TRAINED))
+        if new_language is not None or train == "embeddings_only":
+            require_one_of("model.new_language", new_language, tuple(EMBEDDINGS))
         if isinstance(options.get("attention"), AttentionMechanism):
             raise ValueError("attention must be a name, a mapping or a factory: each layer needs its own mechanism.")
         self.encoder = Transformer(vocab_size, max_length, False, **options)
         self.decoder = Decoder(num_classes, max_length, len(self.encoder.blocks), **options)
+        if new_language is not None:
+            self.redrawn_parameters = (EMBEDDINGS[new_language],)
+            # Once more: with the seed of the other weights the first draw would be the one that these started from.
+            nn.init.normal_(self.get_parameter(EMBEDDINGS[new_language]), std=self.encoder.dim**-0.5)
+        for name, parameter in self.named_parameters():
+            trained = name.startswith(TRAINED[train]) or name in self.redrawn_parameters
+            if not trained:
+                parameter.requires_grad_(False)  # what a mechanism froze itself stays frozen
 
     def forward(
         self, tokens: Tensor, tokens_b: Tensor, keep: Tensor | None = None, keep_b: Tensor | None = None

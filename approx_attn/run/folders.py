@@ -124,6 +124,8 @@ def extended(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     """Put the weights of the checkpoint `init_from`, if one is named, in place of those drawn; nothing else of it.
 
+    Those that the model wants drawn anew (`redrawn_parameters`) stay.
+
     Raises:
         ConfigError: the file cannot be read, or not all weights fit; the first that do not are named.
     """
@@ -135,6 +137,7 @@ def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ConfigError(f"init_from={path!r} {error}.") from error
     own = task.state_dict()
+    weights = {**weights, **{name: own[name] for name in (f"model.{each}" for each in task.model.redrawn_parameters)}}
     misfits = [
         f"{name} is {_shape(weights, name)} there and {_shape(own, name)} here"
         for name in dict.fromkeys([*own, *weights])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -22,6 +22,9 @@ class SequenceModel(nn.Module):
     causal: bool = False
     """No position sees a later one."""
 
+    translates: ClassVar[bool] = False
+    """Writes a target from a source, as `EncoderDecoder` does; such a model is for data of kind translation alone."""
+
     fits_bases: bool = False
     """Bases are fitted before training: the weights were trained, with other attention than that of the model."""
 
@@ -30,6 +33,9 @@ class SequenceModel(nn.Module):
 
     new_parameters: Sequence[str] | None = None
     """Parameters that start at random in a model whose others were trained before; None where all start so."""
+
+    redrawn_parameters: Sequence[str] = ()
+    """Parameters that a run which starts from other weights (`init_from`) leaves as they were drawn."""
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:

@@ -44,7 +44,7 @@ class LanguageModel(SequenceModel):
         super().__init__()
         self.causal = causal
         self.num_classes = require_count("model.num_classes", vocab_size if num_classes is None else num_classes)
-        self.decoder = Transformer(vocab_size, max_length, causal, coordinate_dim, **options)
+        self.decoder = Transformer(vocab_size, max_length, causal, coordinate_dim=coordinate_dim, **options)
         self.head = nn.Linear(self.decoder.dim, self.num_classes, bias=not tie_embeddings)
         if tie_embeddings:
             if self.num_classes != vocab_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Transformer(nn.Module):
         vocab_size: token ids are 0 … vocab_size − 1.
         max_length: longest input.
         causal: no token sees a later one.
+        first_layer: attention layers of the model before these, for mechanisms with one basis per layer.
         coordinate_dim: numbers that say where each token stands; None: tokens have positions only.
         dim: features of a token.
         depth: number of blocks.
@@ -55,6 +56,7 @@ class Transformer(nn.Module):
         vocab_size: int,
         max_length: int,
         causal: bool = False,
+        first_layer: int = 0,
         coordinate_dim: int | None = None,
         *,
         dim: int = 64,
@@ -100,7 +102,7 @@ class Transformer(nn.Module):
                     attention=attention,
                     max_length=max_length,
                     causal=causal,
-                    layer_index=index,
+                    layer_index=first_layer + index,
                     coordinate_dim=coordinate_dim,
                 ),
                 build_feed_forward(feed_forward, dim, feed_forward_dim, dropout, activation, feed_forward_keep),
@@ -110,9 +112,7 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.token_embedding.weight, std=dim**-0.5)
-        first, *others = attention_mechanisms(self)
-        for mechanism in others:
-            mechanism.tie_to(first)
+        tie_layers(attention_mechanisms(self))
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None, coordinates: Tensor | None = None) -> Tensor:
         """Features of tokens.
@@ -128,6 +128,19 @@ class Transformer(nn.Module):
         Raises:
             ValueError: input longer than `max_length`, or coordinates that are missing or not asked for.
         """
+        x = self.embed(tokens, coordinates)  # (b, n, dim)
+        future = self.future(tokens) if self.causal else None
+        padding = None if keep is None else ~keep
+        for block in self.blocks:
+            x = block(x, future, padding, coordinates)
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor, coordinates: Tensor | None = None) -> Tensor:
+        """(b, n) tokens to (b, n, dim), with their positions or (b, n, coordinate_dim) coordinates.
+
+        Raises:
+            ValueError: as `forward`.
+        """
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(
@@ -138,16 +151,12 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"coordinates must be given where model.coordinate_dim is, which is {self.coordinate_dim}."
             )
-        x = self.token_embedding(tokens) + self.positions(length if coordinates is None else coordinates)  # (b, n, dim)
-        x = self.dropout(x)
-        future = self._future(length, tokens.device) if self.causal else None
-        padding = None if keep is None else ~keep
-        for block in self.blocks:
-            x = block(x, future, padding, coordinates)
-        return self.norm(x)
+        positions = self.positions(length if coordinates is None else coordinates)
+        return self.dropout(self.token_embedding(tokens) + positions)
 
-    def _future(self, length: int, device: torch.device) -> Tensor:
+    def future(self, tokens: Tensor) -> Tensor:
         """(n, n) bool, True above the diagonal, for layers that read it."""
+        length, device = tokens.shape[1], tokens.device
         if any(isinstance(mechanism, ExactAttention) for mechanism in attention_mechanisms(self)):
             return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)  # True = masked out
         # Other layers know from `is_causal` and only ask that a mask is there: one number in place of n².
@@ -180,6 +189,16 @@ class TransformerBlock(nn.Module):
             padding: (b, n) bool, True where padded; None if nothing is.
             coordinates: (b, n, c), where the tokens stand, for mechanisms that go by distance.
         """
+        return self.feed(self.attend(x, future, padding, coordinates))
+
+    def attend(
+        self,
+        x: Tensor,
+        future: Tensor | None = None,
+        padding: Tensor | None = None,
+        coordinates: Tensor | None = None,
+    ) -> Tensor:
+        """The first half: x + attention(norm(x))."""
         h = self.attention_norm(x)
         h, _ = self.attention(
             h,
@@ -191,7 +210,10 @@ class TransformerBlock(nn.Module):
             need_weights=False,
             coordinates=coordinates,
         )
-        x = x + self.dropout(h)
+        return x + self.dropout(h)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half: x + feed_forward(norm(x))."""
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -234,6 +256,12 @@ def build_feed_forward(
     if kind == "topk":
         return TopKFeedForward(dim, hidden_dim, dropout, activation, keep)
     return FeedForward(dim, hidden_dim, dropout, activation)
+
+
+def tie_layers(mechanisms: Sequence[AttentionMechanism]) -> None:
+    """Have all layers use the parameters of the first where the options of their mechanism say so."""
+    for mechanism in mechanisms[1:]:
+        mechanism.tie_to(mechanisms[0])
 
 
 def auxiliary_loss(mechanisms: Iterable[AttentionMechanism]) -> Tensor | None:

@@ -126,7 +126,7 @@ def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     """Put the weights of the checkpoint `init_from`, if one is named, in place of those drawn; nothing else of it.
 
     A mechanism whose own weights are not all there, as in a checkpoint of other attention, stays as drawn; its bases
-    are then fitted before training.
+    are then fitted before training. Parameters that the model wants drawn anew (`redrawn_parameters`) stay, too.
 
     Raises:
         ConfigError: the file cannot be read, or not all other weights fit; the first that do not are named.
@@ -139,6 +139,7 @@ def warm_start(task: SequenceTask, config: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise ConfigError(f"init_from={path!r} {error}.") from error
     own = task.state_dict()
+    weights = {**weights, **{name: own[name] for name in (f"model.{each}" for each in task.model.redrawn_parameters)}}
     names = [name for name in dict.fromkeys([*own, *weights]) if _shape(weights, name) != _shape(own, name)]
     drawn = {
         f"{name}.": mechanism

@@ -19,6 +19,7 @@ from approx_attn.comparison.statistics import (
     summarise,
 )
 from approx_attn.comparison.table import ComparisonRow, MetricRows
+from approx_attn.comparison.validation_curves import steps_to
 from approx_attn.metrics import Metric, metric_of
 from approx_attn.run.stored_metrics import PREDICTIONS_FILE
 
@@ -57,7 +58,11 @@ class StepMeasurement:
 
 
 def comparison_rows(
-    records: Records, reference: str, metric: Metric, measurements: Mapping[str, StepMeasurement]
+    records: Records,
+    reference: str,
+    metric: Metric,
+    measurements: Mapping[str, StepMeasurement],
+    reach: float | None = None,
 ) -> list[ComparisonRow]:
     """One row per mechanism, in the order of the records.
 
@@ -66,6 +71,7 @@ def comparison_rows(
         reference: the mechanism that differences and ratios are relative to.
         metric: the test figure.
         measurements: mechanism -> its measured training step, as far as known.
+        reach: a validation figure, to count the steps to it.
     """
     base = finished_runs(records[reference])
     base_cost = _cost(base)
@@ -87,6 +93,9 @@ def comparison_rows(
                 step_seconds=_step_seconds(runs, measured),
                 learning_rate=next((_learning_rate(run) for run in runs.values()), None),
                 parameters=next((run["parameters"] for run in runs.values()), None),
+                steps_to=(
+                    None if reach is None else steps_to(reach, runs, None if name == reference else base, metric)
+                ),
                 is_reference=name == reference,
                 finished=tuple(runs),
                 missing={seed: _reason(run) for seed, run in by_seed.items() if seed not in runs},

@@ -81,7 +81,7 @@ def compare(arguments: Sequence[str], console: Console | None = None) -> list[Co
     with record.run_lock(folder):
         record.remove_unfinished(folder)
         records = comparison.records()
-        rows = comparison_rows(records, comparison.reference, metric, measurements)
+        rows = comparison_rows(records, comparison.reference, metric, measurements, comparison.terms.reach)
         others = other_rows(records, comparison.reference, comparison.others)
         named = (comparison.name, comparison.command, comparison.reference)
         caption = write_comparison(folder, rows, records, metric, *named, others, comparison.terms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import Counter
@@ -10,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from approx_attn.comparison.aggregate import Record, Records, disagreements, finished_runs
+from approx_attn.comparison.aggregate import Records, disagreements, finished_runs
 from approx_attn.comparison.plots import budget_figure, comparison_figure, learning_curves, save_figure
 from approx_attn.comparison.report import Report
 from approx_attn.comparison.settings_plot import settings_figure
@@ -27,6 +26,7 @@ from approx_attn.comparison.table import (
     show_p,
 )
 from approx_attn.comparison.terms import EQUAL_STEPS, Terms, Tuning
+from approx_attn.comparison.validation_curves import validation_curve
 from approx_attn.metrics import Metric, metric_of
 from approx_attn.output import MISSING, shown, to_markdown
 from approx_attn.run import record
@@ -120,7 +120,8 @@ def table_and_caption(
     rows: Sequence[ComparisonRow], records: Records, metric: Metric, reference: str, terms: Terms = EQUAL_STEPS
 ) -> tuple[str, str]:
     """The table in Markdown, and what is said below it; arguments as `write_comparison`."""
-    caption = " ".join([*terms.sentences(reference), table_caption(rows, reference, metric), *_mixed_commits(records)])
+    told = [*terms.sentences(reference), table_caption(rows, reference, metric), *_reached(terms, metric)]
+    caption = " ".join([*told, *_mixed_commits(records)])
     return to_markdown([cells(row, metric, terms) for row in rows], WORDS), caption
 
 
@@ -150,6 +151,17 @@ def table_caption(rows: Sequence[ComparisonRow], reference: str, metric: Metric)
             "depending on the mechanism."
         )
     return " ".join(parts)
+
+
+def _reached(terms: Terms, metric: Metric) -> list[str]:
+    """What the column of steps counts."""
+    if terms.reach is None:
+        return []
+    figure = f"a validation {metric.name} of {metric.show(terms.reach)}{'%' if metric.percent else ''}"
+    return [
+        f"Steps are those before the first validation with {figure}; where not all runs came to it, their number "
+        "stands beside the mean, which is of those that did."
+    ]
 
 
 def _mixed_commits(records: Records) -> list[str]:
@@ -217,21 +229,6 @@ def _add_tuning(report: Report, tuning: Tuning) -> None:
         lines.append({"attention": label, **shown_figures, "chosen": shown(tuning.best(label), "g")})
     figure = f"{tuning.monitor}{' in %' if metric.percent else ''}"
     report.section("Learning rates").table(lines, f"Best {figure} of seed {tuning.seed}, by learning rate.")
-
-
-def validation_curve(run: Record | None, metric: Metric) -> dict[int, float]:
-    """Optimizer steps made -> validation figure of one run, from its record; if it has none, from its metrics.csv."""
-    if run and "curve" in run:
-        return dict(run["curve"])
-    if run and run.get("history"):
-        return {int(step): figure for step, figure in run["history"].get(f"val/{metric.name}", [])}
-    path = Path(run["run_dir"]) / "metrics.csv" if run and "run_dir" in run else None
-    if path is None or not path.is_file():
-        return {}
-    with path.open(newline="") as file:
-        lines = csv.DictReader(file)
-        # A row carries the number of steps made before its own.
-        return {int(line["step"]) + 1: float(value) for line in lines if (value := line.get(f"val/{metric.name}"))}
 
 
 def _add_runs(report: Report, records: Records) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def section(comparison: WrittenComparison) -> str:
     known = ", ".join(filter(None, commits))
     commit = f"; commit {known}{' and others' if None in commits else ''}" if known else ""
     seeds = ", ".join(map(str, summary["seeds"]))
-    given = "" if comparison.terms == EQUAL_STEPS else f"- {comparison.terms.facts()}.\n"
+    given = "" if replace(comparison.terms, reach=None) == EQUAL_STEPS else f"- {comparison.terms.facts()}.\n"
     return (
         f"```\n{summary['command']}\n```\n\n"
         f"- Trained: {describe_schedule(summary['config'], summary['spec'], steps)}\n{given}"

@@ -9,7 +9,6 @@ from typing import Any
 
 from approx_attn.comparison.aggregate import StepMeasurement
 from approx_attn.comparison.plan import Comparison
-from approx_attn.comparison.terms import Terms
 from approx_attn.errors import ConfigError
 
 
@@ -57,7 +56,8 @@ def at_equal_time(
         settings = {} if label == reference else scaled(config, whole, steps, batches_per_epoch)
         runs[label] = {seed: run.having(settings) for seed, run in by_seed.items()}
     accumulated = config["trainer"].get("accumulate_grad_batches", 1)
-    return replace(comparison, runs=runs, terms=Terms("time", whole.steps, whole.steps * base * accumulated))
+    terms = replace(comparison.terms, equal="time", steps=whole.steps, seconds=whole.steps * base * accumulated)
+    return replace(comparison, runs=runs, terms=terms)
 
 
 def length(trainer: Mapping[str, Any], batches_per_epoch: int) -> Length:

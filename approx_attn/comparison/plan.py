@@ -219,6 +219,7 @@ def plan(arguments: Sequence[str]) -> Comparison:
         equal=equal,
         tune=tune,
         fingerprint=fingerprint,
+        terms=Terms(reach=_checked_reach(settings["reach"])),
     )
     _check_terms(comparison)
     return comparison
@@ -347,6 +348,14 @@ def _checked_rates(value: Any, passed_on: Sequence[Override]) -> tuple[float, ..
     if any(item.key_or_group == "optimizer.lr" for item in passed_on):
         raise ConfigError("optimizer.lr is chosen from tune=[...]; leave one of them out.")
     return tuple(rates)
+
+
+def _checked_reach(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"reach must be a validation figure such as 0.9, or null, got {value!r}.")
+    return float(value)
 
 
 def _check_terms(comparison: Comparison) -> None:

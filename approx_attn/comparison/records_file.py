@@ -27,10 +27,11 @@ from approx_attn.comparison.aggregate import (
     disagreements,
     other_rows,
 )
-from approx_attn.comparison.comparison_report import validation_curve, write_comparison
+from approx_attn.comparison.comparison_report import write_comparison
 from approx_attn.comparison.summary import ended
 from approx_attn.comparison.table import ComparisonRow
 from approx_attn.comparison.terms import EQUAL_STEPS, Terms
+from approx_attn.comparison.validation_curves import validation_curve
 from approx_attn.errors import ConfigError
 from approx_attn.metrics import Metric, metric_of
 from approx_attn.run import record
@@ -70,7 +71,7 @@ class StoredComparison:
     def rows(self) -> list[ComparisonRow]:
         """The table."""
         steps = {label: StepMeasurement(**each) for label, each in self.measurements.get("steps", {}).items()}
-        return comparison_rows(self.records, self.reference, self.metric, steps)
+        return comparison_rows(self.records, self.reference, self.metric, steps, self.terms.reach)
 
     def write_report(self, folder: Path) -> None:
         """Write table, plots and report as `compare` does."""

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from approx_attn.comparison.statistics import PairedDifference, Summary, holm_adjust
 from approx_attn.comparison.terms import EQUAL_STEPS, Terms
+from approx_attn.comparison.validation_curves import StepsTo
 from approx_attn.metrics import Metric
 from approx_attn.output import MISSING, Rows, shown, to_csv, to_table
 
@@ -42,6 +43,7 @@ class ComparisonRow:
         steps: of training that runs made, mean over the finished seeds.
         step_seconds: measured time of one.
         learning_rate: at its peak.
+        steps_to: until a validation figure was reached; None where none was asked for.
         is_reference: the row that the others are relative to.
         finished: seeds that ended well.
         missing: seeds that did not, with the reason.
@@ -59,6 +61,7 @@ class ComparisonRow:
     steps: float | None = None
     step_seconds: float | None = None
     learning_rate: float | None = None
+    steps_to: StepsTo | None = None
     is_reference: bool = False
     finished: tuple[int, ...] = ()
     missing: dict[int, str] = field(default_factory=dict)
@@ -111,7 +114,7 @@ class MetricRows:
 
 
 def cells(row: ComparisonRow, metric: Metric, terms: Terms = EQUAL_STEPS) -> dict[str, str]:
-    """A row for people, by header; with steps and seconds if steps are not equal, and tuned learning rates."""
+    """A row for people, by header; with steps and seconds if steps are not equal, and what else the terms ask for."""
     wanted = len(row.finished) + len(row.missing)
     spread = f" ± {row.step_time_spread:.2f}" if row.step_time_spread else ""
     seconds = row.training_seconds
@@ -124,6 +127,7 @@ def cells(row: ComparisonRow, metric: Metric, terms: Terms = EQUAL_STEPS) -> dic
         "verdict": row.verdict(metric),
         **learned,
         **(length if terms.equal == "time" else {}),
+        **({} if terms.reach is None or row.steps_to is None else _steps_to_cells(row.steps_to, metric, terms.reach)),
         "exact pairs": shown(row.exact_share, ".0%"),
         "multiply-adds": shown(row.multiply_adds, ".2f", "×"),
         "step time": shown(row.step_time, ".2f", f"×{spread}"),
@@ -149,6 +153,21 @@ def show_difference(difference: PairedDifference | None, metric: Metric) -> str:
     if not difference.has_interval:
         return mean
     return f"{mean} [{metric.show_difference(difference.low)}, {metric.show_difference(difference.high)}]"
+
+
+def _steps_to_cells(found: StepsTo, metric: Metric, reach: float) -> dict[str, str]:
+    """The steps to a figure and their difference from the reference."""
+    count = "" if len(found.seeds) == found.runs else f" ({len(found.seeds)} of {found.runs})"
+    steps, difference = found.steps, found.difference
+    spread = "" if steps is None or math.isnan(steps.std) else f" ± {steps.std:,.0f}"
+    interval = f" [{difference.low:+,.0f}, {difference.high:+,.0f}]" if difference and difference.has_interval else ""
+    return {
+        f"steps to {metric.show(reach)}{'%' if metric.percent else ''}": shown(
+            steps.mean if steps else None, ",.0f", spread
+        )
+        + count,
+        "steps difference (95%)": shown(difference.mean if difference else None, "+,.0f", interval),
+    }
 
 
 def show_p(value: float) -> str:
@@ -195,9 +214,22 @@ def _values(row: ComparisonRow, metric: Metric) -> dict[str, Any]:
         "step_seconds": row.step_seconds,
         "training_seconds": row.training_seconds,
         "learning_rate": row.learning_rate,
+        **_steps_to_values(row.steps_to),
         "missing_seeds": " ".join(map(str, row.missing)),
     }
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
+
+
+def _steps_to_values(found: StepsTo | None) -> dict[str, Any]:
+    steps, difference = (found.steps, found.difference) if found else (None, None)
+    return {
+        "steps_to": steps and steps.mean,
+        "steps_to_std": steps and steps.std,
+        "steps_to_seeds": " ".join(map(str, found.seeds)) if found else None,
+        "steps_to_difference": difference and difference.mean,
+        "steps_to_difference_low": difference and difference.low,
+        "steps_to_difference_high": difference and difference.high,
+    }
 
 
 def comparison_csv(rows: Sequence[ComparisonRow], metric: Metric) -> str:

@@ -60,12 +60,14 @@ class Terms:
         steps: of training that a run of the reference has at most; None where nothing depends on it.
         seconds: that these take, which at equal time is what each mechanism gets.
         tuning: how learning rates were chosen; None if all have the one of the configuration.
+        reach: a validation figure; the table says after how many steps runs came to it. None: no such column.
     """
 
     equal: str = "steps"
     steps: int | None = None
     seconds: float | None = None
     tuning: Tuning | None = None
+    reach: float | None = None
 
     def sentences(self, reference: str) -> list[str]:
         """For the caption of a table; none for equal steps and one learning rate."""

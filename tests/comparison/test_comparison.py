@@ -12,6 +12,8 @@ from rich.console import Console
 from approx_attn.comparison.command import compare, main
 from approx_attn.comparison.missing_runs import TimeLeft
 from approx_attn.comparison.plan import plan
+from approx_attn.comparison.records_file import read_records
+from approx_attn.errors import ConfigError
 from approx_attn.run import train as training
 
 TINY = ["data=digits", "model.dim=16", "model.depth=1", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
@@ -54,6 +56,16 @@ def test_done_runs_are_not_trained_again(finished, monkeypatch):
     _, words, rows = finished
     monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("trained again"))
     assert compare(words, quiet_console()) == rows
+
+
+def test_steps_to_a_figure_come_from_the_runs_that_are_there(finished, monkeypatch):
+    folder, words, _ = finished
+    monkeypatch.setattr(training, "train", lambda *arguments: pytest.fail("trained again"))
+    rows = compare([*words, "reach=0", "name=reached"], quiet_console())
+    assert [row.steps_to.steps.mean for row in rows] == [2, 2]
+    assert read_records(folder / "results" / "reached" / "records.json").rows() == rows
+    with pytest.raises(ConfigError, match=r"reach must be a validation figure such as 0\.9, or null, got 'soon'\."):
+        plan([*words, "reach=soon"])
 
 
 def test_another_comparison_shares_the_runs(finished, monkeypatch):

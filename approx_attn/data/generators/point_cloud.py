@@ -49,11 +49,11 @@ class PointCloudData(GeneratedData):
 
     batch_size: int = 32
     eval_batch_size: int = 250
-    num_points: int = 64
-    max_angle: float = 180.0
-    deformation: float = 0.1
+    num_points: int = 48
+    max_angle: float = 30.0
+    deformation: float = 0.3
     noise: float = 0.02
-    val_size: int = 500
+    val_size: int = 250
     test_size: int = 1_000
 
     cache_name = "point_cloud"

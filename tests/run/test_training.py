@@ -77,6 +77,18 @@ def test_checkpoint_alone_gives_the_same_figures(run: Any) -> None:
     assert set(evaluate(run.run_dir / "checkpoints" / "best.ckpt", split="val")) == {"val/accuracy", "val/loss"}
 
 
+def test_another_mechanism_is_tested_in_a_trained_model(run: Any) -> None:
+    checkpoint = run.run_dir / "checkpoints" / "best.ckpt"
+    own = pytest.approx(run.metrics["test/loss"], rel=1e-4)
+    assert evaluate(checkpoint, attention={"name": "topk", "keep": run.task.mechanisms[0].keep})["test/loss"] == own
+    assert evaluate(checkpoint, attention="uniform")["test/loss"] != own
+    assert evaluate(checkpoint, attention="mean", calibration_sequences=32)["test/loss"] != own  # it is fitted
+    with pytest.raises(ConfigError, match=r"layers='nowhere' means no attention layer"):
+        evaluate(checkpoint, attention="uniform", layers="nowhere")
+    with pytest.raises(ConfigError, match="calibration_sequences"):
+        evaluate(checkpoint, attention="mean", calibration_sequences=0)
+
+
 def test_same_seed_same_run_and_never_the_same_folder(run: Any) -> None:
     again = train(run.record["config"])
     assert again.run_dir != run.run_dir

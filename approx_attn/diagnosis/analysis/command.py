@@ -21,6 +21,8 @@ from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
 from approx_attn.diagnosis.analysis.explanation_runs import run_experiments
 from approx_attn.diagnosis.analysis.explanation_section import add_explanation
+from approx_attn.diagnosis.analysis.gates import add_gates, learned_masks
+from approx_attn.diagnosis.analysis.mean_weights import add_mean_weights, mean_weights
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
@@ -39,7 +41,18 @@ from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
 
-PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "transfer", "explanation")
+PARTS = (
+    "spectrum",
+    "matrices",
+    "overlap",
+    "norms",
+    "reconstruction",
+    "transfer",
+    "explanation",
+    "mean_weights",
+    "gates",
+)
+MEASURED = {"reconstruction", "transfer", "mean_weights"}  # parts that look at `test_sequences`, too
 COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
 SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
@@ -64,7 +77,7 @@ def run(options: dict[str, Any]) -> Path:
     mechanisms = check_options(options)
     require_folder("output", options["output"])
     model, parts = str(options["model"]), set(options["parts"])
-    source = load(options, model, options["test_sequences"] if parts & {"reconstruction", "transfer"} else 0)
+    source = load(options, model, options["test_sequences"] if parts & MEASURED else 0)
     categories, ordinary = token_kinds(model, source)
     started = time.perf_counter(), time.process_time()
     statistics = _collect(options, source.model, source.first, categories, "analysing")
@@ -101,6 +114,10 @@ def run(options: dict[str, Any]) -> Path:
         _add_reconstruction(book, options, source, statistics, mechanisms)
     if "transfer" in parts:
         _add_transfer(book, options, source, statistics)
+    if "mean_weights" in parts:
+        _add_mean_weights(book, options, source, statistics)
+    if "gates" in parts:
+        add_gates(book, learned_masks(source.model, statistics.layers))
     if "explanation" in parts:
         outcomes = run_experiments(
             model,
@@ -249,6 +266,12 @@ def _add_transfer(book: Book, options: Mapping[str, Any], source: Source, statis
     )
     labels = {layer.name: layer.label for layer in statistics.layers}
     norm_sections.add_transfer(book, found, labels)
+
+
+def _add_mean_weights(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    lengths = {layer.name: layer.length for layer in statistics.layers}
+    found = mean_weights(source.model, source.first, source.second, lengths, progress=options["progress_bar"])
+    add_mean_weights(book, found, {layer.name: layer.label for layer in statistics.layers})
 
 
 def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,9 +24,7 @@ from approx_attn.diagnosis.analysis.explanation_section import add_explanation
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
-    OTHER,
-    PUNCTUATION,
-    SPECIAL,
+    GROUPS,
     TokenCategories,
     random_tokens,
     with_decoder_inputs,
@@ -157,7 +155,7 @@ def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | N
     assert categories.vocabulary is not None
     vocabulary = categories.vocabulary
     embeddings = source.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    ordinary = torch.nonzero((vocabulary == OTHER) | (vocabulary == PUNCTUATION)).flatten()
+    ordinary = torch.nonzero(~torch.isin(vocabulary, torch.tensor(GROUPS["special"]))).flatten()
     return categories, ordinary[ordinary < embeddings]
 
 
@@ -281,13 +279,15 @@ def _print_summary(statistics: Statistics, rows: Spectra | None, path: Path) -> 
     lines = []
     for layer in statistics.layers:
         spectrum = rows.layers["centred"][layer.label] if rows is not None else None
-        norms = layer.norms if layer.norms is not None and layer.norms.tokens[SPECIAL] > 0 else None
+        norms = layer.norms.grouped(GROUPS) if layer.norms is not None else None
+        if norms is not None and norms.tokens[0] == 0:
+            norms = None
         figures = {
             "heads": layer.heads,
             "effective rank": None if spectrum is None else spectrum.effective_rank,
             "r = 8": None if spectrum is None else spectrum.explained_by(8),
-            "weight on special": None if norms is None else float(norms.weight_share()[:, SPECIAL].mean()),
-            "their ‖αf‖": None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
+            "weight on special": None if norms is None else float(norms.weight_share()[:, 0].mean()),
+            "their ‖αf‖": None if norms is None else float(norms.contribution_share()[:, 0].mean()),
         }
         lines.append({"layer": layer.label, **{header: show(figure) for header, figure in figures.items()}})
     print_table(to_table(lines, title="Attention layers"))

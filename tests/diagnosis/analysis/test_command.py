@@ -42,6 +42,7 @@ SHOWN_TABLES = {
     "random_tokens",
     "overlap_models",
     "norms",
+    "norms_by_token",
     "reconstruction",
 }
 KEPT_TABLES = {"row_spectrum", "row_eigenvalues", "matrix_spectrum", "overlap_heads", "norms_by_head"}
@@ -120,6 +121,10 @@ def test_the_report_holds_every_figure_and_table(
         assert list(rows[0]) == list(arrow[0])
     special = [row for row in numbers["tables"]["norms"] if row["category"] == "special"]
     assert [row["tokens"] for row in special] == pytest.approx([2 / 16] * 2)
+    by_token = {row["category"]: row for row in numbers["tables"]["norms_by_token"] if row["layer"] == "0"}
+    assert set(by_token) == {"[CLS]", "[SEP]", "comma", "period", "other punctuation", "other"}
+    assert by_token["[CLS]"]["tokens"] == pytest.approx(1 / 16)
+    assert by_token["[CLS]"]["weight"] + by_token["[SEP]"]["weight"] == pytest.approx(special[0]["weight"])
     spectra = numbers["tables"]["row_spectrum"]
     assert {row["data"] for row in spectra} == {"data", "random tokens"}
     assert "two layers, random tokens" in {row["pairs"] for row in numbers["tables"]["overlap"]}

@@ -15,6 +15,7 @@ from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
+from approx_attn.data.text_classification import load_tokenizer
 from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
@@ -146,7 +147,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | None]:
     """Categories of tokens, and the ids that random text is drawn from (None if nothing is known of them)."""
     if Path(model).suffix == ".ckpt":
-        return TokenCategories(), _ids_that_occur(source)
+        known = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
+        return TokenCategories(known), _ids_that_occur(source)
     if "input_ids" not in source.first[0]:
         return TokenCategories(), None
     from transformers import AutoTokenizer

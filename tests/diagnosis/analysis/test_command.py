@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from approx_attn import cli
+from approx_attn.config.compose import compose_config
 from approx_attn.diagnosis.analysis.command import main
-from helpers import save_tiny_bert
+from approx_attn.run.train import train
+from helpers import TINY, save_tiny_bert
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", ".", ",", "on", "mat", "and", "or", "big", "red", "(", ")"]
@@ -177,6 +179,19 @@ def test_images(tmp_path: Path) -> None:
     assert [row["keys"] for row in tables["layers"]] == [17, 17]
     special = [row["tokens"] for row in tables["norms"] if row["category"] == "special"]
     assert special == pytest.approx([1 / 17] * 2)
+
+
+def test_a_checkpoint_whose_tokens_are_of_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    rows = "\n".join(f"the cat sat .,{i % 2}" if i % 3 else f"a dog ran on,{i % 2}" for i in range(60))
+    (tmp_path / "reviews.csv").write_text(f"text,label\n{rows}\n")
+    words = ["data=text_classification", f"data.path={tmp_path / 'reviews.csv'}", "data.test_split=null"]
+    words += [f"data.tokenizer={folder / 'one'}", "data.max_length=8", f"paths.run_dir={tmp_path / 'run'}"]
+    train(compose_config([*TINY, *words]))
+    model = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    options = ["parts=[norms]", "sequences=8", "progress_bar=false", f"output={tmp_path / 'out'}"]
+    assert main([f"model={model}", *options]) == 0
+    rows = json.loads((tmp_path / "out" / "numbers.json").read_text())["tables"]["norms_by_token"]
+    assert {row["category"] for row in rows} == {"[CLS]", "[SEP]", "period", "other"}
 
 
 def test_parts_can_be_left_out(folder: Path, tmp_path: Path) -> None:

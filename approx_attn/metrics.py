@@ -50,6 +50,7 @@ class Metric:
         per_class: `compute` gives one number per class.
         needs_probability: the predicted class alone does not tell it.
         is_share_of_items: it is the share of the items that were predicted rightly, so predictions tell its spread.
+        task: the only kind of data whose task computes it, in its own way; empty where every task has it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Metric:
     per_class: bool = False
     needs_probability: bool = False
     is_share_of_items: bool = False
+    task: str = ""
 
     @property
     def key(self) -> str:
@@ -131,10 +133,12 @@ METRICS = {
             compute=_calibration_error,
             needs_probability=True,
         ),
+        Metric("exact_match", percent=True, higher_is_better=True, label="exact match", task="translation"),
+        Metric("bleu", percent=True, higher_is_better=True, label="BLEU", task="translation"),
     )
 }
 DEFAULT = ("accuracy",)
-MEANS = tuple(name for name, metric in METRICS.items() if metric.compute is None)
+MEANS = tuple(name for name, metric in METRICS.items() if metric.compute is None and not metric.task)
 """The metrics that are means over items, which every step computes."""
 
 

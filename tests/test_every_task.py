@@ -44,6 +44,7 @@ TASKS: dict[str, list[str]] = {
     "imdb": ["experiment=lra_text", "data.path={folder}/texts", "data.max_length=40", *OWN_MODEL],
     "retrieval": ["experiment=lra_retrieval", "data.path={folder}/pairs", "data.max_length=40", *OWN_MODEL],
     "retrieval_sample": ["data=retrieval", "data.max_length=40", "data.train_size=16", *OWN_MODEL],
+    "translation": ["data=translation", "data.max_clauses=1", "data.train_size=16", *OWN_MODEL],
     "text_lm": ["data=text_lm", "data.path={folder}/running/train.txt", "data.max_length=32", *OWN_MODEL],
     "masked_lm": ["experiment=masked_lm", "data.path={folder}/running/train.txt", "data.max_length=32", *OWN_MODEL],
     "text_classification": [
@@ -64,7 +65,7 @@ TASKS: dict[str, list[str]] = {
     ],
 }
 NEEDS_TRANSFORMERS = {"text_classification", "sst2", "token_lm", "images"}
-GENERATED = {"mqar", "listops", "pathfinder", "retrieval_sample"}
+GENERATED = {"mqar", "listops", "pathfinder", "retrieval_sample", "translation"}
 CAUSAL = {"mqar", "text_lm", "token_lm"}
 # Each task with these, and each mechanism on these; other pairs bring nothing but themselves and are slow tests.
 KINDS = {"exact", "eigen_row", "eigen_topk"}
@@ -189,6 +190,10 @@ def test_every_mechanism_learns_every_task(
     capabilities = attention_class(name).capabilities
     if data.spec.causal and not capabilities.causal:
         with pytest.raises(ConfigError, match=rf"^[^\n]*{name}[^\n]* does not support causal[^\n]*\.$"):
+            training.build_task(config, data.spec)
+        return
+    if data.spec.kind == "translation" and not (capabilities.causal and capabilities.independent_queries):
+        with pytest.raises(ConfigError, match=rf"^[^\n]*{name}[^\n]* does not support [^\n]*causal[^\n]*\.$"):
             training.build_task(config, data.spec)
         return
     built = training.build_task(config, data.spec)

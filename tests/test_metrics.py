@@ -66,7 +66,7 @@ def test_shares_of_unequal_processes_add_up() -> None:
 
 def test_names_and_directions() -> None:
     assert {name: metric_direction(name) for name in METRICS} == {
-        **dict.fromkeys(("accuracy", "f1", "balanced_accuracy", "per_class_accuracy"), "max"),
+        **dict.fromkeys(("accuracy", "f1", "balanced_accuracy", "per_class_accuracy", "exact_match", "bleu"), "max"),
         **dict.fromkeys(("loss", "calibration_error"), "min"),
     }
     assert metric_direction("val/loss") == metric_direction("best_val/loss") == "min"

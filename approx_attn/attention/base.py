@@ -41,6 +41,8 @@ class Capabilities:
         head_budgets: takes as `keep` a list too, one budget for each query head.
         softcap: honours `mask.softcap`.
         sinks: honours `mask.sinks`.
+        independent_queries: what a query gets never depends on other queries, as the cross-attention of a causal
+            decoder needs, or words would see those behind them.
     """
 
     causal: bool = True
@@ -56,6 +58,7 @@ class Capabilities:
     head_budgets: bool = False
     softcap: bool = False
     sinks: bool = False
+    independent_queries: bool = True
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,15 @@ class AttentionMechanism(nn.Module):
         request = Request(mask, scale, dropout_p if self.training else 0.0, need_weights)
         output, weights = attend(query, key, value, request)
         return output.to(query.dtype), weights
+
+    def require_independent_queries(self) -> None:
+        """Refuse a mechanism whose queries see each other, in the cross-attention of a causal decoder.
+
+        Raises:
+            ValueError: names the mechanisms that can.
+        """
+        if not self.capabilities.independent_queries:
+            raise ValueError(self._refusal("the cross-attention of a causal decoder", "independent_queries"))
 
     def _attend_nothing(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool

@@ -7,7 +7,8 @@ A data module yields batches of token sequences as dictionaries of tensors:
     labels  (b,) int64     the class, for `kind="classification"` (`IGNORE` for items that are not scored); or
             (b, n) int64   what the logits at each position predict, `IGNORE` where nothing is, for
                            `kind="token_prediction"` (shifted here, so a model never shifts)
-    tokens_b, keep_b       the second sequence, where `spec.two_towers`
+    tokens_b, keep_b       the second sequence, where `spec.two_towers`; for `kind="translation"` the decoder's input,
+                           which the labels are laid out along (see `approx_attn.data.translation`)
 
 A subclass states its `DataSpec` and its three splits as `datasets.Dataset`; the base makes the loaders.
 """
@@ -35,9 +36,10 @@ class DataSpec:
     """What a model must know about the data.
 
     Attributes:
-        kind: one label per sequence, or one per token.
-        vocab_size: token ids are 0 … vocab_size − 1.
-        num_classes: outputs of the model: classes, or the vocabulary for token prediction.
+        kind: one label per sequence, one per token, or a target sentence per source sentence.
+        vocab_size: token ids are 0 … vocab_size − 1; of the source, in translation.
+        num_classes: outputs of the model: classes, or the vocabulary for token prediction; that of the target, in
+            translation.
         max_length: longest sequence; batches have this length unless `pad_to_longest`.
         causal: the model must not look ahead.
         two_towers: a batch holds two sequences per label (`tokens_b`, `keep_b`).
@@ -47,7 +49,7 @@ class DataSpec:
         describe: one line for people.
     """
 
-    kind: Literal["classification", "token_prediction"]
+    kind: Literal["classification", "token_prediction", "translation"]
     vocab_size: int
     num_classes: int
     max_length: int

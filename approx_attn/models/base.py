@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,6 +21,9 @@ class SequenceModel(nn.Module):
 
     causal: bool = False
     """No position sees a later one."""
+
+    translates: ClassVar[bool] = False
+    """Writes a target from a source, as `EncoderDecoder` does; such a model is for data of kind translation alone."""
 
     calibration_batches: int = 0
     """Training batches on which bases are fitted before training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class Transformer(nn.Module):
         vocab_size: token ids are 0 … vocab_size − 1.
         max_length: longest input.
         causal: no token sees a later one.
+        first_layer: attention layers of the model before these, for mechanisms with one basis per layer.
         dim: features of a token.
         depth: number of blocks.
         num_heads: attention heads, a divisor of `dim`.
@@ -51,6 +52,7 @@ class Transformer(nn.Module):
         vocab_size: int,
         max_length: int,
         causal: bool = False,
+        first_layer: int = 0,
         *,
         dim: int = 64,
         depth: int = 2,
@@ -91,7 +93,7 @@ class Transformer(nn.Module):
                     attention=attention,
                     max_length=max_length,
                     causal=causal,
-                    layer_index=index,
+                    layer_index=first_layer + index,
                 ),
                 build_feed_forward(feed_forward, dim, feed_forward_dim, dropout, activation, feed_forward_keep),
                 dropout,
@@ -100,9 +102,7 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.token_embedding.weight, std=dim**-0.5)
-        first, *others = attention_mechanisms(self)
-        for mechanism in others:
-            mechanism.tie_to(first)
+        tie_layers(attention_mechanisms(self))
 
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """Features of tokens.
@@ -117,21 +117,30 @@ class Transformer(nn.Module):
         Raises:
             ValueError: input longer than `max_length`.
         """
+        x = self.embed(tokens)  # (b, n, dim)
+        future = self.future(tokens) if self.causal else None
+        padding = None if keep is None else ~keep
+        for block in self.blocks:
+            x = block(x, future, padding)
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(b, n) tokens to (b, n, dim), with their positions.
+
+        Raises:
+            ValueError: input longer than `max_length`.
+        """
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than model.max_length={self.max_length}: "
                 "shorten it (data.max_length) or train a model for longer ones."
             )
-        x = self.dropout(self.token_embedding(tokens) + self.positions(length))  # (b, n, dim)
-        future = self._future(length, tokens.device) if self.causal else None
-        padding = None if keep is None else ~keep
-        for block in self.blocks:
-            x = block(x, future, padding)
-        return self.norm(x)
+        return self.dropout(self.token_embedding(tokens) + self.positions(length))
 
-    def _future(self, length: int, device: torch.device) -> Tensor:
+    def future(self, tokens: Tensor) -> Tensor:
         """(n, n) bool, True above the diagonal, for layers that read it."""
+        length, device = tokens.shape[1], tokens.device
         if any(isinstance(mechanism, ExactAttention) for mechanism in attention_mechanisms(self)):
             return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)  # True = masked out
         # Other layers know from `is_causal` and only ask that a mask is there: one number in place of n².
@@ -157,11 +166,18 @@ class TransformerBlock(nn.Module):
             future: (n, n) bool, True above the diagonal, in a causal model; else None. Exact layers alone read it.
             padding: (b, n) bool, True where padded; None if nothing is.
         """
+        return self.feed(self.attend(x, future, padding))
+
+    def attend(self, x: Tensor, future: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """The first half: x + attention(norm(x))."""
         h = self.attention_norm(x)
         h, _ = self.attention(
             h, h, h, key_padding_mask=padding, attn_mask=future, is_causal=future is not None, need_weights=False
         )
-        x = x + self.dropout(h)
+        return x + self.dropout(h)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half: x + feed_forward(norm(x))."""
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -204,6 +220,12 @@ def build_feed_forward(
     if kind == "topk":
         return TopKFeedForward(dim, hidden_dim, dropout, activation, keep)
     return FeedForward(dim, hidden_dim, dropout, activation)
+
+
+def tie_layers(mechanisms: Sequence[AttentionMechanism]) -> None:
+    """Have all layers use the parameters of the first where the options of their mechanism say so."""
+    for mechanism in mechanisms[1:]:
+        mechanism.tie_to(mechanisms[0])
 
 
 def auxiliary_loss(mechanisms: Iterable[AttentionMechanism]) -> Tensor | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from approx_attn.attention import AttentionMask, AttentionShape, Cost, build_attention
+from approx_attn.attention import AttentionMask, AttentionShape, Cost, available_attention, build_attention
 from approx_attn.attention.base import repeat_heads
 from approx_attn.attention.budget import require_budget, resolve_count
 from approx_attn.attention.exact import ExactAttention
@@ -83,6 +83,18 @@ def test_dropout_only_in_training():
     expected, _ = mechanism.eval()(*tensors)
     assert torch.equal(mechanism(*tensors, dropout_p=0.9)[0], expected)
     assert not torch.equal(mechanism.train()(*tensors, dropout_p=0.9)[0], expected)
+
+
+@pytest.mark.parametrize("name", available_attention())
+def test_queries_that_see_each_other_are_declared(name):
+    torch.manual_seed(0)
+    mechanism = build_attention(name, num_heads=2, head_dim=16, max_length=256).eval()
+    query, key, value = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    other = torch.cat([query[:, :, :128], torch.randn(1, 2, 128, 16)], dim=2)
+    with torch.no_grad():
+        output, of_other = (mechanism(q, key, value)[0][:, :, :128] for q in (query, other))
+    same = bool(((output - of_other).abs() < 1e-5).all())
+    assert same == mechanism.capabilities.independent_queries
 
 
 def test_heads_that_do_not_divide_are_refused():

@@ -42,7 +42,7 @@ class ClusteredAttention(AttentionMechanism):
         seed: of the projections; each layer draws its own.
     """
 
-    capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False)
+    capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False, independent_queries=False)
     cost_formula = "n·C·(d + bits·iterations) + keep·n²·d"
     planes: Tensor
 

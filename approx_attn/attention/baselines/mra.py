@@ -37,7 +37,7 @@ class MRAAttention(AttentionMechanism):
         rest: what the other blocks contribute, `coarse` or `drop`.
     """
 
-    capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False)
+    capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False, independent_queries=False)
     cost_formula = "keep·n²·d + (n/b)²·d"
 
     def __init__(

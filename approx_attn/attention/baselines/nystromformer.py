@@ -37,7 +37,9 @@ class NystromformerAttention(AttentionMechanism):
             converted, which did not learn one.
     """
 
-    capabilities = Capabilities(causal=False, arbitrary_mask=False, returns_weights=False, has_parameters=True)
+    capabilities = Capabilities(
+        causal=False, arbitrary_mask=False, returns_weights=False, has_parameters=True, independent_queries=False
+    )
     cost_formula = "n·m·d + m³"
 
     def __init__(

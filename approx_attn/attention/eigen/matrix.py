@@ -77,7 +77,12 @@ class EigenMatrixAttention(BasisMechanism):
     basis_kind = "matrix"
     fit_type = PositionFit
     capabilities = Capabilities(
-        arbitrary_mask=False, needs_calibration=True, has_parameters=True, softcap=True, sinks=True
+        arbitrary_mask=False,
+        needs_calibration=True,
+        has_parameters=True,
+        softcap=True,
+        sinks=True,
+        independent_queries=False,
     )
     cost_formula = "n·m·d + n²·r (rows_and_columns); n²·(d + r) (random, greedy)"
 

@@ -3,5 +3,6 @@
 from approx_attn.run.tasks.base import SequenceTask
 from approx_attn.run.tasks.classification import ClassificationTask
 from approx_attn.run.tasks.token_prediction import TokenPredictionTask
+from approx_attn.run.tasks.translation import TranslationTask
 
-__all__ = ["ClassificationTask", "SequenceTask", "TokenPredictionTask"]
+__all__ = ["ClassificationTask", "SequenceTask", "TokenPredictionTask", "TranslationTask"]

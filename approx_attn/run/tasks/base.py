@@ -87,6 +87,8 @@ class SequenceTask(pl.LightningModule):
         for name in names:
             if METRICS[name].per_class and self.kind != "classification":
                 raise ConfigError(f"metrics: {name} is for classification, not for {self.kind} data.")
+            if METRICS[name].task not in ("", self.kind):
+                raise ConfigError(f"metrics: {name} is for {METRICS[name].task}, not for {self.kind} data.")
         self.metrics = tuple(names)
         counted = any(METRICS[name].compute is not None for name in names)
         stages = ("val", "test") if counted else ()
@@ -282,10 +284,13 @@ def build_model(node: Mapping[str, Any], spec: Mapping[str, Any]) -> SequenceMod
     Raises:
         ConfigError: the model cannot do what the data needs.
     """
-    cls = target_class(node, "model", SequenceModel)
+    cls: type[SequenceModel] = target_class(node, "model", SequenceModel)
     accepted = inspect.signature(cls).parameters
     known = ("vocab_size", "num_classes", "max_length", "two_towers", "causal", "pad_id")
     given = {name: spec[name] for name in known if name in accepted}
+    if cls.translates != (spec["kind"] == "translation"):
+        able = "encoder_decoder" if spec["kind"] == "translation" else "another model"
+        raise ConfigError(f"model: {cls.__name__} cannot be used with data of kind {spec['kind']}; choose {able}.")
     for need in ("causal", "two_towers"):
         if spec[need] and need not in accepted:
             raise ConfigError(f"model: {cls.__name__} cannot be used with data that is {need}; choose another model.")

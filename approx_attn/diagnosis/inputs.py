@@ -22,11 +22,15 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on."""
+    """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on.
+
+    `tokenizer`: hub id or folder of the one that made the tokens, where a checkpoint's data name it.
+    """
 
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
+    tokenizer: str | None = None
 
 
 def load_source(
@@ -143,4 +147,4 @@ def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
             if sum(len(part["tokens"]) for part in batches) >= wanted:
                 break
         splits.append(batches)
-    return Source(task.model, splits[0], splits[1])
+    return Source(task.model, splits[0], splits[1], task.config["data"].get("tokenizer"))

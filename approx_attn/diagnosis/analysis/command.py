@@ -15,6 +15,7 @@ from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
+from approx_attn.data.text_classification import load_tokenizer
 from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
@@ -26,9 +27,7 @@ from approx_attn.diagnosis.analysis.mean_weights import add_mean_weights, mean_w
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
-    OTHER,
-    PUNCTUATION,
-    SPECIAL,
+    GROUPS,
     TokenCategories,
     random_tokens,
     with_decoder_inputs,
@@ -165,7 +164,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | None]:
     """Categories of tokens, and the ids that random text is drawn from (None if nothing is known of them)."""
     if Path(model).suffix == ".ckpt":
-        return TokenCategories(), _ids_that_occur(source)
+        known = None if source.tokenizer is None else load_tokenizer(source.tokenizer)
+        return TokenCategories(known), _ids_that_occur(source)
     if "input_ids" not in source.first[0]:
         return TokenCategories(), None
     from transformers import AutoTokenizer
@@ -174,7 +174,7 @@ def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | N
     assert categories.vocabulary is not None
     vocabulary = categories.vocabulary
     embeddings = source.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    ordinary = torch.nonzero((vocabulary == OTHER) | (vocabulary == PUNCTUATION)).flatten()
+    ordinary = torch.nonzero(~torch.isin(vocabulary, torch.tensor(GROUPS["special"]))).flatten()
     return categories, ordinary[ordinary < embeddings]
 
 
@@ -304,13 +304,15 @@ def _print_summary(statistics: Statistics, rows: Spectra | None, path: Path) -> 
     lines = []
     for layer in statistics.layers:
         spectrum = rows.layers["centred"][layer.label] if rows is not None else None
-        norms = layer.norms if layer.norms is not None and layer.norms.tokens[SPECIAL] > 0 else None
+        norms = layer.norms.grouped(GROUPS) if layer.norms is not None else None
+        if norms is not None and norms.tokens[0] == 0:
+            norms = None
         figures = {
             "heads": layer.heads,
             "effective rank": None if spectrum is None else spectrum.effective_rank,
             "r = 8": None if spectrum is None else spectrum.explained_by(8),
-            "weight on special": None if norms is None else float(norms.weight_share()[:, SPECIAL].mean()),
-            "their ‖αf‖": None if norms is None else float(norms.contribution_share()[:, SPECIAL].mean()),
+            "weight on special": None if norms is None else float(norms.weight_share()[:, 0].mean()),
+            "their ‖αf‖": None if norms is None else float(norms.contribution_share()[:, 0].mean()),
         }
         lines.append({"layer": layer.label, **{header: show(figure) for header, figure in figures.items()}})
     print_table(to_table(lines, title="Attention layers"))

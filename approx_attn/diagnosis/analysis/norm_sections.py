@@ -10,6 +10,7 @@ import numpy as np
 from approx_attn.diagnosis.analysis.book import Book, BookSection
 from approx_attn.diagnosis.analysis.collect import Statistics
 from approx_attn.diagnosis.analysis.figures import error_curves, grouped_bars, heat_map, padded
+from approx_attn.diagnosis.analysis.tokens import GROUPS
 from approx_attn.diagnosis.analysis.transfer import means_over_layers
 from approx_attn.diagnosis.reconstruction import Reconstruction
 
@@ -19,7 +20,8 @@ TRANSFER = "Bases from elsewhere"
 def add_norms(book: Book, statistics: Statistics) -> None:
     """What do the weights hide that the norms show?"""
     section = book.section("Weights and vector norms")
-    layers = [(layer, layer.norms) for layer in statistics.layers if layer.norms is not None]
+    fine = [(layer, layer.norms) for layer in statistics.layers if layer.norms is not None]
+    layers = [(layer, norms.grouped(GROUPS)) for layer, norms in fine]
     without = [layer.label for layer in statistics.layers if layer.norms is None]
     section.text(
         "A head adds Σ_j α_ij f(x_j) to the output of query i, with f(x) = (x W_V + b_V) W_O. A large weight α on a "
@@ -44,6 +46,11 @@ def add_norms(book: Book, statistics: Statistics) -> None:
         "Means over heads. tokens, weight, contribution: shares of all pairs, of Σα and of Σ‖αf‖; contribution of "
         "heads: of Σ‖Σ_h αf‖; norm: mean ‖f(x)‖ of a token.",
     )
+    by_token = [row for row in _norm_rows(fine)[0] if row["tokens"] > 0]
+    if len({row["category"] for row in by_token}) > 1:
+        section.table(
+            "norms_by_token", by_token, "The same with [CLS], [SEP], commas and periods apart, of what occurs."
+        )
     correlations = [norms.correlation().tolist() for _, norms in layers]
     section.figure(
         "norm_correlation",

@@ -11,7 +11,7 @@ the heads' inner products ⟨f^h(x_j), f^g(x_j)⟩, of which there are h² per t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,6 +115,15 @@ class NormMoments:
         self.pairs = self.pairs + by_category(open_pairs[:, :1])[0]
         per_pair = (open_pairs, weight, open_pairs * norm, square, open_pairs * norm.square(), weight * norm)
         self.correlation_sums = self.correlation_sums + torch.stack([s.sum((0, 2)) for s in per_pair], -1).cpu()
+
+    def grouped(self, groups: Mapping[str, Sequence[int]]) -> NormMoments:
+        """The same sums with categories put together: names of the groups with indices of the categories in them."""
+        merged = NormMoments(tuple(groups))
+        for name in ("weight", "weighted_norm", "norm", "summed_norm", "tokens", "pairs"):
+            sums: Tensor = getattr(self, name)
+            setattr(merged, name, torch.stack([sums[..., list(members)].sum(-1) for members in groups.values()], -1))
+        merged.correlation_sums = self.correlation_sums
+        return merged
 
     def weight_share(self) -> Tensor:
         """(h, c) share of all attention weight that falls on each category."""

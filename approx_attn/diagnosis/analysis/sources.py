@@ -36,7 +36,7 @@ def load(options: Mapping[str, Any], model: str, test_sequences: int = 0) -> Sou
         batch_size=options["batch_size"],
     )
     first, second = ([with_decoder_inputs(source.model, b) for b in part] for part in (source.first, source.second))
-    return Source(source.model, list(first), list(second))
+    return Source(source.model, list(first), list(second), source.tokenizer)
 
 
 def vision_config(model: str) -> Any:

@@ -1,4 +1,4 @@
-"""What kind of token stands at each position: special, punctuation or other."""
+"""What kind of token stands at each position: special, punctuation or other, and which of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from approx_attn.conversion.layers import CROSS_ATTENTION, DECODER
 
-CATEGORIES = ("special", "punctuation", "other")
-SPECIAL, PUNCTUATION, OTHER = range(len(CATEGORIES))
+CATEGORIES = ("[CLS]", "[SEP]", "other special", "comma", "period", "other punctuation", "other")
+CLS, SEP, SPECIAL, COMMA, PERIOD, PUNCTUATION, OTHER = range(len(CATEGORIES))
+GROUPS = {"special": (CLS, SEP, SPECIAL), "punctuation": (COMMA, PERIOD, PUNCTUATION), "other": (OTHER,)}
+MARKS = {",": COMMA, ".": PERIOD}
 WORD_MARKS = "▁ĠĊ"  # how tokenizers write the space or line break before a piece
 
 
 class TokenCategories:
     """Category of the key tokens of an attention call, from the batch that the model was given.
 
-    Special tokens are those the tokenizer calls so; punctuation are tokens of punctuation marks and symbols alone.
-    Of image models, the tokens in front of the patches (the class token) are special. Where nothing is known of
-    the tokens, all are "other".
+    Special tokens are those the tokenizer calls so, [CLS] and [SEP] what it uses as such whatever their names;
+    punctuation are tokens of punctuation marks and symbols alone. Of image models, the tokens in front of the patches
+    are special, the first of them [CLS]. Where nothing is known of the tokens, all are "other".
 
     Args:
         tokenizer: of the library transformers; None if there is none.
@@ -43,7 +45,8 @@ class TokenCategories:
         if not isinstance(batch, Mapping):
             return categories
         if isinstance(batch.get("pixel_values"), Tensor):
-            return categories.index_fill(1, torch.arange(_leading_tokens(length)), SPECIAL)
+            categories = categories.index_fill(1, torch.arange(_leading_tokens(length)), SPECIAL)
+            return categories.index_fill(1, torch.arange(min(_leading_tokens(length), 1)), CLS)
         in_decoder = DECODER.search(layer) is not None and CROSS_ATTENTION.search(layer) is None
         names = ("decoder_input_ids", "input_ids", "tokens") if in_decoder else ("input_ids", "tokens")
         tokens = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
@@ -58,15 +61,23 @@ def vocabulary_categories(tokenizer: Any) -> Tensor:
     categories = torch.full((len(tokenizer),), OTHER)
     for text, token in tokenizer.get_vocab().items():
         if token < len(categories) and is_punctuation(text):
-            categories[token] = PUNCTUATION
+            categories[token] = MARKS.get(bare(text), PUNCTUATION)
     categories[[token for token in tokenizer.all_special_ids if token < len(categories)]] = SPECIAL
+    for token, category in ((tokenizer.sep_token_id, SEP), (tokenizer.cls_token_id, CLS)):
+        if token is not None and token < len(categories):
+            categories[token] = category
     return categories
 
 
 def is_punctuation(token: str) -> bool:
     """Does a token consist of punctuation marks and symbols alone, once marks of word boundaries are off?"""
-    text = token.removeprefix("##").strip(WORD_MARKS + " ") or token.strip(WORD_MARKS + " ")
+    text = bare(token)
     return bool(text) and all(unicodedata.category(character)[0] in "PS" for character in text)
+
+
+def bare(token: str) -> str:
+    """A token without the marks of word boundaries."""
+    return token.removeprefix("##").strip(WORD_MARKS + " ") or token.strip(WORD_MARKS + " ")
 
 
 def _leading_tokens(length: int) -> int:

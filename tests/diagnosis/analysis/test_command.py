@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from approx_attn import cli
+from approx_attn.config.compose import compose_config
 from approx_attn.diagnosis.analysis.command import main
-from helpers import save_tiny_bert
+from approx_attn.run.train import train
+from helpers import TINY, save_tiny_bert
 
 transformers = pytest.importorskip("transformers")
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", ".", ",", "on", "mat", "and", "or", "big", "red", "(", ")"]
@@ -42,6 +44,7 @@ SHOWN_TABLES = {
     "random_tokens",
     "overlap_models",
     "norms",
+    "norms_by_token",
     "reconstruction",
 }
 KEPT_TABLES = {"row_spectrum", "row_eigenvalues", "matrix_spectrum", "overlap_heads", "norms_by_head"}
@@ -120,6 +123,10 @@ def test_the_report_holds_every_figure_and_table(
         assert list(rows[0]) == list(arrow[0])
     special = [row for row in numbers["tables"]["norms"] if row["category"] == "special"]
     assert [row["tokens"] for row in special] == pytest.approx([2 / 16] * 2)
+    by_token = {row["category"]: row for row in numbers["tables"]["norms_by_token"] if row["layer"] == "0"}
+    assert set(by_token) == {"[CLS]", "[SEP]", "comma", "period", "other punctuation", "other"}
+    assert by_token["[CLS]"]["tokens"] == pytest.approx(1 / 16)
+    assert by_token["[CLS]"]["weight"] + by_token["[SEP]"]["weight"] == pytest.approx(special[0]["weight"])
     spectra = numbers["tables"]["row_spectrum"]
     assert {row["data"] for row in spectra} == {"data", "random tokens"}
     assert "two layers, random tokens" in {row["pairs"] for row in numbers["tables"]["overlap"]}
@@ -172,6 +179,19 @@ def test_images(tmp_path: Path) -> None:
     assert [row["keys"] for row in tables["layers"]] == [17, 17]
     special = [row["tokens"] for row in tables["norms"] if row["category"] == "special"]
     assert special == pytest.approx([1 / 17] * 2)
+
+
+def test_a_checkpoint_whose_tokens_are_of_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    rows = "\n".join(f"the cat sat .,{i % 2}" if i % 3 else f"a dog ran on,{i % 2}" for i in range(60))
+    (tmp_path / "reviews.csv").write_text(f"text,label\n{rows}\n")
+    words = ["data=text_classification", f"data.path={tmp_path / 'reviews.csv'}", "data.test_split=null"]
+    words += [f"data.tokenizer={folder / 'one'}", "data.max_length=8", f"paths.run_dir={tmp_path / 'run'}"]
+    train(compose_config([*TINY, *words]))
+    model = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    options = ["parts=[norms]", "sequences=8", "progress_bar=false", f"output={tmp_path / 'out'}"]
+    assert main([f"model={model}", *options]) == 0
+    rows = json.loads((tmp_path / "out" / "numbers.json").read_text())["tables"]["norms_by_token"]
+    assert {row["category"] for row in rows} == {"[CLS]", "[SEP]", "period", "other"}
 
 
 def test_parts_can_be_left_out(folder: Path, tmp_path: Path) -> None:

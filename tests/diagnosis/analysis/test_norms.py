@@ -74,6 +74,12 @@ def test_accumulator_equals_the_definition() -> None:
             assert float(moments.weighted_norm[h, c]) == pytest.approx(float((alpha * norm)[chosen].sum()), rel=1e-5)
             of_tokens = token[token[:, -1] == c]
             assert float(moments.mean_norm()[h, c]) == pytest.approx(float(of_tokens[:, h].mean()), rel=1e-5)
+    together = moments.grouped({"ab": (0, 1), "c": (2,)})
+    assert together.categories == ("ab", "c")
+    torch.testing.assert_close(together.weight_share()[:, 0], moments.weight_share()[:, :2].sum(-1))
+    of_ab = token[token[:, -1] < 2]
+    torch.testing.assert_close(together.mean_norm()[:, 0], of_ab[:, :4].mean(0).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.correlation(), moments.correlation())
     for c in range(3):
         assert float(moments.summed_norm[c]) == pytest.approx(float(total[total[:, 1] == c, 0].sum()), rel=1e-5)
         assert float(moments.pairs[c]) == float((label[label[:, 0] == 0, 1] == c).sum())

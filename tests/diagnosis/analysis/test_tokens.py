@@ -8,8 +8,12 @@ import pytest
 import torch
 
 from approx_attn.diagnosis.analysis.tokens import (
+    CLS,
+    COMMA,
     OTHER,
+    PERIOD,
     PUNCTUATION,
+    SEP,
     SPECIAL,
     TokenCategories,
     is_punctuation,
@@ -17,13 +21,14 @@ from approx_attn.diagnosis.analysis.tokens import (
     with_decoder_inputs,
 )
 
-VOCABULARY = {"[CLS]": 0, "[SEP]": 1, ".": 2, "##,": 3, "Ġ(": 4, "▁word": 5, "don't": 6, "##": 7}
+VOCABULARY = {"[CLS]": 0, "[SEP]": 1, ".": 2, "##,": 3, "Ġ(": 4, "▁word": 5, "don't": 6, "##": 7, "[PAD]": 8, ":": 9}
 
 
 class Tokenizer:
     """What is asked of a tokenizer."""
 
-    all_special_ids = (0, 1)
+    all_special_ids = (0, 1, 8)
+    cls_token_id, sep_token_id = 0, 1
 
     def get_vocab(self) -> dict[str, int]:
         return VOCABULARY
@@ -41,18 +46,20 @@ def test_punctuation(token: str, expected: bool, negative: str) -> None:
 
 def test_categories_of_the_tokens_that_are_keys() -> None:
     categories = TokenCategories(Tokenizer())
-    source, target = torch.tensor([[0, 5, 2, 1]]), torch.tensor([[4, 6]])
+    source, target = torch.tensor([[0, 5, 2, 3, 9, 1, 8]]), torch.tensor([[4, 6]])
     batch = {"input_ids": source, "decoder_input_ids": target}
-    of_source = [[SPECIAL, OTHER, PUNCTUATION, SPECIAL]]
-    assert categories("encoder.layer.0.attention", {"input_ids": source}, 1, 4).tolist() == of_source
-    assert categories("decoder.block.0.layer.1.EncDecAttention", batch, 1, 4).tolist() == of_source
-    assert categories("decoder.layers.0.encoder_attn", batch, 1, 4).tolist() == of_source
+    of_source = [[CLS, OTHER, PERIOD, COMMA, PUNCTUATION, SEP, SPECIAL]]
+    assert categories("encoder.layer.0.attention", {"input_ids": source}, 1, 7).tolist() == of_source
+    assert categories("decoder.block.0.layer.1.EncDecAttention", batch, 1, 7).tolist() == of_source
+    assert categories("decoder.layers.0.encoder_attn", batch, 1, 7).tolist() == of_source
     assert categories("decoder.layers.0.self_attn", batch, 1, 2).tolist() == [[PUNCTUATION, OTHER]]
 
 
 def test_categories_where_little_is_known() -> None:
     image = TokenCategories()("layer", {"pixel_values": torch.zeros(2, 3, 8, 8)}, 2, 5)
-    assert image.tolist() == [[SPECIAL, OTHER, OTHER, OTHER, OTHER]] * 2
+    assert image.tolist() == [[CLS, OTHER, OTHER, OTHER, OTHER]] * 2
+    registers = TokenCategories()("layer", {"pixel_values": torch.zeros(1, 3, 8, 8)}, 1, 7)
+    assert registers.tolist() == [[CLS, SPECIAL, SPECIAL, OTHER, OTHER, OTHER, OTHER]]
     assert TokenCategories()("layer", torch.zeros(1, 3), 1, 3).tolist() == [[OTHER] * 3]
     assert TokenCategories()("layer", {"tokens": torch.zeros(1, 3)}, 1, 3).tolist() == [[OTHER] * 3]
 

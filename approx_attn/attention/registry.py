@@ -31,6 +31,7 @@ REPLACED_OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
 ADDED_OPTIONS: dict[str, dict[str, Any]] = {
     "eigen_cluster": {"rest": "keep"},
     "eigen_matrix": {"basis_init": "dct", "basis": None},
+    "eigen_row": {"noise": "shared"},
     "low_rank_topk": {"in_training": "chosen"},
 }
 """Options that are younger than records of runs, by mechanism: the value at which a run is what it was without them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on."""
+    """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on.
+
+    `classes` holds, by batch of `first`, the class of every input (b,); nothing where inputs have none.
+    """
 
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
+    classes: list[Tensor] = field(default_factory=list)
 
 
 def load_source(
@@ -135,12 +139,20 @@ def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
     module = build(task.config["data"], "data", SequenceDataModule)
     module.prepare_data()
     module.setup()
-    splits = []
+    splits: list[list[Batch]] = []
+    classes: list[Tensor] = []
     for loader, wanted in ((module.train_dataloader, sequences), (module.test_dataloader, test_sequences)):
         batches: list[Batch] = []
         for batch in loader() if wanted else ():
+            if not splits and _has_classes(batch):
+                classes.append(batch["labels"])
             batches.append({key: part for key, part in batch.items() if key.startswith(("tokens", "keep"))})
             if sum(len(part["tokens"]) for part in batches) >= wanted:
                 break
         splits.append(batches)
-    return Source(task.model, splits[0], splits[1])
+    return Source(task.model, splits[0], splits[1], classes)
+
+
+def _has_classes(batch: Batch) -> bool:
+    labels = batch.get("labels")
+    return labels is not None and labels.dim() == 1 and not labels.is_floating_point()

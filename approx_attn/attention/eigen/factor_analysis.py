@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from approx_attn.attention.eigen.position_basis import centred_products
+
 ITERATIONS, TOLERANCE = 500, 1e-4
 LEAST_NOISE = 1e-3
 """Share of a position's variance below which its noise does not fall: a factor of its own would explain it all."""
@@ -79,10 +81,11 @@ def log_likelihood(rows: Tensor, keep: Tensor, mean: Tensor, loadings: Tensor, n
     safe = total.where(total > 0, 1.0)
     residual = (rows - mean[..., None, :]).masked_fill(~keep, 0.0)
     residual = residual - (weight * residual).sum(-1, keepdim=True) / safe
-    centred = loadings[..., None, :, :] - ((weight @ loadings) / safe)[..., None, :]  # (..., n, P, r)
-    weighted = centred * weight[..., None]
-    precision = weighted.mT @ centred + torch.eye(loadings.shape[-1], dtype=noise.dtype, device=noise.device)
-    moment = (weighted * residual[..., None]).sum(-2)  # (..., n, r)
+    outer = (loadings[..., :, None] * loadings[..., None, :]).flatten(-2)  # (..., P, r²)
+    second = (weight @ outer).unflatten(-1, (loadings.shape[-1],) * 2)  # (..., n, r, r)
+    precision = centred_products(second, (weight @ loadings) / safe, total)
+    precision.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    moment = (weight * residual) @ loadings  # (..., n, r); the weighted mean of the residual is zero
     explained = (moment * torch.linalg.solve(precision, moment)).sum(-1)
     entries = present.sum(-1)
     determinant = (

@@ -15,7 +15,7 @@ from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
-from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
+from approx_attn.diagnosis.analysis import features, noise, norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
@@ -38,7 +38,8 @@ from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
 
-PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "transfer", "explanation")
+PARTS = ("spectrum", "matrices", "overlap", "norms", "reconstruction", "transfer", "explanation", "noise", "features")
+MEASURED = {"reconstruction", "transfer", "noise"}  # on other sequences
 COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
 SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
@@ -63,7 +64,7 @@ def run(options: dict[str, Any]) -> Path:
     mechanisms = check_options(options)
     require_folder("output", options["output"])
     model, parts = str(options["model"]), set(options["parts"])
-    source = load(options, model, options["test_sequences"] if parts & {"reconstruction", "transfer"} else 0)
+    source = load(options, model, options["test_sequences"] if parts & MEASURED else 0)
     categories, ordinary = token_kinds(model, source)
     started = time.perf_counter(), time.process_time()
     statistics = _collect(options, source.model, source.first, categories, "analysing")
@@ -100,6 +101,10 @@ def run(options: dict[str, Any]) -> Path:
         _add_reconstruction(book, options, source, statistics, mechanisms)
     if "transfer" in parts:
         _add_transfer(book, options, source, statistics)
+    if "noise" in parts:
+        _add_noise(book, options, source, statistics)
+    if "features" in parts:
+        _add_features(book, options, source, statistics)
     if "explanation" in parts:
         outcomes = run_experiments(
             model,
@@ -124,7 +129,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for part in options["parts"]:
         if part not in PARTS:
             raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {part!r}.")
-    keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds")
+    keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds", "clusters")
     require_counts({key: options[key] for key in keys})
     require_counts({f"ranks[{i}]": rank for i, rank in enumerate(options["ranks"])})
     if options["rows"] is not None:
@@ -248,6 +253,23 @@ def _add_transfer(book: Book, options: Mapping[str, Any], source: Source, statis
     )
     labels = {layer.name: layer.label for layer in statistics.layers}
     norm_sections.add_transfer(book, found, labels)
+
+
+def _add_noise(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    progress, rank = options["progress_bar"], options["rank"]
+    sampled = {"rows": options["rows"], "seed": options["seed"]}
+    calibration = calibrate(source.model, source.first, statistics=["absolute"], progress=progress, **sampled)
+    found = noise.noise_of_positions(source.model, calibration, source.second, rank=rank, progress=progress)
+    noise.add_noise(book, found, {layer.name: layer.label for layer in statistics.layers}, rank)
+
+
+def _add_features(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    clusters, chosen = options["clusters"], {"seed": options["seed"]}
+    sample = features.sample_features(
+        source.model, source.first, source.classes, progress=options["progress_bar"], **chosen
+    )
+    found = features.cluster_features(sample, clusters, **chosen)
+    features.add_features(book, sample, found, {layer.name: layer.label for layer in statistics.layers}, clusters)
 
 
 def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,11 @@ class BasisMechanism(CalibratedMechanism):
     share: str
     rank: int
 
+    @property
+    def fitted_columns(self) -> int:
+        """Columns that a basis should be fitted with for this mechanism."""
+        return self.rank
+
     def load_fit(self, fitted: Callable[[str], Any]) -> None:
         """Start from a fitted basis.
 

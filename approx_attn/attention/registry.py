@@ -32,6 +32,7 @@ ADDED_OPTIONS: dict[str, dict[str, Any]] = {
     "differentiable_mask": {"lr_multiplier": 1.0, "freeze_step": None, "closed_offsets": []},
     "eigen_cluster": {"rest": "keep"},
     "eigen_matrix": {"basis_init": "dct", "basis": None},
+    "eigen_row": {"noise": "shared"},
     "gaussian": {"gaussian_heads": None},
     "low_rank_topk": {"in_training": "chosen"},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ Batch = Mapping[str, Tensor]
 class Source:
     """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on.
 
-    `tokenizer`: hub id or folder of the one that made the tokens, where a checkpoint's data name it.
+    `tokenizer`: hub id or folder of the one that made the tokens, where a checkpoint's data name it. `classes`: by batch of
+    `first`, the class of every input (b,); nothing where inputs have none.
     """
 
     model: nn.Module
     first: list[Batch]
     second: list[Batch]
     tokenizer: str | None = None
+    classes: list[Tensor] = field(default_factory=list)
 
 
 def load_source(
@@ -139,12 +141,20 @@ def _checkpoint(path: str, sequences: int, test_sequences: int) -> Source:
     module = build(task.config["data"], "data", SequenceDataModule)
     module.prepare_data()
     module.setup()
-    splits = []
+    splits: list[list[Batch]] = []
+    classes: list[Tensor] = []
     for loader, wanted in ((module.train_dataloader, sequences), (module.test_dataloader, test_sequences)):
         batches: list[Batch] = []
         for batch in loader() if wanted else ():
+            if not splits and _has_classes(batch):
+                classes.append(batch["labels"])
             batches.append({key: part for key, part in batch.items() if key.startswith(("tokens", "keep", "coord"))})
             if sum(len(part["tokens"]) for part in batches) >= wanted:
                 break
         splits.append(batches)
-    return Source(task.model, splits[0], splits[1], task.config["data"].get("tokenizer"))
+    return Source(task.model, splits[0], splits[1], task.config["data"].get("tokenizer"), classes)
+
+
+def _has_classes(batch: Batch) -> bool:
+    labels = batch.get("labels")
+    return labels is not None and labels.dim() == 1 and not labels.is_floating_point()

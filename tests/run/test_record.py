@@ -43,7 +43,7 @@ def test_options_that_are_younger_than_records_leave_the_hash_alone_where_they_d
 
 def test_options_that_mechanisms_no_longer_have_play_no_part_in_the_hash():
     target = "approx_attn.attention.eigen.row.EigenRowAttention"
-    now = {**CONFIG, "attention": {"_target_": target, "keep": 0.5}}
+    now = {**CONFIG, "attention": {"_target_": target, "keep": 0.5, "noise": "shared"}}
     recorded = {**CONFIG, "attention": {"_target_": target, "keep": 0.5, "alignment": "absolute"}}
     assert config_hash(recorded) == config_hash(now)
     recorded["attention"]["alignment"] = "relative"

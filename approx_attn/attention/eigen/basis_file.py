@@ -7,7 +7,7 @@ The header says what was fitted, on which model and data, and the shape of every
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,9 @@ class Calibration:
         if scope == "model" and not parts:
             raise ValueError("holds no basis for the model: its layers differ in shape; use attention.share=head.")
         wanted = {f.name for f in fields(mechanism.fit_type)}
-        if parts.keys() != wanted:
-            raise ValueError(f"is damaged: {prefix} has {sorted(parts)}, it must have {sorted(wanted)}.")
+        needed = {f.name for f in fields(mechanism.fit_type) if f.default is MISSING}
+        if not needed <= parts.keys() <= wanted:
+            raise ValueError(f"is damaged: {prefix} has {sorted(parts)}, it must have {sorted(needed)}.")
         for name, part in parts.items():
             if not bool(part.isfinite().all()):
                 raise ValueError(f"is damaged: {prefix}{name} must be finite.")
@@ -176,4 +177,4 @@ def load_basis_into(mechanism: AttentionMechanism, path: str | Path) -> None:
 def as_float32(prefix: str, fitted: Any) -> dict[str, Tensor]:
     """The tensors of a fitted basis as they go into a file: float32, on the CPU, their names behind a prefix."""
     parts = {f.name: getattr(fitted, f.name) for f in fields(fitted)}
-    return {f"{prefix}{name}": part.float().cpu().contiguous() for name, part in parts.items()}
+    return {f"{prefix}{name}": part.float().cpu().contiguous() for name, part in parts.items() if part is not None}

@@ -30,7 +30,13 @@ def seeded_random(length: int, count: int, seed: int) -> tuple[int, ...]:
 
 
 def greedy_order(
-    factor: Tensor, noise: Tensor, count: int, *, free_offset: bool = True, at_once: int = 1
+    factor: Tensor,
+    noise: Tensor,
+    count: int,
+    *,
+    weight: Tensor | None = None,
+    free_offset: bool = True,
+    at_once: int = 1,
 ) -> tuple[int, ...]:
     """Positions in the order in which they reduce the posterior variance: a pivoted Cholesky factorisation.
 
@@ -42,6 +48,7 @@ def greedy_order(
         factor: (g, n, r) whitened basis; group γ has covariance F_γ F_γᵀ.
         noise: (g,) variance of an observation's noise.
         count: positions to choose; the rest follow by what variance they have left.
+        weight: (g, n), an observation's noise is `noise / weight` then, and variances are in units of it.
         free_offset: rows have an offset with a flat prior, which the first observation settles.
         at_once: positions taken between two updates of the variances; more than 1 is faster and less greedy.
 
@@ -54,6 +61,8 @@ def greedy_order(
     if free_offset:
         largest = factor.square().sum(-1).max().clamp_min(1e-30)
         factor = torch.cat([factor, (FLAT * largest).sqrt().expand(groups, length, 1)], dim=-1)  # (g, n, r + 1)
+    if weight is not None:  # after which every observation has the noise σ²
+        factor = factor * weight.detach().double().cpu().sqrt()[..., None]
     posterior = torch.eye(factor.shape[-1], dtype=torch.float64).repeat(groups, 1, 1)  # covariance, (g, r, r)
     chosen: list[int] = []
     is_open = torch.ones(length, dtype=torch.bool)

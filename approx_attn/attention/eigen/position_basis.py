@@ -2,14 +2,15 @@
 
 A row of scores s ∈ R^n over key positions is modelled as
 
-    s = offset·1 + μ + B·c + ε        c ~ N(0, Λ)    ε ~ N(0, σ²)    offset: flat prior
+    s = offset·1 + μ + B·c + ε        c ~ N(0, Λ)    ε_j ~ N(0, ψ_j)    offset: flat prior
 
-(probabilistic PCA with a free row offset). Given scores P at observed positions Ω, the posterior mean is
+with ψ_j = σ² everywhere (probabilistic PCA with a free row offset) or noise of its own at every position (factor
+analysis), where σ² is the geometric mean of the ψ_j. Given scores P at observed positions Ω, the posterior mean is
 
     Ŝ = μ + ȳ + (B − b̄)·c      c = (B_cᵀ W B_c + σ² Λ⁻¹)⁻¹ B_cᵀ W (P − μ_Ω)      B_c = B_Ω − b̄
 
-where W are 0/1 weights of the observed entries, and ȳ, b̄ are the W-weighted means of P − μ_Ω and of the
-rows of B_Ω. This is the estimate with the constant vector as one more basis column under a flat prior,
+where W are the weights σ²/ψ_j of the observed entries, 0 elsewhere, and ȳ, b̄ are the W-weighted means of P − μ_Ω and
+of the rows of B_Ω. This is the estimate with the constant vector as one more basis column under a flat prior,
 with that column eliminated: the system stays positive definite, also for a row with nothing observed,
 whose estimate is μ. Everything below works with the whitened basis F = B Λ^{1/2}, for which the system
 is F_cᵀ W F_c + σ² I.
@@ -31,6 +32,7 @@ from approx_attn.errors import require_count, require_one_of
 
 BASIS_INITS = ("dct", "random", "calibrated")
 LENGTHS = ("truncate", "interpolate")
+NOISES = ("shared", "position")
 DEFAULT_RANK = 8
 
 # Start of the noise variance σ²; the leading component starts at variance 1, component k at 1/k. With a
@@ -46,11 +48,17 @@ class PositionPrior:
         mean: (g, n) μ.
         factor: (g, n, r) whitened basis B Λ^{1/2}.
         noise: (g,) σ².
+        weight: (g, n) σ²/ψ_j; None where all positions share their noise.
     """
 
     mean: Tensor
     factor: Tensor
     noise: Tensor
+    weight: Tensor | None = None
+
+    def weights_at(self, index: Tensor) -> Tensor:
+        """(g | 1, m): what observations at m positions weigh."""
+        return self.noise.new_ones(1, len(index)) if self.weight is None else self.weight.index_select(-1, index)
 
 
 class PositionBasis(nn.Module):
@@ -65,9 +73,11 @@ class PositionBasis(nn.Module):
             "interpolate": the whole axis is stretched or squeezed linearly to the input.
         init: "dct" (smooth cosines), or "random". "calibrated" starts as "dct" until `load` is called.
         seed: of the random start.
+        noise: one variance for all positions ("shared") or one for each ("position"). Positions never learned have
+            the geometric mean.
 
     Attributes:
-        mean: (g, L), basis: (g, L, r), log_eigenvalues: (g, r), log_noise: (g,).
+        mean: (g, L), basis: (g, L, r), log_eigenvalues: (g, r), log_noise: (g,) or (g, L).
     """
 
     def __init__(
@@ -79,9 +89,11 @@ class PositionBasis(nn.Module):
         lengths: str = "truncate",
         init: str = "dct",
         seed: int = 0,
+        noise: str = "shared",
     ) -> None:
         super().__init__()
         self.length = length
+        self.noise = require_one_of("attention.noise", noise, NOISES)
         self.lengths = require_one_of("attention.lengths", lengths, LENGTHS)
         require_one_of("attention.basis_init", init, BASIS_INITS)
         self.rank = min(rank, length)
@@ -90,7 +102,10 @@ class PositionBasis(nn.Module):
         self.mean = nn.Parameter(torch.zeros(groups, length))
         self.basis = nn.Parameter(columns.to(self.mean.dtype).expand(groups, -1, -1).clone())
         self.log_eigenvalues = nn.Parameter(eigenvalues.log().expand(groups, -1).clone())
-        self.log_noise = nn.Parameter(torch.full((groups,), math.log(INITIAL_NOISE)))
+        self.log_noise = nn.Parameter(torch.full(self._noise_shape(groups), math.log(INITIAL_NOISE)))
+
+    def _noise_shape(self, groups: int) -> tuple[int, ...]:
+        return (groups,) if self.noise == "shared" else (groups, self.length)
 
     def prior(self, length: int, dtype: torch.dtype | None = None) -> PositionPrior:
         """The prior at positions 0 … length − 1.
@@ -101,10 +116,15 @@ class PositionBasis(nn.Module):
         dtype = at_least_float32(self.mean[:0]).dtype if dtype is None else dtype
         mean, log_noise = self.mean.to(dtype), self.log_noise.to(dtype)
         factor = self.basis.to(dtype) * self.log_eigenvalues.to(dtype).mul(0.5).exp()[:, None, :]
+        log_weight = None
+        if self.noise == "position":
+            own, log_noise = log_noise, log_noise.mean(-1)
+            log_weight = log_noise[:, None] - own
         if length != self.length:
             mean = self._resized(mean[..., None], length)[..., 0]
             factor = self._resized(factor, length)
-        return PositionPrior(mean, factor, log_noise.exp())
+            log_weight = None if log_weight is None else self._resized(log_weight[..., None], length)[..., 0]
+        return PositionPrior(mean, factor, log_noise.exp(), None if log_weight is None else log_weight.exp())
 
     def _resized(self, table: Tensor, length: int) -> Tensor:
         """(g, L, r) -> (g, length, r)."""
@@ -119,7 +139,7 @@ class PositionBasis(nn.Module):
             mean: (g | 1, L).
             basis: (g | 1, L, r), columns in the order of their eigenvalues.
             eigenvalues: (g | 1, r), positive variances of the coefficients.
-            noise: (g | 1,), positive variance of the residual.
+            noise: (g | 1,), positive variance of the residual; (g | 1, L) where every position has its own.
 
         Raises:
             ValueError: another shape, or values that are not finite or not positive; nothing is copied.
@@ -198,7 +218,7 @@ def random_basis(length: int, rank: int, seed: int) -> Tensor:
 
 
 def centred_products(second: Tensor, centre: Tensor, count: Tensor) -> Tensor:
-    """F_cᵀ W F_c from FᵀWF (..., r, r), the mean row b̄ of F (..., r) and the number of observed entries (..., 1)."""
+    """F_cᵀ W F_c from FᵀWF (..., r, r), the mean row b̄ of F (..., r) and the sum of the weights (..., 1)."""
     return second - count[..., None] * centre[..., :, None] * centre[..., None, :]
 
 

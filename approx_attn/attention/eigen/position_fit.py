@@ -1,4 +1,4 @@
-"""Probabilistic PCA of rows of scores over positions, from their mean and covariance."""
+"""Probabilistic PCA and factor analysis of rows of scores over positions, from their mean and covariance."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from approx_attn.attention.eigen.factor_analysis import fit_factors
+
+COVARIANCE_COLUMNS = 64
+"""Eigenvectors that are kept where a whole covariance is wanted, whose noise of single positions is fitted."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class PositionFit:
         eigenvalues: (g, R), eigenvalues of the covariance.
         variance: (g,), its trace.
         dimensions: (g,), directions that rows can vary in: positions seen, less the row mean if centred.
+        variances: (g, P), the diagonal of the covariance; None in files that are older than factor analysis.
     """
 
     mean: Tensor
@@ -25,6 +31,7 @@ class PositionFit:
     eigenvalues: Tensor
     variance: Tensor
     dimensions: Tensor
+    variances: Tensor | None = None
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The probabilistic PCA of this rank: (mean, basis, eigenvalues, noise).
@@ -44,6 +51,25 @@ class PositionFit:
         noise = discarded / (self.dimensions - rank).clamp_min(1.0)
         latent = (kept - noise[:, None]).clamp_min(0.0) / positions
         return self.mean, self.vectors[..., :rank] * positions**0.5, latent, noise
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Factor analysis of this rank: (mean, basis, eigenvalues, noise (g, P)), columns as those of `cut`.
+
+        The covariance it is fitted to is that of the stored eigenvectors with all variances on its diagonal, which is
+        the whole one where as many columns are stored as there are positions.
+
+        Raises:
+            ValueError: a rank above the stored one, or no variances.
+        """
+        mean, basis, latent, shared = (part.double() for part in self.cut(rank))
+        if self.variances is None:
+            needs = "which attention.noise=position needs; calibrate again"
+            raise ValueError(f"the position basis holds no variance of each position, {needs}.")
+        statistics = (self.vectors.double(), self.eigenvalues.double(), self.variances.double())
+        loadings, noise = fit_factors(*statistics, basis * latent.sqrt()[:, None], shared)
+        vectors, singular, _ = torch.linalg.svd(loadings, full_matrices=False)
+        positions = vectors.shape[-2]
+        return mean, vectors * positions**0.5, singular.square() / positions, noise
 
 
 def fit_position_basis(mean: Tensor, covariance: Tensor, *, centred: bool, max_rank: int | None = None) -> PositionFit:
@@ -66,4 +92,5 @@ def fit_position_basis(mean: Tensor, covariance: Tensor, *, centred: bool, max_r
         eigenvalues=eigenvalues[..., :rank].contiguous(),
         variance=eigenvalues.sum(-1),
         dimensions=(seen - float(centred)).clamp_min(1.0),
+        variances=covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).contiguous(),
     )

@@ -17,7 +17,7 @@ from approx_attn.attention.eigen.basis_file import load_basis_into
 from approx_attn.attention.eigen.biased import attend_with_key_bias
 from approx_attn.attention.eigen.pair_selection import SELECTIONS, greedy_order, repeat_positions, select_positions
 from approx_attn.attention.eigen.position_basis import LENGTHS, PositionBasis, full_precision, observable_rank
-from approx_attn.attention.eigen.position_fit import PositionFit
+from approx_attn.attention.eigen.position_fit import COVARIANCE_COLUMNS, PositionFit
 from approx_attn.attention.eigen.row_scores import (
     QueryBlock,
     block_scores,
@@ -49,7 +49,7 @@ class RowAttention(AttentionMechanism):
     and columns follow the number of keys given, padding included.
 
     Args:
-        keep, rank, selection, window, global_tokens, share, lengths, basis_init, train_basis, seed,
+        keep, rank, selection, window, global_tokens, share, lengths, noise, basis_init, train_basis, seed,
             auxiliary_loss_weight: as in `EigenRowAttention`.
 
     Raises:
@@ -71,6 +71,7 @@ class RowAttention(AttentionMechanism):
         lengths: str,
         seed: int,
         share: str = "layer",
+        noise: str = "shared",
         basis_init: str = "dct",
         train_basis: bool = False,
         auxiliary_loss_weight: float = 0.0,
@@ -89,7 +90,7 @@ class RowAttention(AttentionMechanism):
         observed = min(columns + (2 * self.window + 1 if self.window else 0), self.length)
         self.rank = observable_rank(rank, observed, "keys", self.keep, self.length)
         groups = shape.num_heads if share == "head" else 1
-        basis = PositionBasis(groups, self.length, self.rank, lengths=lengths, init=basis_init, seed=seed)
+        basis = PositionBasis(groups, self.length, self.rank, lengths=lengths, init=basis_init, seed=seed, noise=noise)
         self.position = basis.requires_grad_(train_basis)
         self._order: tuple[int, ...] = ()
         self.column_order: Tensor | None
@@ -117,7 +118,8 @@ class RowAttention(AttentionMechanism):
         with torch.no_grad():
             prior = self.position.prior(self.length)
             count = resolve_count(self.keep, self.length)
-            order = greedy_order(prior.factor, prior.noise, count if count < self.length else 0)
+            chosen = count if count < self.length else 0
+            order = greedy_order(prior.factor, prior.noise, chosen, weight=prior.weight)
         self._order = order
         self.column_order = torch.tensor(order, device=self.position.mean.device)
 
@@ -176,7 +178,7 @@ class RowAttention(AttentionMechanism):
             q, k = query[..., block.start : block.stop, :], key[..., : block.n_k, :]
             keep = part.dense_keep(q.shape[-2], block.n_k, query.device)  # (b | 1, h | 1, c | 1, n)
             with full_precision(query.device):
-                scores = block_scores(q, k, keep, table[:, : block.n_k], prior.noise, block, scale, rows_share)
+                scores = block_scores(q, k, keep, table[:, : block.n_k], prior, block, scale, rows_share)
                 if self.training and self.auxiliary_loss_weight > 0.0:
                     errors.append(sampled_errors(partial(entries, scores), q, k, keep, part, scale))
                 weights = masked_softmax(part.logits(scores), keep, mask.sinks)  # (b, h, c, n)
@@ -262,6 +264,8 @@ class EigenRowAttention(RowAttention, BasisMechanism):
         global_tokens: this many leading keys are observed by every query as well.
         share: one basis per "head", per "layer", or one for the "model" (through `tie_to`).
         lengths: "truncate" or "interpolate" the basis at lengths other than `max_length`.
+        noise: one variance of the residual for all positions ("shared": probabilistic PCA), or one for each
+            ("position": factor analysis), by which an observation there counts less or more.
         basis_init: "dct", "random", or "calibrated", which needs `basis`.
         basis: path of a calibration file to start from.
         train_basis: learn mean, basis, eigenvalues and noise; else they stay as they start.
@@ -284,6 +288,7 @@ class EigenRowAttention(RowAttention, BasisMechanism):
         global_tokens: int = 0,
         share: str = "head",
         lengths: str = "truncate",
+        noise: str = "shared",
         basis_init: str = "dct",
         basis: str | None = None,
         train_basis: bool = True,
@@ -302,6 +307,7 @@ class EigenRowAttention(RowAttention, BasisMechanism):
             lengths=lengths,
             seed=seed,
             share=share,
+            noise=noise,
             basis_init=basis_init,
             train_basis=train_basis,
             auxiliary_loss_weight=auxiliary_loss_weight,
@@ -309,8 +315,14 @@ class EigenRowAttention(RowAttention, BasisMechanism):
         if basis is not None:
             load_basis_into(self, basis)
 
+    @property
+    def fitted_columns(self) -> int:
+        """`rank`; with noise of single positions, which is fitted to a covariance, as many as describe one well."""
+        return self.rank if self.position.noise == "shared" else max(self.rank, COVARIANCE_COLUMNS)
+
     def load_fit(self, fitted: Callable[[str], PositionFit]) -> None:
-        self.load_position_basis(*fitted(self.share).cut(self.rank))
+        fit = fitted(self.share)
+        self.load_position_basis(*(fit.cut if self.position.noise == "shared" else fit.factors)(self.rank))
 
     def load_position_basis(self, mean: Tensor, basis: Tensor, eigenvalues: Tensor, noise: Tensor) -> None:
         """Start from a fitted basis, as `PositionBasis.load`; with selection="greedy" the columns are chosen anew."""

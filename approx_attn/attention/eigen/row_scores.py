@@ -92,21 +92,22 @@ def interpolated_keys(
     index = torch.tensor(columns, dtype=torch.long, device=key.device)
     observed = at_least_float32(key.index_select(-2, index))  # (b, h, m, d)
     factor = prior.factor.index_select(1, index)  # (g, m, r)
-    if key_keep is None:
-        evidence = factor.new_ones(1, 1, len(columns))
-    else:
-        evidence = key_keep.index_select(1, index)[:, None].to(factor.dtype)  # (b, 1, m)
-    count = evidence.sum(-1, keepdim=True).clamp_min(1.0)[..., None]  # (b | 1, 1, 1, 1)
-    centre = (evidence[:, :, None] @ factor) / count  # (b | 1, g, 1, r)
-    centred = (factor - centre) * evidence[..., None]  # (b | 1, g, m, r)
-    covariance = posterior_covariance(centred.transpose(-2, -1) @ centred, prior.noise)  # (b | 1, g, r, r)
-    gain = covariance @ centred.transpose(-2, -1)  # (b | 1, g, r, m)
+    weight = prior.weights_at(index)[None]  # (1, g | 1, m)
+    if key_keep is not None:
+        weight = weight * key_keep.index_select(1, index)[:, None].to(factor.dtype)  # (b, g | 1, m)
+    total = nonzero(weight.sum(-1, keepdim=True))[..., None]  # (b | 1, g | 1, 1, 1)
+    centre = (weight[:, :, None] @ factor) / total  # (b | 1, g, 1, r)
+    centred = factor - centre  # (b | 1, g, m, r)
+    weighted = (centred * weight[..., None]).transpose(-2, -1)  # (b | 1, g, r, m)
+    covariance = posterior_covariance(weighted @ centred, prior.noise)  # (b | 1, g, r, r)
+    gain = covariance @ weighted  # (b | 1, g, r, m)
 
     # A row of scores is linear in its observed keys and in the mean: interpolate both side by side.
     mean = prior.mean.index_select(1, index)[None, :, :, None].expand(b, h, -1, 1)
-    sources = torch.cat([observed, -mean], dim=-1) * evidence[..., None]  # (b, h, m, d + 1)
+    sources = torch.cat([observed, -mean], dim=-1)  # (b, h, m, d + 1)
     coefficients = gain @ sources  # (b, h, r, d + 1)
-    shift = sources.sum(-2, keepdim=True) / count - centre @ coefficients  # (b, h, 1, d + 1)
+    average = (sources * weight[..., None]).sum(-2, keepdim=True) / total
+    shift = average - centre @ coefficients  # (b, h, 1, d + 1)
     own_mean = F.pad(factor.new_ones(1, 1, 1, 1), (d, 0)).expand(b, h, 1, d + 1)
     keys = prior_table(prior) @ torch.cat(
         [coefficients, shift, own_mean], dim=-2
@@ -123,7 +124,7 @@ def block_scores(
     key: Tensor,
     keep: Tensor | None,
     table: Tensor,
-    noise: Tensor,
+    prior: PositionPrior,
     block: QueryBlock,
     scale: float,
     rows_share: bool,
@@ -134,8 +135,8 @@ def block_scores(
         query: (b, h, c, d).
         key: (b, h, n, d).
         keep: (b | 1, h | 1, c | 1, n) bool or None; what is not kept is no evidence.
-        table: (g, n, r + 2) whitened basis, one and mean.
-        noise: (g,).
+        table: (g, n, r + 2), `prior_table(prior)`.
+        prior: at these keys or at more.
         rows_share: rows that see equally many of the columns have the same system (`QueryBlock.systems`).
 
     Returns:
@@ -149,6 +150,8 @@ def block_scores(
     )
     if keep is not None:
         evidence = evidence * keep.index_select(-1, index)  # (b | 1, h | 1, c | 1, m)
+    if prior.weight is not None:
+        evidence = evidence * prior.weights_at(index)[:, None]
     at_observed = table.index_select(1, index)  # (g, m, r + 2)
     factor, mean = at_observed[..., :-2], at_observed[:, None, :, -1]
 
@@ -158,20 +161,20 @@ def block_scores(
         rows, group_of_row = block.systems()
         group = torch.tensor(group_of_row, device=query.device)
         distinct = evidence.index_select(2, torch.tensor(rows, device=query.device))  # (b | 1, h | 1, c', m)
-    count = distinct.sum(-1, keepdim=True).clamp_min(1.0)  # (b | 1, h | 1, c' | 1, 1)
-    centre = distinct @ factor / count
+    total = nonzero(distinct.sum(-1, keepdim=True))  # (b | 1, h | 1, c' | 1, 1)
+    centre = distinct @ factor / total
     rank = factor.shape[-1]
     outer = (factor[..., :, None] * factor[..., None, :]).flatten(-2)  # (g, m, r²)
     second = (distinct @ outer).unflatten(-1, (rank, rank))
     covariance = posterior_covariance(
-        centred_products(second, centre, count), noise[:, None]
+        centred_products(second, centre, total), prior.noise[:, None]
     )  # (b | 1, g | h, c', r, r)
     if group is not None:
-        count, centre, covariance = (part.index_select(2, group) for part in (count, centre, covariance))
+        total, centre, covariance = (part.index_select(2, group) for part in (total, centre, covariance))
 
     residual = evidence * (exact - mean)  # (b, h, c, m)
-    average = residual.sum(-1, keepdim=True) / count
-    moment = residual @ factor - count * average * centre
+    average = residual.sum(-1, keepdim=True) / total
+    moment = residual @ factor - total * average * centre
     coefficients = torch.einsum("bhcrs,bhcs->bhcr", covariance, moment)
     shift = average - (centre * coefficients).sum(-1, keepdim=True)
     coefficients = torch.cat([coefficients, shift, torch.ones_like(shift)], dim=-1)  # (b, h, c, r + 2)
@@ -179,6 +182,11 @@ def block_scores(
     if observed is not None:
         exact = torch.where(observed, exact, scores.index_select(-1, index))
     return scores.index_copy(-1, index, exact)
+
+
+def nonzero(total: Tensor) -> Tensor:
+    """Sums of weights to divide by: one for a row without evidence, whose sums are all zero."""
+    return total + (total == 0).to(total.dtype)
 
 
 def entries(scores: Tensor, i: Tensor, j: Tensor) -> Tensor:

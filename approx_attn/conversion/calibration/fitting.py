@@ -100,8 +100,8 @@ def needed_statistics(model: nn.Module) -> list[str]:
 
 
 def largest_rank(model: nn.Module) -> int:
-    """The most columns of a basis that a mechanism in a model uses; 1 if none uses any."""
-    return max((m.rank for m in model.modules() if isinstance(m, BasisMechanism) and m.rank > 0), default=1)
+    """The most columns that a mechanism in a model wants a basis fitted with; 1 if none wants any."""
+    return max([1, *(m.fitted_columns for m in model.modules() if isinstance(m, BasisMechanism))])
 
 
 class StatisticsCollector:

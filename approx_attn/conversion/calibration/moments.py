@@ -127,19 +127,12 @@ class PositionMoments:
         """Add a batch: query (b, h, n_q, d), key (b, h_kv, n_k, d)."""
         h, n_q, n_k = query.shape[1], query.shape[-2], key.shape[-2]
         self._grow(h, max(n_k - min(mask.query_offset, 0), n_q + mask.query_offset))
-        query_keep, key_keep = used_tokens(mask, query, key)
         drawn = torch.arange(n_q)
         if self.rows is not None and self.rows < n_q:
             drawn = torch.randperm(n_q, generator=self._generator)[: self.rows].sort().values
         drawn = drawn.to(query.device)
 
-        q = query[:, :, drawn].masked_fill(~query_keep[:, None, drawn, None], 0.0)
-        k = repeat_heads(key.masked_fill(~key_keep[:, None, :, None], 0.0), h)
-        scores = (q @ k.mT).double() * scale  # (b, h, rows, n_k)
-        keep = query_keep[:, None, drawn, None] & key_keep[:, None, None, :]  # (b, 1, rows, n_k)
-        dense = mask.dense_keep(n_q, n_k, query.device)
-        if dense is not None:
-            keep = keep & (dense if dense.shape[-2] == 1 else dense[..., drawn, :])
+        scores, keep = rows_of_scores(query, key, mask, scale, drawn)
         used = keep.double()
         if self.centred:
             scores = scores - (scores * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp_min(1.0)
@@ -225,6 +218,29 @@ def position_statistics(total: Tensor, product: Tensor, count: Tensor, pair_coun
     mean = total / count.clamp_min(1.0)
     covariance = product / pair_count.clamp_min(1.0) - mean[:, :, None] * mean[:, None, :]
     return mean, covariance.masked_fill(pair_count == 0, 0.0)
+
+
+def rows_of_scores(
+    query: Tensor, key: Tensor, mask: AttentionMask, scale: float, drawn: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores of the drawn queries in float64, and which of them are used.
+
+    Args:
+        query: (b, h, n_q, d), key: (b, h_kv, n_k, d).
+        drawn: (rows,) indices of queries.
+
+    Returns:
+        (b, h, rows, n_k) scores, zero where a token is not used, and (b, 1 | h, rows, n_k) bool.
+    """
+    query_keep, key_keep = used_tokens(mask, query, key)
+    q = query[:, :, drawn].masked_fill(~query_keep[:, None, drawn, None], 0.0)
+    k = repeat_heads(key.masked_fill(~key_keep[:, None, :, None], 0.0), query.shape[1])
+    scores = (q @ k.mT).double() * scale  # (b, h, rows, n_k)
+    keep = query_keep[:, None, drawn, None] & key_keep[:, None, None, :]  # (b, 1, rows, n_k)
+    dense = mask.dense_keep(query.shape[-2], key.shape[-2], query.device)
+    if dense is not None:
+        keep = keep & (dense if dense.shape[-2] == 1 else dense[..., drawn, :])
+    return scores, keep
 
 
 def used_tokens(mask: AttentionMask, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

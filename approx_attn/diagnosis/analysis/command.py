@@ -16,7 +16,7 @@ from approx_attn.command import as_list, require_counts, require_shares, run_pla
 from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.data.text_classification import load_tokenizer
-from approx_attn.diagnosis.analysis import norm_sections, sections, transfer
+from approx_attn.diagnosis.analysis import features, noise, norm_sections, sections, transfer
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
@@ -47,11 +47,13 @@ PARTS = (
     "norms",
     "reconstruction",
     "transfer",
-    "explanation",
+    "noise",
     "mean_weights",
     "gates",
+    "features",
+    "explanation",
 )
-MEASURED = {"reconstruction", "transfer", "mean_weights"}  # parts that look at `test_sequences`, too
+MEASURED = {"reconstruction", "transfer", "noise", "mean_weights"}  # parts that look at `test_sequences`, too
 COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
 SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
@@ -113,10 +115,14 @@ def run(options: dict[str, Any]) -> Path:
         _add_reconstruction(book, options, source, statistics, mechanisms)
     if "transfer" in parts:
         _add_transfer(book, options, source, statistics)
+    if "noise" in parts:
+        _add_noise(book, options, source, statistics)
     if "mean_weights" in parts:
         _add_mean_weights(book, options, source, statistics)
     if "gates" in parts:
         add_gates(book, learned_masks(source.model, statistics.layers))
+    if "features" in parts:
+        _add_features(book, options, source, statistics)
     if "explanation" in parts:
         outcomes = run_experiments(
             model,
@@ -141,7 +147,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for part in options["parts"]:
         if part not in PARTS:
             raise ConfigError(f"parts must be among {', '.join(PARTS)}, got {part!r}.")
-    keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds")
+    keys = ("matrices", "rank", "calibration_sequences", "test_sequences", "explanation_seeds", "clusters")
     require_counts({key: options[key] for key in keys})
     require_counts({f"ranks[{i}]": rank for i, rank in enumerate(options["ranks"])})
     if options["rows"] is not None:
@@ -272,6 +278,23 @@ def _add_mean_weights(book: Book, options: Mapping[str, Any], source: Source, st
     lengths = {layer.name: layer.length for layer in statistics.layers}
     found = mean_weights(source.model, source.first, source.second, lengths, progress=options["progress_bar"])
     add_mean_weights(book, found, {layer.name: layer.label for layer in statistics.layers})
+
+
+def _add_noise(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    progress, rank = options["progress_bar"], options["rank"]
+    sampled = {"rows": options["rows"], "seed": options["seed"]}
+    calibration = calibrate(source.model, source.first, statistics=["absolute"], progress=progress, **sampled)
+    found = noise.noise_of_positions(source.model, calibration, source.second, rank=rank, progress=progress)
+    noise.add_noise(book, found, {layer.name: layer.label for layer in statistics.layers}, rank)
+
+
+def _add_features(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
+    clusters, chosen = options["clusters"], {"seed": options["seed"]}
+    sample = features.sample_features(
+        source.model, source.first, source.classes, progress=options["progress_bar"], **chosen
+    )
+    found = features.cluster_features(sample, clusters, **chosen)
+    features.add_features(book, sample, found, {layer.name: layer.label for layer in statistics.layers}, clusters)
 
 
 def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def load(options: Mapping[str, Any], model: str, test_sequences: int = 0) -> Sou
         batch_size=options["batch_size"],
     )
     first, second = ([with_decoder_inputs(source.model, b) for b in part] for part in (source.first, source.second))
-    return Source(source.model, list(first), list(second), source.tokenizer)
+    return Source(source.model, list(first), list(second), source.tokenizer, source.classes)
 
 
 def vision_config(model: str) -> Any:
@@ -72,8 +72,9 @@ def _images(options: Mapping[str, Any], model: str, config: Any, test_sequences:
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"data={options['data']}: {' '.join(str(error).split())}") from error
     network = AutoModel.from_pretrained(model, use_safetensors=True).eval()
-    parts: list[list[Batch]] = []
+    parts: list[list[Any]] = []
     for loader, wanted in ((module.train_dataloader, options["sequences"]), (module.test_dataloader, test_sequences)):
         number = -(-wanted // options["batch_size"])
-        parts.append([{"pixel_values": batch["pixels"]} for batch in islice(loader(), number)] if number else [])
-    return Source(network, parts[0], parts[1])
+        parts.append(list(islice(loader(), number)) if number else [])
+    inputs: list[list[Batch]] = [[{"pixel_values": batch["pixels"]} for batch in part] for part in parts]
+    return Source(network, inputs[0], inputs[1], [batch["labels"] for batch in parts[0] if "labels" in batch])

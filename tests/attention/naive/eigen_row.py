@@ -1,4 +1,4 @@
-"""eigen_row, one row at a time: c = (BᵀWB + σ²Λ⁻¹)⁻¹ BᵀW(P − μ), the constant vector a column with a flat prior."""
+"""eigen_row, one row at a time: c = (BᵀΨ⁻¹B + Λ⁻¹)⁻¹ BᵀΨ⁻¹(P − μ), the constant vector a column with a flat prior."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ CASES = {
     "default": {},
     "greedy": {"selection": "greedy", "keep": 0.3, "global_tokens": 2, "share": "layer"},
     "window": {"window": 2, "rank": 3, "selection": "random", "seed": 1},
+    "noise": {"noise": "position"},
+    "greedy_noise": {"noise": "position", "selection": "greedy", "window": 1},
     "random_basis": {"window": 1, "keep": 0.2, "basis_init": "random"},
 }
 
@@ -51,16 +53,17 @@ def reconstruct(
         group = h if position.mean.shape[0] > 1 else 0
         place = i + mask.query_offset
         mean, basis = rows_of_basis(mechanism, group, n_k)
-        eigenvalues, noise = position.log_eigenvalues[group].exp(), position.log_noise[group].exp()
+        eigenvalues, noise = position.log_eigenvalues[group].exp(), noise_of_positions(mechanism, group, n_k)
         window = range(place - mechanism.window, place + mechanism.window + 1) if mechanism.window else ()
         observed = [j for j in range(n_k) if j in columns or j in window]
         usable = [j for j in observed if keep[b, h, i, j]]
         row = mean.clone()
         if usable:
             columns_of_basis = torch.cat([basis, torch.ones(n_k, 1, dtype=basis.dtype)], dim=1)
-            prior = torch.diag(torch.cat([noise / eigenvalues, torch.zeros(1, dtype=basis.dtype)]))
+            prior = torch.diag(torch.cat([1 / eigenvalues, torch.zeros(1, dtype=basis.dtype)]))
             seen = columns_of_basis[usable]
-            c = torch.linalg.solve(seen.T @ seen + prior, seen.T @ (exact[b, h, i, usable] - mean[usable]))
+            weighted = seen.T / noise[usable]
+            c = torch.linalg.solve(weighted @ seen + prior, weighted @ (exact[b, h, i, usable] - mean[usable]))
             row = mean + columns_of_basis @ c
         row[observed] = exact[b, h, i, observed]
         scores[b, h, i] = row
@@ -80,3 +83,12 @@ def rows_of_basis(mechanism: AttentionMechanism, group: int, n_k: int) -> tuple[
     for j in range(min(n_k, mean.shape[0])):
         out_mean[j], out_basis[j] = mean[j], basis[j]
     return out_mean, out_basis
+
+
+def noise_of_positions(mechanism: AttentionMechanism, group: int, n_k: int) -> Tensor:
+    """Noise (n_k,) of a row; the geometric mean beyond what is learned."""
+    log_noise = mechanism.position.log_noise[group]
+    out = log_noise.mean().expand(n_k).clone()
+    if log_noise.dim():
+        out[: len(log_noise)] = log_noise[:n_k]
+    return out.exp()

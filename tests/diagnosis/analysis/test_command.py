@@ -199,6 +199,18 @@ def test_parts_can_be_left_out(folder: Path, tmp_path: Path) -> None:
     assert {p.stem for p in (tmp_path / "out" / "figures").glob("*.png")} == {n for n in FIGURES if "norm_" in n}
 
 
+def test_noise_and_features(folder: Path, tmp_path: Path) -> None:
+    words = {"parts": "[noise,features]", "clusters": 3, "rank": 2, "random_tokens": "false"}
+    assert main(arguments(folder, output=tmp_path / "out", **words)) == 0
+    tables = json.loads((tmp_path / "out" / "numbers.json").read_text())["tables"]
+    assert [row["rows"] for row in tables["noise"]] == [2 * 2 * 16] * 2
+    assert len(tables["noise_by_position"]) == 2 * 2 * 16
+    assert [row["layer"] for row in tables["features"]] == ["0", "1", "all"] * 2
+    assert {"where", "what_token"} <= set(tables["features"][0])
+    figures = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
+    assert figures == {"noise", "features", "features_query_key", "features_value"}
+
+
 def test_what_is_shown_is_escaped(folder: Path, tmp_path: Path) -> None:
     odd = tmp_path / "<b>odd"
     odd.mkdir()
@@ -215,6 +227,7 @@ def test_what_is_shown_is_escaped(folder: Path, tmp_path: Path) -> None:
         ({"ranks": "[0]"}, "ranks[0] must be a whole number"),
         ({"ranks": "[]"}, "ranks must list at least one, got []"),
         ({"matrices": 0}, "matrices must be a whole number"),
+        ({"clusters": 0}, "clusters must be a whole number"),
         ({"keep": "[1.5]"}, "keep must list shares in (0, 1], got 1.5"),
         ({"attention": "[magic]"}, "attention=magic cannot be measured here"),
         ({"data": "nowhere.txt"}, "data=nowhere.txt is not a file"),

@@ -77,4 +77,4 @@ def _images(options: Mapping[str, Any], model: str, config: Any, test_sequences:
         number = -(-wanted // options["batch_size"])
         parts.append(list(islice(loader(), number)) if number else [])
     inputs: list[list[Batch]] = [[{"pixel_values": batch["pixels"]} for batch in part] for part in parts]
-    return Source(network, inputs[0], inputs[1], [batch["labels"] for batch in parts[0] if "labels" in batch])
+    return Source(network, inputs[0], inputs[1], classes=[batch["labels"] for batch in parts[0] if "labels" in batch])

@@ -24,8 +24,8 @@ Batch = Mapping[str, Tensor]
 class Source:
     """A model with batches of its inputs: `first` to calibrate on, `second`, from another part, to measure on.
 
-    `tokenizer` is the hub id or folder of the one that made the tokens, where a checkpoint's data name it; `classes` holds,
-    by batch of `first`, the class of every input (b,), nothing where inputs have none.
+    `tokenizer` is the hub id or folder of the one that made the tokens, where a checkpoint's data name it; `classes`
+    holds, by batch of `first`, the class of every input (b,), nothing where inputs have none.
     """
 
     model: nn.Module

@@ -16,6 +16,8 @@ from approx_attn.run.record import read_result
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("comparisons", nargs="+", help="names of comparisons in --results")
+both = "two of them, with a new source and with a new target, whose words the first then writes"
+parser.add_argument("--both", nargs=2, action="append", default=[], help=both)
 parser.add_argument("--results", default="results", help="the folder that compare wrote to")
 options = parser.parse_args()
 
@@ -40,12 +42,30 @@ def figures(run: Path) -> dict[str, float]:
     }
 
 
+def runs_of(name: str) -> list[Path]:
+    """The runs of a comparison, in the order of their seeds."""
+    by_seed = json.loads((Path(options.results) / name / "runs.json").read_text())["exact"]
+    return [Path(folder) for folder in by_seed.values()]
+
+
+def shown(values: list[float]) -> str:
+    """Mean and 95% interval over seeds."""
+    summary = summarise(values)
+    return f"{summary.mean:.1f} ± {mean_interval(summary):.1f}"
+
+
 header = ("new pair", "BLEU", "first pair", "dictionary", "parameters")
 print("| comparison | " + " | ".join(header) + " | seeds |")
 print("|---|" + "---:|" * (len(header) + 1))
 for name in options.comparisons:
-    by_seed = json.loads((Path(options.results) / name / "runs.json").read_text())["exact"]
-    found = [figures(Path(folder)) for folder in by_seed.values()]
-    summaries = [summarise([each[column] for each in found]) for column in header]
-    cells = [f"{each.mean:.1f} ± {mean_interval(each):.1f}" for each in summaries[:-1]]
-    print(f"| {name} | {' | '.join(cells)} | {summaries[-1].mean:,.0f} | {len(found)} |")
+    found = [figures(run) for run in runs_of(name)]
+    cells = [shown([each[column] for each in found]) for column in header[:-1]]
+    print(f"| {name} | {' | '.join(cells)} | {found[0]['parameters']:,} | {len(found)} |")
+for source, target in options.both:
+    matches = []
+    for run, other in zip(runs_of(source), runs_of(target), strict=True):
+        new = read_result(other)["config"]["data"]["target_language"]
+        best, words = (folder / "checkpoints" / "best.ckpt" for folder in (run, other))
+        tested = evaluate_with_words(best, {"target": words}, data={"target_language": new})
+        matches.append(100 * tested["test/exact_match"])
+    print(f"{source} with the words of {target}, a pair that neither has seen: {shown(matches)}")

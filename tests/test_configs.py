@@ -16,7 +16,11 @@ from approx_attn.config.instantiate import target_class
 from approx_attn.run.train import check_run, run_folder
 from helpers import QUIET
 
-NEEDS = {"text_classification": ["data.path=somewhere"], "lra_retrieval": ["data.path=somewhere"]}
+NEEDS = {
+    "text_classification": ["data.path=somewhere"],
+    "parallel_text": ["data.path=somewhere"],
+    "lra_retrieval": ["data.path=somewhere"],
+}
 # Recipes of pretrained models, with the configuration and the class of a tiny random one.
 PRETRAINED = {
     "sst2": ("BertConfig", "BertModel"),

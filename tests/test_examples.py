@@ -63,6 +63,21 @@ def test_a_package_of_ones_own_is_trained_and_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_exchanged_languages_are_read_from_comparisons(tmp_path: Path) -> None:
+    words = ["experiment=short_translation", "data.train_size=64", "attention=[exact]", "seeds=[1]", "debug=fast"]
+    words += ["progress_bar=false", "trainer.accelerator=cpu", "measure.repeats=0"]
+    compare = ["-m", "approx_attn.cli", "compare", *words]
+    run(*compare, "name=pairs", folder=tmp_path)
+    for side, number in (("source", 2), ("target", 3)):
+        exchange = [f"data.{side}_language={number}", f"model.new_language={side}", "start_from=pairs"]
+        run(*compare, f"name={side}", *exchange, folder=tmp_path)
+    program = str(EXAMPLES / "exchanged_language.py")
+    table = run(program, "source", "target", "--both", "source", "target", folder=tmp_path)
+    assert [line.split()[1] for line in table.splitlines()[2:4]] == ["source", "target"]
+    assert "a pair that neither has seen" in table
+
+
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path) -> None:
     import nbformat
     from nbclient import NotebookClient

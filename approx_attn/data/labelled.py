@@ -13,7 +13,7 @@ from datasets.table import InMemoryTable
 
 from approx_attn.data.base import SPLITS, DataSpec, require_count_or_none
 from approx_attn.data.packing import PAD
-from approx_attn.data.sources import SourceData, is_file, load_source, require_column, require_split, subsample
+from approx_attn.data.sources import SourceData, load_source, require_column
 from approx_attn.errors import warn
 
 
@@ -67,7 +67,8 @@ class LabelledData(SourceData):
     def make_splits(self) -> dict[str, datasets.Dataset]:
         path = str(self.path)
         source = load_source(path, self.name)
-        splits = self._carve(source, path)
+        sizes = {name: getattr(self, f"{name}_size") for name in SPLITS}
+        splits = self.carve(source, path, sizes, self.data_seed)
         column = self.find_inputs(splits)
         for split in splits.values():
             require_column(split, self.label_column, "data.label_column", path)
@@ -87,27 +88,6 @@ class LabelledData(SourceData):
             pad_id=pad_id,
             describe=describe,
         )
-
-    def _carve(self, source: dict[str, datasets.Dataset], path: str) -> dict[str, datasets.Dataset]:
-        """The splits "train", "val" and "test"; what is set aside does not depend on the size of the training split."""
-        rng = np.random.default_rng(self.data_seed)
-        wanted = dict(self.source_splits)
-        train = require_split(source, self.train_split, "data.train_split", path)
-        if wanted["test"] not in source and is_file(path):
-            wanted["test"] = None
-        sizes = {name: max(1, round(share * len(train))) for name, share in self.shares.items() if wanted[name] is None}
-        splits = {
-            name: require_split(source, split, f"data.{name}_split", path)
-            for name, split in wanted.items()
-            if split is not None
-        }
-        order = rng.permutation(len(train)) if sizes else np.arange(len(train))
-        for name, size in sizes.items():
-            splits[name], order = train.select(np.sort(order[:size])), order[size:]
-        splits["train"] = train.select(np.sort(order)) if sizes else train
-        return {
-            name: subsample(splits[name], getattr(self, f"{name}_size"), f"data.{name}_size", rng) for name in SPLITS
-        }
 
 
 def class_labels(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from approx_attn.data.base import SequenceDataModule, require_share
+from approx_attn.data.base import SPLITS, SequenceDataModule, require_share
 from approx_attn.data.cache import quiet_datasets
 from approx_attn.errors import warn
 
@@ -72,6 +72,34 @@ class SourceData(SequenceDataModule):
                 f"data.test_split={self.test_split!r} is data.val_split too, so the test is of what chose the "
                 "checkpoint."
             )
+
+    def carve(
+        self, source: dict[str, datasets.Dataset], path: str, sizes: dict[str, int | None], data_seed: int
+    ) -> dict[str, datasets.Dataset]:
+        """The splits "train", "val" and "test"; what is set aside does not depend on the size of the training split.
+
+        Args:
+            source: the splits at `path`.
+            path: for messages.
+            sizes: items drawn at random from each split; None for all.
+            data_seed: seed of what is drawn and set aside.
+        """
+        rng = np.random.default_rng(data_seed)
+        wanted = dict(self.source_splits)
+        train = require_split(source, self.train_split, "data.train_split", path)
+        if wanted["test"] not in source and is_file(path):
+            wanted["test"] = None
+        aside = {name: max(1, round(share * len(train))) for name, share in self.shares.items() if wanted[name] is None}
+        splits = {
+            name: require_split(source, split, f"data.{name}_split", path)
+            for name, split in wanted.items()
+            if split is not None
+        }
+        order = rng.permutation(len(train)) if aside else np.arange(len(train))
+        for name, size in aside.items():
+            splits[name], order = train.select(np.sort(order[:size])), order[size:]
+        splits["train"] = train.select(np.sort(order)) if aside else train
+        return {name: subsample(splits[name], sizes[name], f"data.{name}_size", rng) for name in SPLITS}
 
 
 def load_source(path: str, name: str | None = None) -> dict[str, datasets.Dataset]:

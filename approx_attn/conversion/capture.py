@@ -115,7 +115,7 @@ def _multihead_hook(
         callback(name, query, key, value, mask, scale)
 
     layer = MultiheadAttention.from_torch(module, partial(_Recorder, record=record))
-    signature = inspect.signature(TorchMultiheadAttention.forward)
+    signature = inspect.signature(MultiheadAttention.forward)  # PyTorch's, and coordinates
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = dict(signature.bind(module, *args, **kwargs).arguments)

@@ -38,6 +38,16 @@ def test_multihead_inputs_reproduce_the_output():
     torch.testing.assert_close(layer.out_proj(attended.transpose(1, 2).flatten(-2)), output)
 
 
+def test_coordinates_are_captured():
+    layer = MultiheadAttention(16, 4, batch_first=True, attention="gaussian", coordinate_dim=3)
+    x, points = torch.randn(2, 5, 16), torch.randn(2, 5, 3)
+    model = nn.ModuleDict({"attention": layer})
+    model.forward = lambda x, points: layer(x, x, x, coordinates=points)
+    ((_, _, mask),), _ = captured(model, x, points)
+    assert torch.equal(mask.query_coordinates, points)
+    assert torch.equal(mask.key_coordinates, points)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("attention", [None, "exact"])

@@ -19,7 +19,8 @@ from approx_attn.attention import attention_class
 from approx_attn.attention.calibrated import CalibratedMechanism
 from approx_attn.config.instantiate import build, sentence
 from approx_attn.config.trust import refuse_plugins
-from approx_attn.conversion.convert import attention_spec, convert
+from approx_attn.conversion.convert import attention_spec
+from approx_attn.conversion.convert import convert as convert_model
 from approx_attn.data.base import SequenceDataModule
 from approx_attn.errors import ConfigError, require_count
 from approx_attn.metrics import metric_names
@@ -68,10 +69,7 @@ def evaluate(
     *,
     split: str = "test",
     metrics: Sequence[str] | None = None,
-    attention: str | Mapping[str, Any] | None = None,
-    layers: str | Sequence[str] | None = None,
-    calibration_sequences: int = 256,
-    feed_forward: Mapping[str, Any] | None = None,
+    convert: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     trainer: Mapping[str, Any] | None = None,
     progress_bar: bool = False,
@@ -83,10 +81,10 @@ def evaluate(
         checkpoint: a file that training wrote.
         split: `test` or `val`.
         metrics: names of `approx_attn.metrics.METRICS`; None for those of its run.
-        attention: a mechanism, or `{"name": ..., **options}`, in place of the one that was trained; None keeps that.
-        layers: which attention layers get it, as `approx_attn.convert` takes them; all if None.
-        calibration_sequences: of the training data, that a mechanism with something to calibrate is fitted to.
-        feed_forward: as `approx_attn.convert` takes it, for pretrained models; None leaves blocks as they are.
+        convert: what is put into the trained model before, as `approx_attn.convert` takes it: `attention` (a mechanism,
+            or `{"name": ..., **options}`), `layers` and `feed_forward`, and the number of `calibration_sequences` of
+            the training data, 256 unless given, that a mechanism with something to calibrate is fitted to. None, or
+            nothing in it, tests the model as it was trained.
         data: options of the data module that replace the stored ones, such as a path or a batch size.
         trainer: options of Lightning's trainer that replace the stored accelerator and precision. One device tests.
 
@@ -107,8 +105,8 @@ def evaluate(
         stored = {key: value for key, value in config["data"].items() if key != "cache_dir"}
         module = build({**stored, **(data or {})}, "data", SequenceDataModule)
         make_splits(module)
-        if attention is not None or feed_forward is not None:
-            _convert(task, module, attention, layers, calibration_sequences, feed_forward)
+        if convert and (convert.get("attention") is not None or convert.get("feed_forward") is not None):
+            _convert(task, module, **convert)
         kept = {key: config["trainer"][key] for key in ("_target_", "accelerator", "precision")}
         kept["devices"] = 1  # however many trained it: no item is padded, and no process is to be started
         runner = build(
@@ -132,14 +130,14 @@ def evaluate(
 def _convert(
     task: SequenceTask,
     module: SequenceDataModule,
-    attention: str | Mapping[str, Any] | None,
-    layers: str | Sequence[str] | None,
-    sequences: int,
-    feed_forward: Mapping[str, Any] | None,
+    attention: str | Mapping[str, Any] | None = None,
+    layers: str | Sequence[str] | None = None,
+    feed_forward: Mapping[str, Any] | None = None,
+    calibration_sequences: int = 256,
 ) -> None:
     """Put a mechanism into a trained model, and top-k units into its feed-forward blocks."""
     try:
-        wanted = require_count("calibration_sequences", sequences)
+        wanted = require_count("convert.calibration_sequences", calibration_sequences)
         batches: list[dict[str, Any]] = []
         seen = 0
         for batch in module.train_dataloader():
@@ -151,6 +149,6 @@ def _convert(
         fitted = issubclass(attention_class(spec["name"]), CalibratedMechanism)
         given: dict[str, Any] = {"calibration": batches} if fitted else {}
         given |= {"example": batches[0], "max_length": task.spec["max_length"]}
-        convert(task.model, spec, layers=layers, feed_forward=feed_forward, **given)
+        convert_model(task.model, spec, layers=layers, feed_forward=feed_forward, **given)
     except ValueError as error:
-        raise ConfigError(sentence(error, "attention")) from error
+        raise ConfigError(sentence(error, "convert")) from error

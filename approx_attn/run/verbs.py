@@ -15,8 +15,7 @@ from approx_attn.config.compose import plain
 from approx_attn.errors import ConfigError, suggestion
 from approx_attn.output import require_file
 
-CONVERSION_KEYS = ("attention", "layers", "calibration_sequences", "feed_forward")
-EVALUATE_KEYS = ("checkpoint", "split", "metrics", *CONVERSION_KEYS, "data", "trainer", "progress_bar", "verbose")
+EVALUATE_KEYS = ("checkpoint", "split", "metrics", "convert", "data", "trainer", "progress_bar", "verbose")
 
 
 def train_main(arguments: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
+from approx_attn.cli import main
 from approx_attn.config.compose import compose_config, plain
 from approx_attn.errors import ConfigError
 from approx_attn.run import record
@@ -77,16 +78,22 @@ def test_checkpoint_alone_gives_the_same_figures(run: Any) -> None:
     assert set(evaluate(run.run_dir / "checkpoints" / "best.ckpt", split="val")) == {"val/accuracy", "val/loss"}
 
 
-def test_another_mechanism_is_tested_in_a_trained_model(run: Any) -> None:
+def test_another_mechanism_is_tested_in_a_trained_model(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = run.run_dir / "checkpoints" / "best.ckpt"
+
+    def loss(attention: Any, **convert: Any) -> float:
+        return evaluate(checkpoint, convert={"attention": attention, **convert})["test/loss"]
+
     own = pytest.approx(run.metrics["test/loss"], rel=1e-4)
-    assert evaluate(checkpoint, attention={"name": "topk", "keep": run.task.mechanisms[0].keep})["test/loss"] == own
-    assert evaluate(checkpoint, attention="uniform")["test/loss"] != own
-    assert evaluate(checkpoint, attention="mean", calibration_sequences=32)["test/loss"] != own  # it is fitted
+    assert loss({"name": "topk", "keep": run.task.mechanisms[0].keep}) == own
+    assert loss("uniform") != own
+    assert loss("mean", calibration_sequences=32) not in (own, loss("uniform"))  # it is fitted
     with pytest.raises(ConfigError, match=r"layers='nowhere' means no attention layer"):
-        evaluate(checkpoint, attention="uniform", layers="nowhere")
-    with pytest.raises(ConfigError, match="calibration_sequences"):
-        evaluate(checkpoint, attention="mean", calibration_sequences=0)
+        loss("uniform", layers="nowhere")
+    with pytest.raises(ConfigError, match=r"convert\.calibration_sequences"):
+        loss("mean", calibration_sequences=0)
+    assert main(["evaluate", f"checkpoint={checkpoint}", "convert.attention=uniform", "progress_bar=false"]) == 0
+    assert f"{loss('uniform'):.6f}" in capsys.readouterr().out
 
 
 def test_same_seed_same_run_and_never_the_same_folder(run: Any) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from approx_attn.attention.base import apply_dropout
 from approx_attn.attention.mask import at_least_float32, masked_softmax
 
-BLOCKS = (1, 4, 16, 64)  # queries in one block; each divides the next
+GROWTH = 4
+BLOCKS = tuple(GROWTH**power for power in range(4))  # queries in one block
 GATHERED = 4  # products that moving one number of a key is counted as, when blocks of different size are weighed
 GROUPS = 8  # at most as many products of blocks, each as wide as its widest
-ROWS_AT_ONCE = 256  # of the (h, n_q, n_k) pattern, while it is looked at
+ROWS_AT_ONCE = 256  # of the (h, n_q, n_k) pattern, while it is looked at; a multiple of the largest block
 
 Rows = Callable[[int, int], Tensor]
 """(start, stop) to (h, stop - start, n_k) bool: the open pairs of queries start..stop-1."""
@@ -49,8 +50,9 @@ class Pattern:
         widths: dict[int, list[Tensor]] = {block: [] for block in BLOCKS}
         for start, stop in _chunks(n_q):
             part = rows(start, stop)
-            for block in BLOCKS:  # each from the one before: a union of unions
-                part = in_blocks(part, block if block == 1 else BLOCKS[1] // BLOCKS[0])
+            for block in BLOCKS:
+                if block > 1:
+                    part = _tiles(part, GROWTH).any(dim=2)  # a union of the unions before
                 widths[block].append(part.sum(dim=-1))
         patterns = [cls(n_q, n_k, block, torch.cat(found, dim=-1).cpu()) for block, found in widths.items()]
         best = min(patterns, key=lambda pattern: pattern.work)
@@ -169,11 +171,6 @@ class LaidOutPattern:
     def _merge(self, x: Tensor) -> Tensor:
         """(b, h · n_blocks, block, d) -> (b, h, n_q, d)."""
         return x.reshape(x.shape[0], self.num_heads, self.n_blocks * self.block, -1)[:, :, : self.n_q]
-
-
-def in_blocks(x: Tensor, block: int) -> Tensor:
-    """(h, n, n_k) bool, rows joined by blocks of consecutive ones: (h, ceil(n / block), n_k)."""
-    return x if block == 1 else _tiles(x, block).any(dim=2)
 
 
 def _tiles(x: Tensor, block: int) -> Tensor:

@@ -163,7 +163,8 @@ def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     accepted = attention_options(given["name"])
     spec = given | {key: value for key, value in defaults.items() if key in accepted and key not in given}
     try:
-        build_attention(**spec, num_heads=1, head_dim=8, max_length=16)
+        # Long enough that a share of the keys observes a rank, which at the model's length is checked again.
+        build_attention(**spec, num_heads=1, head_dim=8, max_length=512)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return spec

@@ -100,7 +100,10 @@ def _reconstruct(options: dict[str, Any]) -> None:
         if refused:
             print(f"Not measured, for lack of causal attention: {', '.join(refused)}.")
     mechanisms, bases = basis_variants(source.model, source.first, mechanisms, calibration, steps, progress)
-    found = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
+    try:
+        found = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
+    except ValueError as error:  # of a mechanism that does not fit the length of the model
+        raise ConfigError(str(error)) from error
     table = to_table(
         [_cells(row) for row in found],
         title=f"Relative error of the attention output: {options['model']}",

@@ -257,6 +257,9 @@ class AttentionMechanism(nn.Module):
         attend = self.attend if self.substitute is None else self.substitute
         request = Request(mask, scale, dropout_p if self.training else 0.0, need_weights)
         output, weights = attend(query, key, value, request)
+        if weights is not None and weights.requires_grad:
+            # On the way to the output, as in eager attention: a caller may ask for the gradient of the weights.
+            output = weights.to(value.dtype) @ repeat_heads(value, self.num_heads)
         return output.to(query.dtype), weights
 
     def require_independent_queries(self) -> None:

@@ -100,7 +100,10 @@ def _reconstruct(options: dict[str, Any]) -> None:
         if refused:
             print(f"Not measured, for lack of causal attention: {', '.join(refused)}.")
     mechanisms, bases = basis_variants(source.model, source.first, mechanisms, calibration, steps, progress)
-    found = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
+    try:
+        found = reconstruct(source.model, source.second, mechanisms, calibration, bases=bases, progress=progress)
+    except ValueError as error:  # of a mechanism that does not fit the length of the model
+        raise ConfigError(str(error)) from error
     table = to_table(
         [_cells(row) for row in found],
         title=f"Relative error of the attention output: {options['model']}",
@@ -163,7 +166,8 @@ def _mechanism(entry: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     accepted = attention_options(given["name"])
     spec = given | {key: value for key, value in defaults.items() if key in accepted and key not in given}
     try:
-        build_attention(**spec, num_heads=1, head_dim=8, max_length=16)
+        # Long enough that a share of the keys observes a rank, which at the model's length is checked again.
+        build_attention(**spec, num_heads=1, head_dim=8, max_length=512)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return spec

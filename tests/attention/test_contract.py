@@ -357,6 +357,24 @@ def test_weights_reproduce_the_output(name, case):
         torch.testing.assert_close(output, call(mechanism, query, key, value, mask=mask))
 
 
+@every_case("returns_weights")
+def test_weights_asked_for_have_a_gradient_and_leave_that_of_the_inputs_alone(name, case):
+    mechanism = build(name, case, torch.float64)
+    gradients = []
+    for need_weights in (False, True):
+        tensors = [x.requires_grad_() for x in inputs(13, dtype=torch.float64)]
+        output, weights = mechanism(*tensors, need_weights=need_weights)
+        target = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+        wanted = tensors if weights is None or not weights.requires_grad else [*tensors, weights]
+        gradients.append(
+            torch.autograd.grad((output * target).sum(), wanted, allow_unused=True, materialize_grads=True)
+        )
+    for fused, with_weights in zip(gradients[0], gradients[1], strict=False):
+        torch.testing.assert_close(with_weights, fused)
+    if len(gradients[1]) > len(gradients[0]):
+        torch.testing.assert_close(gradients[1][-1], target @ tensors[2].mT)
+
+
 # -- masks ----------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,14 @@ def test_greedy_decoding_gives_the_same_tokens_as_without_a_cache(family, padded
     assert not torch.equal(generate(revert(model), inputs), expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_of_a_first_pass_have_a_gradient(family):
+    output = build(family)(**prompt(False), use_cache=True, output_attentions=True)
+    output.attentions[0].retain_grad()
+    output.logits.sum().backward()
+    assert output.attentions[0].grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_static_caches_give_the_same_tokens(family, padded):

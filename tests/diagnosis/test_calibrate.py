@@ -117,6 +117,10 @@ def test_bad_budgets_and_names_of_reconstruct(folder, capsys):
     assert "keep must list shares in (0, 1]" in capsys.readouterr().err
     assert reconstruct_main(arguments(folder, attention="[magic]")) != 0
     assert "attention=magic cannot be measured here; accepted: eigen_" in capsys.readouterr().err
+    assert reconstruct_main(arguments(folder, attention="[{name: eigen_row}]", keep="[0.125]", test_sequences=4)) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: attention.rank=8 is more than the 2 keys that attention.keep=0.125"
+    )
 
 
 def test_one_budget_and_one_name_need_no_list():

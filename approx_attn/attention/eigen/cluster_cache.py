@@ -109,7 +109,8 @@ class ClusterCache(DecodingCache):
             mask = replace(mask, key_keep=keep, query_offset=mask.query_offset + missing)
         words = {"dropout_p": dropout_p, "need_weights": need_weights}
         output, weights = self.mechanism(query, key, value, mask, scale=scale, **words)
-        return output, None if weights is None else weights[..., missing:]
+        # Sliced only where needed: a slice is not on the way to the output, so it gets no gradient.
+        return output, weights[..., missing:] if weights is not None and missing else weights
 
     def _layout(self, n_q: int, n_k: int, mask: AttentionMask, first: int) -> Layout:
         """Where queries and keys stand in the whole sequence."""

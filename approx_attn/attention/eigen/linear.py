@@ -141,7 +141,8 @@ class EigenLinearAttention(AttentionMechanism):
             scores = at_least_float32(query) @ keys.transpose(-2, -1) * scale + bias[..., None, :]
             attention = (scores - scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)).exp()
             attention = apply_dropout(attention / positive(attention.sum(-1, keepdim=True)), dropout_p)
-            parts = (attention / positive(mass)[..., None, :]).unflatten(-1, (-1, len(observed)))  # (b, h, n_q, t, m)
+            divisor = mass.masked_fill(mass <= 0.0, 1.0)  # no tiny number, whose inverse is no gradient
+            parts = (attention / divisor[..., None, :]).unflatten(-1, (-1, len(observed)))  # (b, h, n_q, t, m)
             spread = torch.einsum("bhitk,hjk->bhitj", parts, weights)  # (b, h, n_q, t, L)
             spread = spread if row_scale is None else spread * row_scale[:, :, None]
             all_weights = spread.flatten(3)[..., :n_k]

@@ -34,7 +34,6 @@ def greedy_order(
     noise: Tensor,
     count: int,
     *,
-    weight: Tensor | None = None,
     free_offset: bool = True,
     at_once: int = 1,
 ) -> tuple[int, ...]:
@@ -46,9 +45,9 @@ def greedy_order(
 
     Args:
         factor: (g, n, r) whitened basis; group γ has covariance F_γ F_γᵀ.
-        noise: (g,) variance of an observation's noise.
+        noise: (g,) variance of an observation's noise; (g, n) where it differs by position, and then counts in the
+            variance that a position has left, since an observation takes it away.
         count: positions to choose; the rest follow by what variance they have left.
-        weight: (g, n), an observation's noise is `noise / weight` then, and variances are in units of it.
         free_offset: rows have an offset with a flat prior, which the first observation settles.
         at_once: positions taken between two updates of the variances; more than 1 is faster and less greedy.
 
@@ -61,14 +60,14 @@ def greedy_order(
     if free_offset:
         largest = factor.square().sum(-1).max().clamp_min(1e-30)
         factor = torch.cat([factor, (FLAT * largest).sqrt().expand(groups, length, 1)], dim=-1)  # (g, n, r + 1)
-    if weight is not None:  # after which every observation has the noise σ²
-        factor = factor * weight.detach().double().cpu().sqrt()[..., None]
+    own = noise if noise.dim() == 2 else noise.new_zeros(groups, length)  # shared noise ranks nothing
+    noise = noise if noise.dim() == 2 else noise[:, None].expand(-1, length)
     posterior = torch.eye(factor.shape[-1], dtype=torch.float64).repeat(groups, 1, 1)  # covariance, (g, r, r)
     chosen: list[int] = []
     is_open = torch.ones(length, dtype=torch.bool)
 
     def ranking() -> Tensor:
-        variance = ((factor @ posterior) * factor).sum(-1).sum(0).clamp_min(0.0)  # (n,)
+        variance = (((factor @ posterior) * factor).sum(-1) + own).sum(0).clamp_min(0.0)  # (n,)
         return variance.masked_fill(~is_open, -1.0).argsort(descending=True, stable=True)
 
     while len(chosen) < min(count, length):
@@ -77,8 +76,8 @@ def greedy_order(
         spread = rows @ posterior
         seen = spread @ rows.transpose(1, 2)  # (g, k, k)
         # A trace of noise, for positions that say the same without any.
-        observation = noise + 1e-12 * seen.diagonal(dim1=1, dim2=2).mean(-1) + 1e-300
-        seen = seen + observation[:, None, None] * torch.eye(len(pivots), dtype=torch.float64)
+        observation = noise[:, pivots] + 1e-12 * seen.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-300
+        seen = seen + torch.diag_embed(observation)
         posterior = posterior - spread.transpose(1, 2) @ torch.linalg.solve(seen, spread)
         chosen.extend(pivots)
         is_open[pivots] = False

@@ -118,8 +118,8 @@ class RowAttention(AttentionMechanism):
         with torch.no_grad():
             prior = self.position.prior(self.length)
             count = resolve_count(self.keep, self.length)
-            chosen = count if count < self.length else 0
-            order = greedy_order(prior.factor, prior.noise, chosen, weight=prior.weight)
+            noise = prior.noise if prior.weight is None else prior.noise[:, None] / prior.weight
+            order = greedy_order(prior.factor, noise, count if count < self.length else 0)
         self._order = order
         self.column_order = torch.tensor(order, device=self.position.mean.device)
 

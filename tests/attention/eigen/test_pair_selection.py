@@ -43,15 +43,16 @@ def test_greedy_takes_the_largest_posterior_variance(groups: int) -> None:
     assert sorted(order) == list(range(7))
 
 
-def test_greedy_without_noise_is_pivoted_cholesky() -> None:
+@pytest.mark.parametrize("noise", [torch.zeros(1), torch.linspace(3.0, 0.1, 7)[None]])
+def test_greedy_is_pivoted_cholesky_without_noise_or_with_that_of_positions(noise: torch.Tensor) -> None:
     factor, _ = model()
-    residual = (factor[0] @ factor[0].T).clone()
+    residual = factor[0] @ factor[0].T + (torch.diag(noise[0].double()) if noise.dim() == 2 else 0.0)
     pivots = []
     for _ in range(4):  # the rank
         pivot = int(residual.diagonal().argmax())
         pivots.append(pivot)
-        residual -= residual[:, pivot, None] * residual[None, pivot] / residual[pivot, pivot]
-    assert list(greedy_order(factor, torch.zeros(1), 4, free_offset=False)[:4]) == pivots
+        residual = residual - residual[:, pivot, None] * residual[None, pivot] / residual[pivot, pivot]
+    assert list(greedy_order(factor, noise, 4, free_offset=False)[:4]) == pivots
 
 
 def test_several_at_once_condition_as_one_by_one() -> None:

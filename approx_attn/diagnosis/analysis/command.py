@@ -17,6 +17,8 @@ from approx_attn.comparison.report import Report
 from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.data.text_classification import load_tokenizer
 from approx_attn.diagnosis.analysis import features, noise, norm_sections, sections, transfer
+from approx_attn.diagnosis.analysis.alignment import alignment_errors
+from approx_attn.diagnosis.analysis.alignment_section import add_alignment, refuse_alignment, sentence_pairs
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
@@ -51,6 +53,7 @@ PARTS = (
     "mean_weights",
     "gates",
     "features",
+    "alignment",
     "explanation",
 )
 MEASURED = {"reconstruction", "transfer", "noise", "mean_weights"}  # parts that look at `test_sequences`, too
@@ -123,6 +126,8 @@ def run(options: dict[str, Any]) -> Path:
         add_gates(book, learned_masks(source.model, statistics.layers))
     if "features" in parts:
         _add_features(book, options, source, statistics)
+    if "alignment" in parts:
+        add_alignment(book, alignment_errors(source.model, sentence_pairs(model, options["test_sequences"])))
     if "explanation" in parts:
         outcomes = run_experiments(
             model,
@@ -159,6 +164,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for weight in options["divergence_weights"]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
             raise ConfigError(f"divergence_weights must list numbers of at least 0, got {weight!r}.")
+    if "alignment" in options["parts"]:
+        refuse_alignment(str(options["model"]))
     if "explanation" in options["parts"] and Path(str(options["model"])).suffix != ".ckpt":
         raise ConfigError(
             f"parts=[explanation] trains further models as a checkpoint was trained, so model must be a checkpoint "

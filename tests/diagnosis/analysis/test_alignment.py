@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from approx_attn import MultiheadAttention
+from approx_attn.config.compose import compose_config
 from approx_attn.diagnosis.analysis.alignment import (
     MEASURES,
     SETTINGS,
@@ -14,6 +18,9 @@ from approx_attn.diagnosis.analysis.alignment import (
     GoldAlignment,
     alignment_errors,
 )
+from approx_attn.diagnosis.analysis.command import main
+from approx_attn.run.train import train
+from helpers import TINY
 
 
 def gold(sure: list[tuple[int, int]], possible: list[tuple[int, int]] = []) -> GoldAlignment:  # noqa: B006
@@ -122,3 +129,34 @@ def test_a_model_without_cross_attention_is_refused() -> None:
 
     with pytest.raises(ValueError, match="Plain has no cross-attention layer"):
         alignment_errors(Plain(), [({"tokens": torch.tensor([[0, 1]])}, gold([(0, 0)]))])
+
+
+TRANSLATION = ["data=translation", "data.train_size=32", "data.val_size=8", "data.test_size=8"]
+
+
+def test_the_report_of_a_translation_model(tmp_path: Path) -> None:
+    train(compose_config([*TINY, *TRANSLATION, "metrics=[accuracy]", f"paths.run_dir={tmp_path / 'run'}"]))
+    model = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    options = ["parts=[norms,alignment]", "sequences=8", "test_sequences=8", "progress_bar=false"]
+    assert main([f"model={model}", *options, f"output={tmp_path / 'out'}"]) == 0
+    tables = json.loads((tmp_path / "out" / "numbers.json").read_text())["tables"]
+    assert [(row["layer"], row["setting"]) for row in tables["alignment"]] == [(0, "output"), (0, "input")]
+    assert len(tables["alignment_heads"]) == 4
+    for row in tables["alignment"]:
+        of_heads = [r["norm"] for r in tables["alignment_heads"] if r["setting"] == row["setting"]]
+        assert row["best_head_norm"] == min(of_heads)
+        assert 0.0 <= row["layer_norm"] <= 1.0
+    assert "Alignment error of cross-attention" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_data_without_gold_alignments_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["model=a/b", "parts=[alignment]"]) == 2
+    assert "so model must be a checkpoint (.ckpt), got 'a/b'" in capsys.readouterr().err
+    train(compose_config([*TINY, f"paths.run_dir={tmp_path / 'run'}"]))
+    model = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    assert main([f"model={model}", "parts=[alignment]", "sequences=8", "progress_bar=false"]) == 2
+    assert "parts=[alignment] needs a checkpoint of data with gold alignments" in capsys.readouterr().err
+    assert not (tmp_path / "analysis").exists()

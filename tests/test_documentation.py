@@ -31,6 +31,7 @@ from approx_attn.config.compose import compose_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
 SLOW = {"inspect", "reproduce", "finetune", "scale", "comparison", "founding_paper"}
+SLOW |= {"norms", "explanation"}
 """Pages whose commands take more than a few seconds."""
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; nothing here may reach for a network
@@ -56,7 +57,7 @@ SMALL = {
     "perplexity": ["length=16", "sequences=4", "test_sequences=4", "progress_bar=false"],
     "reconstruct": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
     "embed": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
-    "analyze": ["length=16", "sequences=8", "batch_size=4", "progress_bar=false"],
+    "analyze": ["length=16", "sequences=8", "batch_size=4", "explanation_seeds=1", "progress_bar=false"],
     "benchmark": ["length=[64]", "repeats=1", "warm_up=0", "memory=false", "progress_bar=false"],
 }
 """What makes a command of each verb short."""

@@ -57,7 +57,7 @@ SMALL = {
     "perplexity": ["length=16", "sequences=4", "test_sequences=4", "progress_bar=false"],
     "reconstruct": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
     "embed": ["length=16", "sequences=8", "test_sequences=8", "progress_bar=false"],
-    "analyze": ["length=16", "sequences=8", "batch_size=4", "progress_bar=false"],
+    "analyze": ["length=16", "sequences=8", "batch_size=4", "explanation_seeds=1", "progress_bar=false"],
     "benchmark": ["length=[64]", "repeats=1", "warm_up=0", "memory=false", "progress_bar=false"],
 }
 """What makes a command of each verb short."""

@@ -10,22 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_attn.attention import attention_class
-from approx_attn.attention.eigen.basis_file import Calibration
 from approx_attn.command import as_list, require_counts, require_shares, run_plain, settings
 from approx_attn.comparison.report import Report
-from approx_attn.conversion.calibration.fitting import calibrate
 from approx_attn.data.text_classification import load_tokenizer
-from approx_attn.diagnosis.analysis import features, noise, norm_sections, sections, transfer
-from approx_attn.diagnosis.analysis.alignment import alignment_errors
-from approx_attn.diagnosis.analysis.alignment_section import add_alignment, refuse_alignment, sentence_pairs
+from approx_attn.diagnosis.analysis import norm_sections, sections
+from approx_attn.diagnosis.analysis.alignment_section import refuse_alignment
 from approx_attn.diagnosis.analysis.book import Book, show
 from approx_attn.diagnosis.analysis.collect import Statistics, collect
 from approx_attn.diagnosis.analysis.eigenspaces import Spectra, matrix_spectra, row_spectra
-from approx_attn.diagnosis.analysis.explanation_runs import run_experiments
-from approx_attn.diagnosis.analysis.explanation_section import add_explanation
-from approx_attn.diagnosis.analysis.gates import add_gates, learned_masks
-from approx_attn.diagnosis.analysis.mean_weights import add_mean_weights, mean_weights
+from approx_attn.diagnosis.analysis.parts import SECTIONS, SELECTIONS
 from approx_attn.diagnosis.analysis.sources import load
 from approx_attn.diagnosis.analysis.summary import add_summary
 from approx_attn.diagnosis.analysis.tokens import (
@@ -37,29 +30,14 @@ from approx_attn.diagnosis.analysis.tokens import (
 )
 from approx_attn.diagnosis.calibrate import chosen_mechanisms
 from approx_attn.diagnosis.inputs import Source
-from approx_attn.diagnosis.reconstruction import reconstruct, statistics_for
 from approx_attn.errors import ConfigError
 from approx_attn.output import print_table, require_folder, to_table
 from approx_attn.run.record import environment
 
-PARTS = (
-    "spectrum",
-    "matrices",
-    "overlap",
-    "norms",
-    "reconstruction",
-    "transfer",
-    "noise",
-    "mean_weights",
-    "gates",
-    "features",
-    "alignment",
-    "explanation",
-)
+PARTS = ("spectrum", "matrices", "overlap", "norms", *SECTIONS)
 MEASURED = {"reconstruction", "transfer", "noise", "mean_weights"}  # parts that look at `test_sequences`, too
 COLLECTED = {"spectrum": "rows", "overlap": "rows", "matrices": "matrices", "norms": "norms"}  # what parts look at
 
-SELECTIONS = ("strided", "random", "greedy")  # of pairs, compared by eigen_row
 LISTS = ("parts", "ranks", "keep", "divergence_weights")
 
 
@@ -78,7 +56,7 @@ def run(options: dict[str, Any]) -> Path:
         ConfigError: an impossible option, or a model or file that is not there; nothing is written then.
     """
     options = options | {key: as_list(options[key]) for key in LISTS}
-    mechanisms = check_options(options)
+    check_options(options)
     require_folder("output", options["output"])
     model, parts = str(options["model"]), set(options["parts"])
     source = load(options, model, options["test_sequences"] if parts & MEASURED else 0)
@@ -114,37 +92,17 @@ def run(options: dict[str, Any]) -> Path:
         sections.add_two_models(book, rows, other, (model, str(options["other_model"])), ranks, options["seed"])
     if "norms" in parts:
         norm_sections.add_norms(book, statistics)
-    if mechanisms:
-        _add_reconstruction(book, options, source, statistics, mechanisms)
-    if "transfer" in parts:
-        _add_transfer(book, options, source, statistics)
-    if "noise" in parts:
-        _add_noise(book, options, source, statistics)
-    if "mean_weights" in parts:
-        _add_mean_weights(book, options, source, statistics)
-    if "gates" in parts:
-        add_gates(book, learned_masks(source.model, statistics.layers))
-    if "features" in parts:
-        _add_features(book, options, source, statistics)
-    if "alignment" in parts:
-        add_alignment(book, alignment_errors(source.model, sentence_pairs(model, options["test_sequences"])))
-    if "explanation" in parts:
-        outcomes = run_experiments(
-            model,
-            Path(str(options["output"])) / "runs",
-            seeds=options["explanation_seeds"],
-            divergence_weights=options["divergence_weights"],
-            progress=options["progress_bar"],
-        )
-        add_explanation(book, outcomes)
+    for part, add_section in SECTIONS.items():
+        if part in parts:
+            add_section(book, options, source, statistics)
     add_summary(book)
     path = book.save(options["output"])
     _print_summary(statistics, rows, path)
     return path
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Refuse impossible options; returns the mechanisms whose reconstruction is measured, by label.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse impossible options.
 
     Raises:
         ConfigError: one sentence that names the key.
@@ -171,7 +129,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             f"parts=[explanation] trains further models as a checkpoint was trained, so model must be a checkpoint "
             f"(.ckpt), got {options['model']!r}."
         )
-    return chosen_mechanisms(options, SELECTIONS) if "reconstruction" in options["parts"] else {}
+    if "reconstruction" in options["parts"]:
+        chosen_mechanisms(options, SELECTIONS)
 
 
 def token_kinds(model: str, source: Source) -> tuple[TokenCategories, Tensor | None]:
@@ -224,94 +183,6 @@ def _collect(
 def _other_model(options: Mapping[str, Any]) -> Spectra:
     other = load(options, str(options["other_model"]))
     return row_spectra(_collect(options, other.model, other.first, TokenCategories(), "other model", rows_only=True))
-
-
-def _add_reconstruction(
-    book: Book,
-    options: Mapping[str, Any],
-    source: Source,
-    statistics: Statistics,
-    mechanisms: Mapping[str, Mapping[str, Any]],
-) -> None:
-    number = options["calibration_sequences"]
-    batches = source.first[: -(-number // options["batch_size"])]
-    needed = set().union(*(layer.needs for layer in statistics.layers))
-    unfit = []
-    if options["attention"] is None:  # mechanisms that were asked for by name refuse in their own words
-        unfit = sorted({str(spec["name"]) for spec in mechanisms.values() if lacks(str(spec["name"]), needed)})
-        mechanisms = {label: spec for label, spec in mechanisms.items() if spec["name"] not in unfit}
-    if "causal" in needed:
-        mechanisms = {label: causal_form(spec) for label, spec in mechanisms.items()}
-    kinds = statistics_for(mechanisms)
-    calibration = calibrate(source.model, batches, statistics=kinds, progress=options["progress_bar"])
-    found = reconstruct(
-        source.model, source.second, mechanisms, calibration, weights=True, progress=options["progress_bar"]
-    )
-    labels = {layer.name: layer.label for layer in statistics.layers}
-    data = (
-        f"Bases are fitted to {calibration.sequences} sequences and measured on {options['test_sequences']} others, "
-        "from another part of the data."
-    )
-    if unfit:
-        data += f" Left out, as they cannot do {', '.join(sorted(needed))} attention: {', '.join(unfit)}."
-    norm_sections.add_reconstruction(book, found, labels, data)
-
-
-def _add_transfer(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
-    def fitted(model: nn.Module, batches: Sequence[Any]) -> Calibration:
-        chosen = batches[: -(-options["calibration_sequences"] // options["batch_size"])]
-        kinds = list(transfer.KINDS.values())
-        return calibrate(
-            model, chosen, statistics=kinds, max_rank=options["rank"], progress=options["progress_bar"], rows=None
-        )
-
-    own, other = fitted(source.model, source.first), None
-    if options["other_model"] is not None:
-        there = load(options, str(options["other_model"]))
-        other = fitted(there.model, there.first)
-    refused = transfer.refusal(own, other)
-    if refused is not None:
-        book.section(norm_sections.TRANSFER).text(refused)
-        return
-    chosen = {"budgets": options["keep"], "rank": options["rank"], "seed": options["seed"]}
-    found = transfer.transfer_errors(
-        source.model, source.second, own, other, **chosen, progress=options["progress_bar"]
-    )
-    labels = {layer.name: layer.label for layer in statistics.layers}
-    norm_sections.add_transfer(book, found, labels)
-
-
-def _add_mean_weights(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
-    lengths = {layer.name: layer.length for layer in statistics.layers}
-    found = mean_weights(source.model, source.first, source.second, lengths, progress=options["progress_bar"])
-    add_mean_weights(book, found, {layer.name: layer.label for layer in statistics.layers})
-
-
-def _add_noise(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
-    progress, rank = options["progress_bar"], options["rank"]
-    sampled = {"rows": options["rows"], "seed": options["seed"]}
-    calibration = calibrate(source.model, source.first, statistics=["absolute"], progress=progress, **sampled)
-    found = noise.noise_of_positions(source.model, calibration, source.second, rank=rank, progress=progress)
-    noise.add_noise(book, found, {layer.name: layer.label for layer in statistics.layers}, rank)
-
-
-def _add_features(book: Book, options: Mapping[str, Any], source: Source, statistics: Statistics) -> None:
-    clusters, chosen = options["clusters"], {"seed": options["seed"]}
-    sample = features.sample_features(
-        source.model, source.first, source.classes, progress=options["progress_bar"], **chosen
-    )
-    found = features.cluster_features(sample, clusters, **chosen)
-    features.add_features(book, sample, found, {layer.name: layer.label for layer in statistics.layers}, clusters)
-
-
-def causal_form(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The same mechanism with options that do not look ahead."""
-    return {**spec, "basis": "running"} if spec["name"] == "low_rank_topk" else dict(spec)
-
-
-def lacks(mechanism: str, needed: set[str]) -> bool:
-    """Does a mechanism lack one of these capabilities?"""
-    return not all(getattr(attention_class(mechanism).capabilities, capability) for capability in needed)
 
 
 def subtitle(options: Mapping[str, Any], statistics: Statistics, spent: tuple[float, float]) -> str:

@@ -96,8 +96,8 @@ def test_files_state_every_option_of_their_class(group: str) -> None:
     for name in available_choices(group):
         over = [f"data={name}", *NEEDS.get(name, [])]
         if group == "model":  # with a recipe made for it; others state options that it does not have
-            made_for = (recipe for recipe in available_choices("data") if model_of(recipe) == name)
-            over = [f"data={next(made_for, 'digits')}", f"model={name}", *WITHOUT.get(name, [])]
+            recipe = next((recipe for recipe in available_choices("data") if model_of(recipe) == name), "digits")
+            over = [f"data={recipe}", *NEEDS.get(recipe, []), f"model={name}", *WITHOUT.get(name, [])]
         node = load_config(over)[group]
         parameters = inspect.signature(target_class(node, group, object)).parameters
         given = (

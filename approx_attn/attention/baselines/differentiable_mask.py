@@ -46,7 +46,8 @@ class DifferentiableMaskAttention(AttentionMechanism):
         initial_open: probability with which every gate is open at the start.
         lr_multiplier: learning rate of the gates by that of the model. θ is this times the parameter, which optimizers
             such as Adam, whose step does not depend on the scale of the gradient, make a factor on the rate.
-        freeze_step: training step from which the gates are frozen; None: never.
+        freeze_step: training step from which the gates are frozen; None: never. They have no gradient then, which
+            training in several processes must expect (`trainer.strategy=ddp_find_unused_parameters_true`).
         closed_offsets: offsets key − query at which every gate is closed for good; [0] drops the diagonal.
     """
 

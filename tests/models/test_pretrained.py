@@ -235,7 +235,7 @@ def test_images_are_classified_end_to_end(tmp_path: Path) -> None:
         data.to_parquet(tmp_path / "images" / f"{split}.parquet")
     source = ["experiment=finetune_image", f"model.path={tmp_path / 'vit'}", f"data.path={tmp_path / 'images'}"]
     small = ["data.resolution=8", "data.batch_size=4", "trainer.max_epochs=1", "model.calibrate=1"]
-    quiet = ["progress_bar=false", "logger=csv", "trainer.accelerator=cpu", f"paths.runs={tmp_path / 'runs'}"]
+    quiet = ["progress_bar=true", "logger=csv", "trainer.accelerator=cpu", f"paths.runs={tmp_path / 'runs'}"]
     result = train(plain(compose_config([*source, *small, *quiet, "attention=eigen_topk"])))
     assert result.record["cost"]["total_pairs"] == 2 * 2 * 17 * 17
     figures = evaluate(result.run_dir / "checkpoints" / "best.ckpt")

@@ -55,7 +55,7 @@ class ProgressBar(RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # A running mean that forgets: the speed now, not since the start.
-        self._examples = 0.98 * self._examples + len(batch["tokens"]) * trainer.world_size
+        self._examples = 0.98 * self._examples + len(batch["labels"]) * trainer.world_size
         self._seconds = 0.98 * self._seconds + time.perf_counter() - self._batch_started
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

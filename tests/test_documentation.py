@@ -30,7 +30,7 @@ from approx_attn.config.compose import compose_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
-SLOW = {"inspect", "reproduce", "finetune", "scale", "comparison", "founding_paper"}
+SLOW = {"inspect", "reproduce", "finetune", "scale", "comparison", "founding_paper", "translation", "cross_attention"}
 """Pages whose commands take more than a few seconds."""
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported; nothing here may reach for a network

@@ -84,9 +84,9 @@ def convert(
 
     Raises:
         ValueError: a model without an attention layer that can be converted (named), an unknown mechanism or
-            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, one that needs
-            `calibration` without a word about it, budgets of another model, nothing to refine, or `feed_forward` for a
-            model without plain blocks.
+            option, a mechanism that a layer cannot use, such as one that is not causal in a decoder, or one whose
+            queries see each other in the cross-attention of a decoder, one that needs `calibration` without a word
+            about it, budgets of another model, nothing to refine, or `feed_forward` for a model without plain blocks.
 
     Example:
         >>> model = AutoModel.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
@@ -124,6 +124,10 @@ def convert(
         )
         for layer in selected
     }
+    if any(layer.causal for layer in found):
+        for slot in slots.values():
+            if slot.is_cross and slot.mechanism is not None:
+                slot.mechanism.require_independent_queries()
     mechanisms = [slot.mechanism for slot in slots.values() if slot.mechanism is not None]
     for mechanism in mechanisms[1:]:
         mechanism.tie_to(mechanisms[0])

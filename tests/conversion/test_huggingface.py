@@ -441,11 +441,23 @@ def test_families_outside_the_interface_are_refused_by_name(family):
     assert list(model.state_dict()) == keys
 
 
-def test_non_causal_mechanisms_are_refused_in_decoders_before_anything_changes():
-    model = build("llama")
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama", {"attention": "linformer"}, "linformer does not support causal attention"),
+        # In cross-attention a word would see those that come after it by way of their queries.
+        (
+            "bart",
+            {"attention": "nystromformer", "layers": "cross"},
+            "nystromformer does not support the cross",
+        ),
+    ],
+)
+def test_mechanisms_that_look_ahead_are_refused_in_decoders_before_anything_changes(family, options, message):
+    model = build(family)
     implementation = model.config._attn_implementation
-    with pytest.raises(ValueError, match="linformer does not support causal attention"):
-        convert(model, "linformer")
+    with pytest.raises(ValueError, match=message):
+        convert(model, **options)
     assert model.config._attn_implementation == implementation
     assert not any("approx_attn" in name for name, _ in model.named_modules())
 

@@ -182,9 +182,10 @@ def outputs(model, inputs):
     return found
 
 
-ARBITRARY = "arbitrary or additive"
+ARBITRARY, CROSS = "arbitrary or additive", "the cross-attention of a causal decoder"
 REFUSED = {  # what a family needs and a mechanism may refuse
-    "t5": (ARBITRARY,),
+    "t5": (ARBITRARY, CROSS),
+    **dict.fromkeys(("bart", "whisper"), (CROSS,)),
     "mpnet": (ARBITRARY,),
     **dict.fromkeys(WINDOWS, ("a window of",)),
 }

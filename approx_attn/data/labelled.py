@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -11,42 +10,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.table import InMemoryTable
 
-from approx_attn.data.base import SPLITS, DataSpec, require_count_or_none
+from approx_attn.data.base import DataSpec
 from approx_attn.data.packing import PAD
-from approx_attn.data.sources import SourceData, load_source, require_column
+from approx_attn.data.sources import CarvedSourceData, load_source, require_column
 from approx_attn.errors import warn
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class LabelledData(SourceData):
+class LabelledData(CarvedSourceData):
     """Base of modules that classify what one column of a source holds.
 
     Args:
-        path, name, train_split, val_split, test_split, val_share, test_share: see `SourceData`; `path` is required, and
-            of a single file, which has no splits, `test_share` is set aside whatever `test_split` says.
+        path, name, train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size,
+            data_seed: see `CarvedSourceData`; of a single file, which has no splits, `test_share` is set aside whatever
+            `test_split` says.
         label_column: column with the classes, 0 … C − 1 or text.
-        train_size, val_size, test_size: items drawn at random from each split; None for all.
-        data_seed: seed of what is drawn and set aside. Apart from `seed`, so that runs with several seeds share a test
-            set.
 
     Subclasses implement `make_spec`, `find_inputs` and `read_inputs`.
     """
 
     label_column: str = "label"
-    train_size: int | None = None
-    val_size: int | None = None
-    test_size: int | None = None
-    data_seed: int = 0
-
-    has_static_spec: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path:
-            raise ValueError("data.path must be a local folder or file, or a hub id, got nothing.")
-        for name in SPLITS:
-            require_count_or_none(f"data.{name}_size", getattr(self, f"{name}_size"))
-        self.require_counts(data_seed=0)
         self.class_names: tuple[str, ...] = ()
 
     # -- for subclasses ----------------------------------------------------------------------------
@@ -67,8 +53,7 @@ class LabelledData(SourceData):
     def make_splits(self) -> dict[str, datasets.Dataset]:
         path = str(self.path)
         source = load_source(path, self.name)
-        sizes = {name: getattr(self, f"{name}_size") for name in SPLITS}
-        splits = self.carve(source, path, sizes, self.data_seed)
+        splits = self.carve(source)
         column = self.find_inputs(splits)
         for split in splits.values():
             require_column(split, self.label_column, "data.label_column", path)

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import datasets
 
-from approx_attn.data.base import SPLITS, DataSpec, require_count_or_none
-from approx_attn.data.sources import SourceData, load_source, read_text, require_column
+from approx_attn.data.base import DataSpec
+from approx_attn.data.sources import CarvedSourceData, load_source, read_text, require_column
 from approx_attn.data.translation import FIRST_WORD, PackedSentencePairs
 
 UNKNOWN = FIRST_WORD
@@ -20,7 +19,7 @@ UNKNOWN = FIRST_WORD
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class ParallelTextData(SourceData):
+class ParallelTextData(CarvedSourceData):
     """Translation of any text by words; a word is what stands between spaces.
 
     The words of a language are the most frequent of its training split, all others are one unknown word, which the
@@ -28,14 +27,13 @@ class ParallelTextData(SourceData):
     are not known.
 
     Args:
-        path, name, train_split, val_split, test_split, val_share, test_share: see `SourceData`; or, with `target_path`,
-            `path` is a text file with one source sentence per line, of which `test_share` is set aside for the test.
+        path, name, train_split, val_split, test_split, val_share, test_share, train_size, val_size, test_size,
+            data_seed: see `CarvedSourceData`; or, with `target_path`, `path` is a text file with one source sentence
+            per line, of which `test_share` is set aside for the test.
         target_path: a text file with the translation of each line of `path`; None where `path` has both.
         source_column, target_column: columns with the sentences, where `path` has both.
         vocabulary_size: words of a language, at most, those for padding, beginning, end and unknown words included.
         max_length: words of a sentence, its end included; longer ones are cut.
-        train_size, val_size, test_size: pairs drawn at random from each split; None for all.
-        data_seed: seed of what is drawn and set aside, apart from `seed`.
     """
 
     path: str | None = None
@@ -45,21 +43,10 @@ class ParallelTextData(SourceData):
     vocabulary_size: int = 8_000
     max_length: int = 64
     pad_to_longest: bool = False
-    train_size: int | None = None
-    val_size: int | None = None
-    test_size: int | None = None
-    data_seed: int = 0
-
-    has_static_spec: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.path:
-            raise ValueError("data.path must be a local folder or file, or a hub id, got nothing.")
-        self.require_counts(vocabulary_size=UNKNOWN + 2, max_length=2, data_seed=0)
-        self.sizes = {
-            name: require_count_or_none(f"data.{name}_size", getattr(self, f"{name}_size")) for name in SPLITS
-        }
+        self.require_counts(vocabulary_size=UNKNOWN + 2, max_length=2)
         self.words: dict[str, list[str]] = {"source": [], "target": []}
         """By side, the words with token ids from `UNKNOWN` + 1 on, once the data have been read."""
 
@@ -79,7 +66,7 @@ class ParallelTextData(SourceData):
 
     def make_splits(self) -> dict[str, datasets.Dataset]:
         path = str(self.path)
-        splits = self.carve(self._read(), path, self.sizes, self.data_seed)
+        splits = self.carve(self._read())
         columns = {"source": self.source_column, "target": self.target_column}
         if self.target_path is not None:
             columns = {side: side for side in columns}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from approx_attn.data.base import SPLITS, SequenceDataModule, require_share
+from approx_attn.data.base import SPLITS, SequenceDataModule, require_count_or_none, require_share
 from approx_attn.data.cache import quiet_datasets
 from approx_attn.errors import warn
 
@@ -73,18 +74,41 @@ class SourceData(SequenceDataModule):
                 "checkpoint."
             )
 
-    def carve(
-        self, source: dict[str, datasets.Dataset], path: str, sizes: dict[str, int | None], data_seed: int
-    ) -> dict[str, datasets.Dataset]:
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class CarvedSourceData(SourceData):
+    """Base of modules that draw the items of their splits from a source that must be given.
+
+    Args:
+        path, name, train_split, val_split, test_split, val_share, test_share: see `SourceData`; `path` is required.
+        train_size, val_size, test_size: items drawn at random from each split; None for all.
+        data_seed: seed of what is drawn and set aside. Apart from `seed`, so that runs with several seeds share a test
+            set.
+    """
+
+    train_size: int | None = None
+    val_size: int | None = None
+    test_size: int | None = None
+    data_seed: int = 0
+
+    has_static_spec: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.path:
+            raise ValueError("data.path must be a local folder or file, or a hub id, got nothing.")
+        self.sizes = {
+            name: require_count_or_none(f"data.{name}_size", getattr(self, f"{name}_size")) for name in SPLITS
+        }
+        self.require_counts(data_seed=0)
+
+    def carve(self, source: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """The splits "train", "val" and "test"; what is set aside does not depend on the size of the training split.
 
         Args:
             source: the splits at `path`.
-            path: for messages.
-            sizes: items drawn at random from each split; None for all.
-            data_seed: seed of what is drawn and set aside.
         """
-        rng = np.random.default_rng(data_seed)
+        path, rng = str(self.path), np.random.default_rng(self.data_seed)
         wanted = dict(self.source_splits)
         train = require_split(source, self.train_split, "data.train_split", path)
         if wanted["test"] not in source and is_file(path):
@@ -99,7 +123,7 @@ class SourceData(SequenceDataModule):
         for name, size in aside.items():
             splits[name], order = train.select(np.sort(order[:size])), order[size:]
         splits["train"] = train.select(np.sort(order)) if aside else train
-        return {name: subsample(splits[name], sizes[name], f"data.{name}_size", rng) for name in SPLITS}
+        return {name: subsample(splits[name], self.sizes[name], f"data.{name}_size", rng) for name in SPLITS}
 
 
 def load_source(path: str, name: str | None = None) -> dict[str, datasets.Dataset]:

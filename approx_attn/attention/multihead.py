@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from approx_attn.attention import AttentionMask, AttentionMechanism, AttentionShape
 from approx_attn.attention.exact import ExactAttention
 from approx_attn.attention.registry import AttentionSpec, resolve_attention
+from approx_attn.attention.rotary import rotate
 from approx_attn.attention.torch_masks import mask_from_drop_masks
 
 LARGE_WEIGHTS = 2**29
@@ -36,9 +37,9 @@ class MultiheadAttention(TorchMultiheadAttention):
     """Multi-head attention with the interface of `torch.nn.MultiheadAttention` plus `attention=`.
 
     Constructor, `forward`, masks (`True` = masked out), return values and state_dict keys are those of
-    PyTorch. With `attention="exact"` the computation is PyTorch's own too. Any other mechanism takes the
-    place of the softmax between the input and output projections; its parameters, if it has any, are
-    found under `attention.` in the state_dict.
+    PyTorch. With `attention="exact"` and without `rotary` the computation is PyTorch's own too. Any other
+    mechanism takes the place of the softmax between the input and output projections; its parameters, if it
+    has any, are found under `attention.` in the state_dict.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device,
@@ -49,9 +50,11 @@ class MultiheadAttention(TorchMultiheadAttention):
             PyTorch, the mask given to `forward` decides what is masked.
         layer_index: position of this layer in its model, for mechanisms with one basis per layer.
         coordinate_dim: declares that every input comes with coordinates of so many numbers per token.
+        rotary: turn queries and keys by their positions (see `approx_attn.attention.rotary`), for self-attention.
 
     Raises:
-        ValueError: unknown mechanism or option, or a built mechanism of another shape.
+        ValueError: unknown mechanism or option, a built mechanism of another shape, or `rotary` with an odd number
+            of features per head or with `add_bias_kv`.
 
     Example:
         >>> layer = MultiheadAttention(64, 4, batch_first=True, attention={"name": "topk", "keep": 0.25})
@@ -84,10 +87,16 @@ class MultiheadAttention(TorchMultiheadAttention):
         causal: bool = False,
         layer_index: int = 0,
         coordinate_dim: int | None = None,
+        rotary: bool = False,
     ) -> None:
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
+        if rotary and self.head_dim % 2:
+            raise ValueError(f"rotary needs an even number of features per head, got {self.head_dim}.")
+        if rotary and add_bias_kv:
+            raise ValueError("rotary cannot stand with add_bias_kv=True, whose key has no position.")
+        self.rotary = rotary
         shape = AttentionShape(
             num_heads,
             self.head_dim,
@@ -110,13 +119,21 @@ class MultiheadAttention(TorchMultiheadAttention):
             attention: as in the constructor.
             options: `max_length`, `causal`, `layer_index` of the constructor.
         """
+        if isinstance(module, MultiheadAttention):
+            options = {"rotary": module.rotary, "coordinate_dim": module.attention.shape.coordinate_dim, **options}
         layer = cls(**_constructor_arguments(module), attention=attention, **options)
         _share_parameters(module, layer)
         layer.attention.to(device=module.out_proj.weight.device, dtype=module.out_proj.weight.dtype)
         return layer.train(module.training)
 
     def to_torch(self) -> TorchMultiheadAttention:
-        """The plain PyTorch layer with the very parameters of this one (shared, not copied), computing exactly."""
+        """The plain PyTorch layer with the very parameters of this one (shared, not copied), computing exactly.
+
+        Raises:
+            ValueError: a layer with rotary positions, which PyTorch's has not.
+        """
+        if self.rotary:
+            raise ValueError("a layer with rotary positions has no form in plain PyTorch.")
         layer = TorchMultiheadAttention(**_constructor_arguments(self), device="meta")
         _share_parameters(self, layer)
         return layer.train(self.training)
@@ -143,7 +160,7 @@ class MultiheadAttention(TorchMultiheadAttention):
                     f"that needs {name}={expected}."
                 )
         self.attention = mechanism
-        if not isinstance(mechanism, ExactAttention):
+        if self.rotary or not isinstance(mechanism, ExactAttention):
             # nn.TransformerEncoderLayer has an inference path that reads this layer's weights and computes
             # exact attention itself. It stands back where any submodule has a forward hook.
             mechanism.register_forward_pre_hook(_keep_fused_encoder_off)
@@ -181,13 +198,15 @@ class MultiheadAttention(TorchMultiheadAttention):
 
         Raises:
             ValueError: with a mechanism other than exact: shapes that do not fit, or a request beyond its
-                capabilities. With exact, PyTorch's own errors.
+                capabilities. With exact, PyTorch's own errors. With `rotary`, another query than key.
         """
+        if self.rotary and query is not key:
+            raise ValueError("a layer with rotary positions does self-attention alone, got another query than key.")
         if coordinates is not None and (query.dim() != 3 or query.is_nested or query is not key):
             raise ValueError("coordinates must come with self-attention over a padded batch, got another query or key.")
         if need_weights and not query.is_nested and not torch.compiler.is_compiling():
             self._warn_of_large_weights(query, key)
-        if isinstance(self.attention, ExactAttention):
+        if isinstance(self.attention, ExactAttention) and not self.rotary:
             # PyTorch's fast path for inference keeps all weights: 5 times slower than its fused kernel at 2,048 tokens.
             with contextlib.nullcontext() if query.is_nested or torch.compiler.is_compiling() else _no_fast_path():
                 return super().forward(
@@ -208,6 +227,8 @@ class MultiheadAttention(TorchMultiheadAttention):
         is_batched, is_self_attention = query.dim() == 3, query is key
         self._check_inputs(query, key, value)
         q, k, v = self._project(*(self._batch_first(x) for x in (query, key, value)))  # (b, h, n, d)
+        if self.rotary:
+            q, k = rotate(q), rotate(k)
         if key_padding_mask is not None and not is_batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask = mask_from_drop_masks(

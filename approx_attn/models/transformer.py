@@ -16,7 +16,7 @@ from approx_attn.errors import require_count, require_one_of
 from approx_attn.models.base import attention_mechanisms
 from approx_attn.models.feed_forward import FeedForward, TopKFeedForward
 
-POSITIONS = ("learned", "sinusoidal")
+POSITIONS = ("learned", "sinusoidal", "rotary")
 FEED_FORWARDS = ("dense", "topk")
 
 
@@ -45,7 +45,8 @@ class Transformer(nn.Module):
         feed_forward: `dense`, or `topk` (only the largest hidden units of a token are used).
         feed_forward_keep: share (float) or number (int) of hidden units that `topk` keeps.
         activation: of the feed-forward layers: gelu, relu or silu.
-        positions: `learned`, or `sinusoidal` (no parameters).
+        positions: `learned`; `sinusoidal`, without parameters; or `rotary`, where attention knows distances alone and
+            serves sequences of other lengths than it was trained on best.
 
     Raises:
         ValueError: an impossible value, or a mechanism that cannot be causal in a causal model.
@@ -88,9 +89,8 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.coordinate_dim = coordinate_dim
         require_one_of("model.positions", positions, POSITIONS)
-        self.positions = (
-            Positions(max_length, dim, positions) if coordinate_dim is None else nn.Linear(coordinate_dim, dim)
-        )
+        rotary = positions == "rotary" and coordinate_dim is None
+        self.positions = None if rotary else build_positions(positions, max_length, dim, coordinate_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -104,6 +104,7 @@ class Transformer(nn.Module):
                     causal=causal,
                     layer_index=first_layer + index,
                     coordinate_dim=coordinate_dim,
+                    rotary=rotary,
                 ),
                 build_feed_forward(feed_forward, dim, feed_forward_dim, dropout, activation, feed_forward_keep),
                 dropout,
@@ -151,8 +152,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"coordinates must be given where model.coordinate_dim is, which is {self.coordinate_dim}."
             )
-        positions = self.positions(length if coordinates is None else coordinates)
-        return self.dropout(self.token_embedding(tokens) + positions)
+        x = self.token_embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(length if coordinates is None else coordinates)
+        return self.dropout(x)
 
     def future(self, tokens: Tensor) -> Tensor:
         """(n, n) bool, True above the diagonal, for layers that read it."""
@@ -228,7 +231,6 @@ class Positions(nn.Module):
 
     def __init__(self, max_length: int, dim: int, kind: str = "learned") -> None:
         super().__init__()
-        self.kind = require_one_of("model.positions", kind, POSITIONS)
         table = sinusoids(max_length, dim) * (2.0 / dim) ** 0.5  # of unit length, as the token embeddings
         if kind == "learned":
             self.table = nn.Parameter(torch.randn(max_length, dim) * dim**-0.5)
@@ -238,6 +240,11 @@ class Positions(nn.Module):
     def forward(self, length: int) -> Tensor:
         """(length, dim)."""
         return self.table[:length]
+
+
+def build_positions(kind: str, max_length: int, dim: int, coordinate_dim: int | None) -> nn.Module:
+    """What is added to the tokens by their positions, or by their coordinates if they have some."""
+    return Positions(max_length, dim, kind) if coordinate_dim is None else nn.Linear(coordinate_dim, dim)
 
 
 def sinusoids(length: int, dim: int) -> Tensor:

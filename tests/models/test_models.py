@@ -129,7 +129,7 @@ def test_layers_share_what_the_options_say() -> None:
 
 
 @pytest.mark.parametrize("feed_forward", ["dense", "topk"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
 def test_options_train(feed_forward: str, positions: str) -> None:
     model = classifier(feed_forward=feed_forward, positions=positions).train()
     model(*tokens_and_keep()).sum().backward()
@@ -148,7 +148,8 @@ def test_tied_embeddings_are_one_parameter() -> None:
         ({"depth": 0}, r"model\.depth"),
         ({"dropout": 1.5}, r"model\.dropout"),
         ({"feed_forward": "sparse"}, r"model\.feed_forward must be one of dense, topk"),
-        ({"positions": "rotary"}, r"model\.positions must be one of learned, sinusoidal"),
+        ({"positions": "alibi"}, r"model\.positions must be one of learned, sinusoidal, rotary"),
+        ({"dim": 6, "positions": "rotary"}, "rotary needs an even number of features per head, got 3"),
         ({"attention": "eksact"}, "did you mean 'exact'"),
     ],
 )

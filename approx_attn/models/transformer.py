@@ -158,9 +158,10 @@ class Transformer(nn.Module):
         return self.dropout(x)
 
     def future(self, tokens: Tensor) -> Tensor:
-        """(n, n) bool, True above the diagonal, for layers that read it."""
+        """(n, n) bool, True above the diagonal, for layers that read it: PyTorch's own exact attention."""
         length, device = tokens.shape[1], tokens.device
-        if any(isinstance(mechanism, ExactAttention) for mechanism in attention_mechanisms(self)):
+        rotary = self.positions is None
+        if not rotary and any(isinstance(mechanism, ExactAttention) for mechanism in attention_mechanisms(self)):
             return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)  # True = masked out
         # Other layers know from `is_causal` and only ask that a mask is there: one number in place of n².
         return torch.ones(1, 1, dtype=torch.bool, device=device).expand(length, length)

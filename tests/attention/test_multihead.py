@@ -441,6 +441,11 @@ def test_coordinates_reach_the_mechanism():
     torch.testing.assert_close(shuffled, weights[:, order][:, :, order])
 
 
+def test_another_mechanism_is_told_of_the_coordinates():
+    layer = MultiheadAttention.from_torch(gaussian_layer(coordinate_dim=2), "gaussian")
+    assert layer.attention.shape.coordinate_dim == 2
+
+
 @pytest.mark.parametrize(
     ("options", "query", "points", "message"),
     [

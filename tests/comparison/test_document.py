@@ -87,6 +87,7 @@ def test_the_best_is_chosen_by_validation_and_not_by_test_figures(finished):
     assert summary["validation_mode"] == "max"
     test = {"eigen_topk": 0.9, "eigen_row": 0.8, "linformer": 0.5, "performer": 0.6, "uniform": 1.0}
     validation = {"eigen_topk": 0.1, "eigen_row": 0.2, "linformer": 0.4, "performer": 0.3, "uniform": 1.0}
+    test["eigen_row rest=drop"] = validation["eigen_row rest=drop"] = 1.0  # a control
     figures = {
         part: {name: {"1": value} for name, value in by.items()} for part, by in [("t", test), ("v", validation)]
     }

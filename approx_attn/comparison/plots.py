@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from approx_attn.comparison.statistics import pareto_frontier
 from approx_attn.comparison.table import ComparisonRow
@@ -23,6 +24,9 @@ Cost = Callable[[ComparisonRow], float | None]
 # Told apart by shape first, so that a grey print loses nothing. Colours: Okabe and Ito's colour-blind safe set.
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
+
+FAR = 5.0  # times the distance from the best to the median
+BEYOND = " (beyond the scale)"
 
 UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
@@ -70,7 +74,8 @@ def curves(rows: Sequence[ComparisonRow]) -> list[Curve]:
 def comparison_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str) -> Figure:
     """Test figure against measured step time, multiply-adds and memory, with the frontier drawn through.
 
-    Mechanisms without a finished run are left out, and costs that are known of none.
+    Mechanisms without a finished run are left out, and costs that are known of none. A loss far above the others is
+    not drawn, and its mechanism marked so, or nobody could tell the others apart.
     """
     panels: list[tuple[str, Cost]] = [
         ("training step time, relative to the reference", lambda r: r.step_time),
@@ -79,10 +84,16 @@ def comparison_figure(rows: Sequence[ComparisonRow], metric: Metric, title: str)
     ]
     panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)] or panels[1:2]
     figure, axes = _panels(panels, metric, f"{title} (mean over seeds; bars: standard deviation; dashed: frontier)")
+    levels = {row.name: _level(row, metric) for row in rows if row.figure is not None}
+    beyond = far_worse({name: level for name, (level, _) in levels.items()}, metric)
     for axis, (_, cost) in zip(axes, panels, strict=True):
         for index, curve in enumerate(curves(rows)):
-            _draw(axis, curve, cost, metric, index, line=False)
+            far = any(row.name in beyond for row in curve.rows)
+            _draw(axis, replace(curve, label=curve.label + BEYOND) if far else curve, cost, metric, index, line=False)
         _draw_frontier(axis, rows, cost, metric)
+    if beyond:
+        near = [level for name, level in levels.items() if name not in beyond]
+        _show(axes[0], [level + side * spread for level, spread in near for side in (-1.0, 1.0)])
     _add_legend(figure, axes)
     return figure
 
@@ -124,6 +135,8 @@ def learning_curves(
         runs: mechanism -> for every seed, step -> figure; steps that not all seeds have are left out.
         metric: the figure.
         step_seconds: mechanism -> time of a step; the curves of these are drawn against time.
+
+    A loss that ends far above the others is not drawn, as in `comparison_figure`.
     """
     if step_seconds is not None:
         runs = {name: by_seed for name, by_seed in runs.items() if name in step_seconds}
@@ -132,20 +145,24 @@ def learning_curves(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for index, (name, by_seed) in enumerate(runs.items()):
-        seeds = [curve for curve in by_seed if curve]
-        steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
-        if not steps:
+    found = {name: shared for name, by_seed in runs.items() if (shared := _shared_steps(by_seed, metric)) is not None}
+    beyond = far_worse({name: float(values[:, -1].mean()) for name, (_, values) in found.items()}, metric)
+    for index, name in enumerate(runs):
+        if name not in found:
             continue
+        steps, values = found[name]
         places = np.array(steps) * (1.0 if step_seconds is None else step_seconds[name] / unit_seconds)
-        values = metric.factor * np.array([[curve[step] for step in steps] for curve in seeds])
         style = ("-", "--", "-.", ":")[(index + index // len(COLOURS)) % 4]  # no two alike among 32
         colour = COLOURS[index % len(COLOURS)]
         marker = "o" if len(steps) == 1 else None  # a line of one point shows nothing
-        axis.plot(places, values.mean(axis=0), style, marker=marker, color=colour, label=plain_text(name))
+        label = plain_text(name) + (BEYOND if name in beyond else "")
+        axis.plot(places, values.mean(axis=0), style, marker=marker, color=colour, label=label)
         axis.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
     if not axis.lines:
         return None
+    if beyond:
+        near = [values.ravel() for name, (_, values) in found.items() if name not in beyond]
+        _show(axis, np.concatenate(near).tolist())
     axis.xaxis.set_major_locator(MaxNLocator(integer=step_seconds is None))
     axis.set_xlabel("training step" if step_seconds is None else f"training time, {unit}")
     axis.set_xlim(left=0.0)
@@ -154,6 +171,30 @@ def learning_curves(
     axis.spines[["top", "right"]].set_visible(False)
     _add_legend(figure, [axis])
     return figure
+
+
+def _shared_steps(
+    by_seed: Sequence[Mapping[int, float]], metric: Metric
+) -> tuple[list[int], NDArray[np.float64]] | None:
+    """The steps at which all seeds have a figure, and (seeds, steps) figures as they are drawn; None without any."""
+    seeds = [curve for curve in by_seed if curve]
+    steps = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    return (steps, metric.factor * np.array([[curve[step] for step in steps] for curve in seeds])) if steps else None
+
+
+def far_worse(levels: Mapping[str, float], metric: Metric) -> set[str]:
+    """Names whose loss is further above the best than `FAR` times the median is: drawn, they would hide the others."""
+    if metric.higher_is_better or not levels:  # shares of 100% have a scale of their own
+        return set()
+    best, median = min(levels.values()), float(np.median(list(levels.values())))
+    return {name for name, level in levels.items() if median > best and level > best + FAR * (median - best)}
+
+
+def _show(axis: Axes, values: Sequence[float]) -> None:
+    """Let the axis span these values."""
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low)
+    axis.set_ylim(low - margin, high + margin)
 
 
 def _panels(panels: Sequence[tuple[str, Cost]], metric: Metric, title: str) -> tuple[Figure, list[Axes]]:

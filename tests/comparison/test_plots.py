@@ -100,3 +100,18 @@ def test_learning_curves_stand_over_steps_or_over_the_time_that_steps_take():
     assert axis.get_xlabel() == "training time, minutes"
     assert [list(line.get_xdata()) for line in axis.lines] == [[10.0, 20.0], [5.0]]
     assert learning_curves(runs, ACCURACY, {}) is None
+
+
+def test_a_loss_far_above_the_others_does_not_hide_them():
+    losses = {"exact": 1.80, "topk": 1.82, "eigen_row": 1.81, "moba": 1.85, "linear": 2.5}
+    axis = comparison_figure([row(name, level) for name, level in losses.items()], METRICS["loss"], "losses").axes[0]
+    assert axis.get_ylim()[1] < 2.0
+    assert [container.get_label() for container in axis.containers if "beyond" in container.get_label()] == [
+        "linear (beyond the scale)"
+    ]
+    runs = {name: [{10: level + 0.3, 20: level}] for name, level in losses.items()}
+    (over_steps,) = learning_curves(runs, METRICS["loss"]).axes
+    assert 1.85 + 0.3 <= over_steps.get_ylim()[1] < 2.5  # what came before the end of the others is shown
+    assert [line.get_label() for line in over_steps.lines][-1] == "linear (beyond the scale)"
+    everything = comparison_figure([row(name, 0.1 * level) for name, level in losses.items()], ACCURACY, "accuracies")
+    assert not any("beyond" in container.get_label() for container in everything.axes[0].containers)

@@ -228,7 +228,7 @@ class MultiheadAttention(TorchMultiheadAttention):
         self._check_inputs(query, key, value)
         q, k, v = self._project(*(self._batch_first(x) for x in (query, key, value)))  # (b, h, n, d)
         if self.rotary:
-            q, k = rotate(q), rotate(k)
+            q, k = rotate(q, k)
         if key_padding_mask is not None and not is_batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         mask = mask_from_drop_masks(

@@ -8,8 +8,8 @@ from torch import Tensor
 BASE = 10_000.0
 
 
-def rotate(x: Tensor) -> Tensor:
-    """Queries or keys at positions 0 … n − 1, turned so that their products depend on the distance alone.
+def rotate(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys at positions 0 … n − 1, turned so that their products depend on the distance alone.
 
         (x_i, x_{i + d/2}) ↦ (x_i·cos φ − x_{i + d/2}·sin φ, x_i·sin φ + x_{i + d/2}·cos φ),  φ = position·10000^(−2i/d)
 
@@ -17,14 +17,21 @@ def rotate(x: Tensor) -> Tensor:
     most language models since.
 
     Args:
-        x: (..., n, d), d even.
+        query: (..., n_q, d), d even.
+        key: (..., n_k, d).
 
     Returns:
-        (..., n, d) in the type of `x`.
+        Both, in the type of `query`.
     """
+    length, half = max(query.shape[-2], key.shape[-2]), query.shape[-1] // 2
+    frequencies = BASE ** (-torch.arange(half, device=query.device) / half)  # (d/2,)
+    angles = torch.arange(length, device=query.device)[:, None] * frequencies  # (n, d/2), float32
+    cosine, sine = angles.cos().to(query.dtype), angles.sin().to(query.dtype)
+    return _turn(query, cosine, sine), _turn(key, cosine, sine)
+
+
+def _turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     length, half = x.shape[-2], x.shape[-1] // 2
-    frequencies = BASE ** (-torch.arange(half, device=x.device) / half)  # (d/2,)
-    angles = torch.arange(length, device=x.device)[:, None] * frequencies  # (n, d/2), float32
-    cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cosine, sine = cosine[:length], sine[:length]
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)

@@ -89,8 +89,7 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.coordinate_dim = coordinate_dim
         require_one_of("model.positions", positions, POSITIONS)
-        rotary = positions == "rotary" and coordinate_dim is None
-        self.positions = None if rotary else build_positions(positions, max_length, dim, coordinate_dim)
+        self.positions = build_positions(positions, max_length, dim, coordinate_dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             TransformerBlock(
@@ -104,7 +103,7 @@ class Transformer(nn.Module):
                     causal=causal,
                     layer_index=first_layer + index,
                     coordinate_dim=coordinate_dim,
-                    rotary=rotary,
+                    rotary=self.positions is None,
                 ),
                 build_feed_forward(feed_forward, dim, feed_forward_dim, dropout, activation, feed_forward_keep),
                 dropout,
@@ -243,9 +242,11 @@ class Positions(nn.Module):
         return self.table[:length]
 
 
-def build_positions(kind: str, max_length: int, dim: int, coordinate_dim: int | None) -> nn.Module:
-    """What is added to the tokens by their positions, or by their coordinates if they have some."""
-    return Positions(max_length, dim, kind) if coordinate_dim is None else nn.Linear(coordinate_dim, dim)
+def build_positions(kind: str, max_length: int, dim: int, coordinate_dim: int | None) -> nn.Module | None:
+    """What is added to the tokens by their positions, or by their coordinates if they have some; rotary: nothing."""
+    if coordinate_dim is not None:
+        return nn.Linear(coordinate_dim, dim)
+    return None if kind == "rotary" else Positions(max_length, dim, kind)
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
